@@ -1,0 +1,12 @@
+// The tile kernels for avx2. Every header goes above the pragma, so that no library function is compiled for it.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <cmath>
+#include <cstdint>
+
+#include "../moments.h"
+#include "tiles.h"
+#pragma GCC target("avx2,fma,f16c")
+namespace kd::avx2 {
+#include "tiles.inl"
+}
+#endif

@@ -1,0 +1,120 @@
+// Row statistics, their monoid, and what a loss's slope at them means for every element. Host and device.
+//
+// At a point (b, a) of a row, x_i = b s_i + a t_i. `Moments` stands for the measure sum_i exp(x_i) delta(s_i, t_i):
+// max, mass relative to the max, means and central covariances. Merging two is exact and never overflows; it serves
+// vector lanes, tiles, threads and vocabulary shards alike.
+#pragma once
+#include "tape.h"
+
+namespace kd {
+
+constexpr int kStats = 7, kCoefs = 10;
+enum Flags { RAW = 1, FROZEN = 2, EXCLUDE = 4, MEAN_S = 8, MEAN_T = 16, SECOND = 32 };
+
+KD_HD double finite_or_zero(double x) { return x - x == 0 ? x : 0; }
+// c * x where a zero coefficient ignores its x, infinite or not.
+KD_HD double scaled(double c, double x) { return c == 0 ? 0 : c * x; }
+
+struct Moments {
+  double m, z, s, t, ss, st, tt;
+
+  KD_HD static Moments empty() { return {-INFINITY, 0, 0, 0, 0, 0, 0}; }
+
+  // Chan, Golub & LeVeque 1983 for the covariances, Milakov & Gimelshein 2018 for the mass.
+  KD_HD void merge(const Moments& o) {
+    if (o.z == 0) return;
+    if (z == 0) { *this = o; return; }
+    const double top = m > o.m ? m : o.m;
+    // exp(0) = 1, so of the two only one is computed; a NaN maximum stays NaN.
+    const double zo = o.z * (o.m == top ? 1 : exp(o.m - top)), zm = z * (m == top ? 1 : exp(m - top));
+    const double total = zm + zo, f = zo / total;
+    m = top; z = total;
+    if (f == 0) return;
+    const double e = zm / total, d = o.s - s, h = o.t - t, ef = e * f;
+    s = e == 0 ? o.s : e * s + f * o.s;
+    t = e == 0 ? o.t : e * t + f * o.t;
+    if (e == 0) { ss = o.ss; st = o.st; tt = o.tt; return; }
+    ss = e * ss + f * o.ss + ef * d * d;
+    st = e * st + f * o.st + ef * d * h;
+    tt = e * tt + f * o.tt + ef * h * h;
+  }
+};
+
+// What a row needs besides its K Moments.
+struct Row { double s_y, t_y, s_max, t_max, keep; };
+
+// Coefficients of point k, of the scaled logits or, for a raw point, of the logits themselves.
+struct Tilt {
+  double b, a, r, rt;
+  KD_HD Tilt(const Program& p, const double* args, int k) {
+    const bool raw = p.flags(k) & RAW;
+    r = raw ? 1 : args[0];
+    rt = raw ? 1 : args[1];
+    b = args[3 + 2 * k] * r;
+    a = args[4 + 2 * k] * rt;
+  }
+  KD_HD double operator()(double s, double t) const { return scaled(b, s) + scaled(a, t); }
+};
+
+KD_HD double lse(const Moments& x) { return x.z == 0 ? -INFINITY : x.m + log(x.z); }
+
+// Value of the row; reg: registers() doubles. NaN where a point has no class left to sum over.
+KD_HD double row_value(const Program& p, const double* args, const Moments* x, const Row& row, double* reg) {
+  const int K = p.points();
+  bool nothing = false;
+  for (int k = 0; k < K; ++k) {
+    const Tilt at(p, args, k);
+    double* in = reg + 6 * k;
+    in[0] = lse(x[k]);
+    in[1] = at.r * x[k].s; in[2] = at.rt * x[k].t;
+    in[3] = at.r * at.r * x[k].ss; in[4] = at.r * at.rt * x[k].st; in[5] = at.rt * at.rt * x[k].tt;
+    nothing |= x[k].z == 0 && !((p.flags(k) & EXCLUDE) && at(row.s_y, row.t_y) > -INFINITY);
+  }
+  double* in = reg + 6 * K;
+  in[0] = scaled(args[0], row.s_y); in[1] = scaled(args[1], row.t_y); in[2] = row.s_y; in[3] = args[2];
+  const double value = evaluate(p, reg);
+  return nothing ? NAN : value;
+}
+
+// coef: (K + 1) x kCoefs. The gradient of this side's logits is
+//   d_i = sum_k pi_ki (c0 + c1 u + c2 v + c3 u^2 + c4 u v + c5 v^2),  u = s_i - max s, v = t_i - max t,
+// pi_ki = exp(b u + a v + lam); the label adds its own slope. adj: the slope of the value at reg.
+KD_HD void row_coefs(const Program& p, const double* args, const Moments* x, const Row& row, const double* adj,
+                     int side, double poison, double* coef) {
+  const int K = p.points();
+  double log_scale = 0;
+  for (int k = 0; k < K; ++k, coef += kCoefs) {
+    const Tilt at(p, args, k);
+    const double* g = adj + 6 * k;
+    const double gE = g[0], gs = at.r * g[1], gt = at.rt * g[2];
+    const double gss = at.r * at.r * g[3], gst = at.r * at.rt * g[4], gtt = at.rt * at.rt * g[5];
+    const Moments& o = x[k];
+    const double B = p.flags(k) & FROZEN ? 0 : side ? at.a : at.b;
+    double c0 = scaled(B, gE - scaled(gss, o.ss) - scaled(gst, o.st) - scaled(gtt, o.tt)) + (side ? gt : gs);
+    double c1 = B * gs + (side ? gst : 2 * gss), c2 = B * gt + (side ? 2 * gtt : gst);
+    const double c3 = B * gss, c4 = B * gst, c5 = B * gtt;
+    if (!(p.flags(k) & RAW)) {  // d value / d log scale of this side
+      const double own = side ? o.t : o.s, other = side ? o.s : o.t;
+      const double own2 = side ? o.tt : o.ss, other2 = o.st;
+      const double g1 = side ? gt : gs, g2 = side ? gs : gt, g11 = side ? gtt : gss;
+      log_scale += scaled(B * gE, own) + scaled(g1, own + scaled(B, own2)) + scaled(g2 * B, other2) +
+                   2 * scaled(g11, own2) + scaled(gst, o.st);
+      (void)other;
+    }
+    // From deviations of the means to deviations of the maxima.
+    const double d = row.s_max - o.s, e = row.t_max - o.t;
+    c0 += scaled(c1, d) + scaled(c2, e) + scaled(c3, d * d) + scaled(c4, d * e) + scaled(c5, e * e);
+    c1 += 2 * scaled(c3, d) + scaled(c4, e);
+    c2 += scaled(c4, d) + 2 * scaled(c5, e);
+    const double lam = at(row.s_max, row.t_max) - lse(o);
+    const double out[kCoefs] = {lam, at.b, at.a, c0 + poison, c1, c2, c3, c4, c5, double((p.flags(k) & EXCLUDE) != 0)};
+    for (int j = 0; j < kCoefs; ++j) coef[j] = out[j];
+  }
+  const double* g = adj + 6 * K;
+  const double label = side ? scaled(args[1], g[1]) : scaled(args[0], g[0]) + g[2];
+  log_scale += side ? scaled(g[1], args[1] * row.t_y) : scaled(g[0], args[0] * row.s_y);
+  const double out[kCoefs] = {label + poison, row.s_max, row.t_max, row.keep, log_scale, 0, 0, 0, 0, 0};
+  for (int j = 0; j < kCoefs; ++j) coef[j] = out[j];
+}
+
+}  // namespace kd

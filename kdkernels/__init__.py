@@ -1,0 +1,40 @@
+"""Fused kernels for knowledge-distillation losses: the textbook number, a fraction of the memory traffic."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import backends, tape
+from .backends import available_backends, use_backend
+from .logpartition import (
+    AlphaBetaLoss,
+    BrierLoss,
+    DKDLoss,
+    ForwardKLLoss,
+    HellingerLoss,
+    KDLoss,
+    LogitMSELoss,
+    RenyiLoss,
+    ReverseKLLoss,
+    TAIDLoss,
+    TTMLoss,
+    WTTMLoss,
+    power_sum,
+    power_transform,
+)
+from .loss import Label, Loss, Moment, Point
+
+try:
+    __version__ = version("kdkernels")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "AlphaBetaLoss", "BrierLoss", "DKDLoss", "ForwardKLLoss", "HellingerLoss", "KDLoss", "Label", "LogitMSELoss",
+    "Loss", "Moment", "Point", "RenyiLoss", "ReverseKLLoss", "TAIDLoss", "TTMLoss", "WTTMLoss",
+    "available_backends", "backends", "catalogue", "power_sum", "power_transform", "tape", "use_backend",
+]  # fmt: skip
+
+
+def catalogue() -> dict[str, type[Loss]]:
+    """Class name -> class of every loss the library declares."""
+    found = {name: globals()[name] for name in __all__}
+    return {n: c for n, c in found.items() if isinstance(c, type) and issubclass(c, Loss) and c is not Loss}

@@ -1,0 +1,100 @@
+"""Which kernels run. A backend is three row operations (reduce, rows, spread) and never sees a loss.
+
+`reference` is plain torch: float64 throughout, differentiable as often as one likes, the definition of the rest.
+`cpu` is C++, `triton` is Triton (any GPU it supports, or its interpreter), `cuda` is CUDA C++.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import os
+from collections import Counter
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+calls: Counter = Counter()
+"""How often each kernel was launched, by (backend, operator): what a test looks at to see that nothing fell back."""
+
+_choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("kdkernels_backend", default=None)
+_modules: dict[str, ModuleType | str] = {}
+
+
+def _load(name: str) -> ModuleType | str:
+    """The backend's module, or the reason why there is none. Tried once: a reason does not change within a process."""
+    if name not in _modules:
+        if name not in NAMES:
+            raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
+        try:
+            module = importlib.import_module(f"{__name__}.{name}")
+            _modules[name] = module.unavailable() or module
+        except (ImportError, OSError) as error:
+            _modules[name] = f"{type(error).__name__}: {error}"
+    return _modules[name]
+
+
+def available_backends() -> dict[str, str]:
+    """Backend name -> "ok", or the reason why it cannot run here."""
+    found = {name: _load(name) for name in NAMES}
+    return {name: module if isinstance(module, str) else "ok" for name, module in found.items()}
+
+
+def _checked(name: str) -> str:
+    module = _load(name)
+    if isinstance(module, str):
+        raise RuntimeError(f"backend {name!r} is not available: {module}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str):
+    """Within the context, every loss runs on this backend or raises.
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: it cannot run here; the message says why.
+    """
+    token = _choice.set(_checked(name))
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+_forced = os.environ.get("KDKERNELS_BACKEND") or None
+if _forced is not None and _forced not in NAMES:
+    raise ValueError(f"KDKERNELS_BACKEND must be one of {', '.join(NAMES)}, got {_forced!r}")
+
+
+def pick(student: Tensor) -> ModuleType:
+    """The backend for these logits: the one asked for, else the fastest that runs on their device.
+
+    float64 on a GPU goes to `reference`: the kernels there compute elements in float32.
+    """
+    device = student.device.type
+    name = _choice.get() or _forced
+    if name is not None:
+        module = importlib.import_module(f"{__name__}.{_checked(name)}")
+        if device not in module.DEVICES and "any" not in module.DEVICES:
+            raise ValueError(f"backend {name!r} runs on {' or '.join(module.DEVICES)}, student_logits are on {device}")
+        if student.dtype == torch.float64 and not module.FLOAT64:
+            raise TypeError(f"backend {name!r} computes in float32 and student_logits are float64; use 'reference'")
+        return module
+    if device == "cpu":
+        candidates = ("cpu",)
+    elif student.dtype == torch.float64:
+        candidates = ("reference",)
+    else:
+        candidates = ("cuda", "triton") if device == "cuda" else ("triton",)
+    for candidate in candidates:
+        module = _load(candidate)
+        if not isinstance(module, str):
+            return module
+    return _load("reference")

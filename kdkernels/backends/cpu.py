@@ -1,0 +1,51 @@
+"""C++ on the CPU: rows on threads, tiles of a row in vector registers (`csrc/cpu/`).
+
+Bytes per class of a row: reduce reads both logits once, spread reads them again and writes the gradient.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from . import calls
+
+DEVICES = ("cpu",)
+FLOAT64 = True
+LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"
+
+
+def _load() -> str | None:
+    if not LIBRARY.exists():
+        return f"{LIBRARY} is not built; reinstall kdkernels (pip install .) with a C++ compiler"
+    torch.ops.load_library(str(LIBRARY))
+    from ..ops import register
+
+    register("")
+    return None
+
+
+_reason = _load()
+
+
+def unavailable() -> str | None:
+    """Why the backend cannot run, or None."""
+    return _reason
+
+
+def isa() -> str:
+    """The instruction set the kernels run with on this processor."""
+    return ("baseline", "AVX2", "AVX-512")[torch.ops.kdkernels.isa()] if _reason is None else "none"
+
+
+def _counted(name: str):
+    def launch(*args):
+        if not torch.compiler.is_compiling():
+            calls["cpu", name] += 1
+        return getattr(torch.ops.kdkernels, name)(*args)
+
+    return launch
+
+
+OPERATORS = (_counted("reduce"), _counted("rows"), _counted("spread"))

@@ -1,0 +1,106 @@
+"""The definition: plain torch in float64, O(K N V) memory, differentiable as often as one likes."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import calls
+
+if TYPE_CHECKING:
+    from ..call import Rows
+    from ..loss import Loss, Program
+
+DEVICES = ("any",)
+FLOAT64 = True
+OPERATORS = None  # not built from row operations: torch's autograd goes through the whole of it
+
+
+def unavailable() -> str | None:
+    return None
+
+
+class _Finite(torch.autograd.Function):
+    """x with -inf replaced by 0, and the gradient of x: d(mean of x)/dx_i is the weight whatever x_i is."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.where(x == -math.inf, 0.0, x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor:
+    """(N,) float64 losses; 0 at rows that are not kept."""
+    from ..loss import MOMENTS, Label, Moment
+
+    if not torch.compiler.is_compiling():
+        calls["reference", "row_losses"] += 1
+    keep, labels = rows.keep, rows.labels
+    s = _prepare(rows.student, rows)
+    t = torch.zeros_like(s) if rows.teacher is None else _prepare(rows.teacher, rows)
+    gone_s, gone_t = s == -math.inf, t == -math.inf
+    if rows.mask is not None:
+        gone_s, gone_t = gone_s | ~rows.mask, gone_t | ~rows.mask
+    dead = gone_s if rows.teacher is None else gone_s & gone_t
+    s, t = _Finite.apply(s), _Finite.apply(t)
+    y = None if labels is None else torch.where(labels == loss.ignore_index, 0, labels)[:, None]
+    if y is not None and bool(((y < 0) | (y >= rows.vocab)).any()):
+        raise ValueError(f"labels must be in [0, {rows.vocab}) or ignore_index={loss.ignore_index}")
+    args = args.to(s.device)
+    nothing = torch.zeros(s.shape[0], dtype=torch.bool, device=s.device)
+    moments = []
+    for k, point in enumerate(loss.all_points()):
+        scale_s, scale_t = (1.0, 1.0) if point.raw else (args[:, :1], args[:, 1:2])
+        b, a = args[:, 3 + 2 * k : 4 + 2 * k], args[:, 4 + 2 * k : 5 + 2 * k]
+        out = dead | (gone_s & (b != 0)) | (gone_t & (a != 0))
+        left_out = out.scatter(1, y, True) if point.exclude_label and y is not None else out
+        wanted = {j for j in range(MOMENTS) if int(program.code[4 + k]) & (0, 8, 16, 32, 32, 32)[j]}
+        moments.append(Moment(*_moments(s * scale_s, t * scale_t, b, a, left_out, gone_s, gone_t, point, wanted)))
+        nothing = nothing | (out if point.exclude_label else left_out).all(-1)
+    at = (lambda x, gone: torch.zeros_like(x[:, 0]) if y is None else _at(x, gone, y))  # fmt: skip
+    label = Label(at(s * args[:, :1], gone_s), at(t * args[:, 1:2], gone_t))
+    value = loss.row_value(moments, label, at(s, gone_s), args[:, 2])
+    value = torch.as_tensor(value, dtype=torch.float64, device=s.device).expand(s.shape[0])
+    value = torch.where(nothing, math.nan, value)
+    return value if keep is None else torch.where(keep, value, 0.0)
+
+
+def _prepare(x: Tensor, rows: Rows) -> Tensor:
+    x = x.reshape(-1, x.shape[-1])[:, : rows.vocab].to(torch.float64)
+    return x if rows.keep is None else torch.where(rows.keep[:, None], x, 0.0)
+
+
+def _at(x: Tensor, gone: Tensor, y: Tensor) -> Tensor:
+    return x.gather(1, y)[:, 0] + torch.where(gone.gather(1, y)[:, 0], -math.inf, 0.0)
+
+
+def _moments(s, t, b, a, out, gone_s, gone_t, point, wanted):
+    """(lse, s, t, ss, st, tt) of x = b s + a t over the classes that are not `out`, each (N,)."""
+    x = torch.where(out, -math.inf, b * s + a * t)
+    if point.frozen:
+        x = x.detach()
+    top = x.detach().amax(-1, keepdim=True)
+    top = torch.where(top == -math.inf, 0.0, top)
+    w = torch.where(out, 0.0, (x - top).exp())
+    z = w.sum(-1)
+    empty = z == 0
+    w = w / torch.where(empty, 1.0, z)[:, None]
+    lse = torch.where(empty, -math.inf, top[:, 0] + torch.where(empty, 1.0, z).log())
+    zero = torch.zeros_like(lse)
+
+    def mean(f: Tensor, gone: Tensor) -> Tensor:
+        hit = ((w > 0) & gone).any(-1)
+        return (w * f).sum(-1) + torch.where(hit, -math.inf, 0.0)
+
+    S = mean(s, gone_s) if wanted & {1, 3, 4, 5} else zero
+    T = mean(t, gone_t) if wanted & {2, 3, 4, 5} else zero
+    if not wanted & {3, 4, 5}:
+        return lse, S, T, zero, zero, zero
+    d, e = s - S[:, None], t - T[:, None]
+    return lse, S, T, *((w * f).sum(-1) for f in (d * d, d * e, e * e))

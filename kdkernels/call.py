@@ -1,0 +1,208 @@
+"""From what a user passes to what a kernel takes: checks, shapes, row arguments and the factors of a reduction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .loss import Loss, Program
+
+
+class Rows(NamedTuple):
+    """student (A, B, W), teacher (A, B, W2) or None, labels (N,) int64 or None with N = A B, classes [0, vocab)."""
+
+    student: Tensor
+    teacher: Tensor | None
+    labels: Tensor | None
+    mask: Tensor | None
+    weight: Tensor | None
+    keep: Tensor | None
+    vocab: int
+    batch: int
+
+
+def check_options(loss: Loss) -> None:
+    from .loss import REDUCTIONS, check_number
+
+    check_number("temperature", loss.temperature, above=0)
+    if loss.teacher_temperature is not None:
+        check_number("teacher_temperature", loss.teacher_temperature, above=0)
+    check_number("kd_weight", loss.kd_weight)
+    check_number("ce_weight", loss.ce_weight)
+    check_number("label_smoothing", loss.label_smoothing, least=0, most=1)
+    check_number("z_loss", loss.z_loss)
+    for name in ("t_squared", "standardize"):
+        if not isinstance(getattr(loss, name), bool):
+            raise TypeError(f"{name} must be a bool, got {getattr(loss, name)!r}")
+    if loss.reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {loss.reduction!r}")
+    if isinstance(loss.ignore_index, bool) or not isinstance(loss.ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {loss.ignore_index!r}")
+
+
+def _logits(name: str, x) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {x.dtype} of shape {tuple(x.shape)}")
+    if x.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (..., V) with V >= 1, got {tuple(x.shape)}")
+
+
+def _three(x: Tensor) -> Tensor:
+    """(..., V) -> (A, B, V) with unit stride in V; a copy only where the leading strides cannot be kept."""
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        x = x.contiguous()
+    if x.dim() == 3:
+        return x
+    return x.reshape(1, -1, x.shape[-1]) if x.dim() < 3 else x.reshape(-1, *x.shape[-2:])
+
+
+def _like(name: str, x, student: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.shape != student.shape[:-1]:
+        raise ValueError(
+            f"{name} must have shape {tuple(student.shape[:-1])} for student_logits of shape "
+            f"{tuple(student.shape)}, got {tuple(x.shape)}"
+        )
+    if x.device != student.device:
+        raise ValueError(f"{name} must be on student_logits' device {student.device}, got {x.device}")
+    return x
+
+
+def _no_gradient(name: str, x) -> None:
+    if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, but no gradient flows to it; pass {name}.detach()")
+
+
+def check(loss: Loss, student, teacher, labels, row_weight, temperature, vocab_size, vocab_mask) -> Rows:
+    """The call's tensors in the shapes kernels take.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its shape and what was expected.
+    """
+    _logits("student_logits", student)
+    width = student.shape[-1]
+    if vocab_size is not None:
+        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+            raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+        if not 1 <= vocab_size <= width:
+            raise ValueError(f"vocab_size must be in [1, {width}] for student_logits {tuple(student.shape)}, "
+                             f"got {vocab_size}")  # fmt: skip
+    vocab = vocab_size or width
+    needs_teacher = loss.needs_teacher and loss.kd_weight != 0
+    if teacher is None:
+        if needs_teacher:
+            raise ValueError(f"{type(loss).__name__} needs teacher_logits")
+    else:
+        _logits("teacher_logits", teacher)
+        fits = teacher.shape == student.shape or (
+            vocab_size is not None and teacher.shape[:-1] == student.shape[:-1] and teacher.shape[-1] >= vocab_size
+        )
+        if not fits:
+            raise ValueError(f"teacher_logits must have student_logits' shape {tuple(student.shape)}, "
+                             f"got {tuple(teacher.shape)}")  # fmt: skip
+        if teacher.device != student.device:
+            raise ValueError(f"teacher_logits must be on student_logits' device {student.device}, got {teacher.device}")
+        if not needs_teacher:
+            _no_gradient("teacher_logits", teacher)
+            teacher = None
+    if labels is None and (loss.needs_labels and loss.kd_weight != 0 or loss.ce_weight):
+        raise ValueError(f"{type(loss).__name__} with ce_weight={loss.ce_weight} needs labels")
+    if labels is not None:
+        labels = _like("labels", labels, student)
+        if labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex():
+            raise TypeError(f"labels must be integers, got {labels.dtype} of shape {tuple(labels.shape)}")
+        labels = labels.reshape(-1).to(torch.int64)
+    if row_weight is not None:
+        row_weight = _like("row_weight", row_weight, student)
+        _no_gradient("row_weight", row_weight)
+        row_weight = row_weight.reshape(-1).to(torch.float64)
+    _no_gradient("temperature", temperature)
+    if isinstance(temperature, Tensor):
+        _like("temperature", temperature, student) if temperature.dim() else None
+    elif temperature is not None:
+        from .loss import check_number
+
+        check_number("temperature", temperature, above=0)
+    if vocab_mask is not None:
+        vocab_mask = _mask(vocab_mask, student, vocab)
+    keep = None if labels is None else labels != loss.ignore_index
+    batch = student.shape[0] if student.dim() > 1 else 1
+    student = _three(student)
+    return Rows(student, None if teacher is None else _three(teacher), labels, vocab_mask, row_weight, keep, vocab, batch)
+
+
+def _mask(mask, student: Tensor, vocab: int) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"vocab_mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if mask.dim() != 1 or mask.shape[0] not in (student.shape[-1], vocab):
+        raise ValueError(f"vocab_mask must have shape ({student.shape[-1]},), got {tuple(mask.shape)}")
+    if mask.device != student.device:
+        raise ValueError(f"vocab_mask must be on student_logits' device {student.device}, got {mask.device}")
+    return mask[:vocab].contiguous()
+
+
+def arguments(loss: Loss, program: Program, rows: Rows, temperature) -> Tensor:
+    """Row arguments (1 or N, 3 + 2K): [1/T_student, 1/T_teacher, T] and the points' coefficients."""
+    args = program.args
+    if temperature is None and not loss.standardize:
+        return args
+    args = args.to(rows.student.device)
+    T = args[:, 2]
+    if temperature is not None:
+        T = torch.as_tensor(temperature, dtype=torch.float64, device=args.device).reshape(-1)
+    student = 1 / T
+    teacher = args[:, 1] if loss.teacher_temperature is not None else student
+    if loss.standardize:
+        student = student * _inverse_deviation(rows.student, rows)
+        if rows.teacher is not None:
+            teacher = teacher * _inverse_deviation(rows.teacher, rows)
+    head = torch.broadcast_tensors(student, teacher, T, args[:, 3])
+    count = head[0].shape[0]
+    return torch.cat((torch.stack(head[:3], -1), args[:, 3:].expand(count, -1)), -1)
+
+
+def _inverse_deviation(logits: Tensor, rows: Rows) -> Tensor:
+    """(N,) float64: 1 / standard deviation of each row of logits (A, B, W) over its live classes, differentiable."""
+    from .logpartition import inverse_deviation
+
+    labels = None if rows.labels is None else rows.labels.view(logits.shape[:-1])
+    scale = inverse_deviation(logits, labels=labels, vocab_size=rows.vocab, vocab_mask=rows.mask)
+    return scale.reshape(-1).to(torch.float64)
+
+
+def factor(loss: Loss, rows: Rows, num_items) -> Tensor:
+    """What multiplies each row's loss: (N,) or (1,) float64."""
+    device = rows.student.device
+    one = torch.ones(1, dtype=torch.float64, device=device) if rows.weight is None else rows.weight
+    if num_items is not None and loss.reduction != "mean":
+        raise ValueError(f"num_items replaces the denominator of reduction='mean', not of {loss.reduction!r}")
+    if loss.reduction == "mean":
+        if num_items is not None:
+            if not isinstance(num_items, (int, float, Tensor)) or isinstance(num_items, bool):
+                raise TypeError(f"num_items must be a number or a tensor, got {type(num_items).__name__}")
+            if isinstance(num_items, Tensor) and num_items.numel() != 1:
+                raise ValueError(f"num_items must have one element, got shape {tuple(num_items.shape)}")
+            if not isinstance(num_items, Tensor) and not num_items > 0:
+                raise ValueError(f"num_items must be > 0, got {num_items}")
+            return one / torch.as_tensor(num_items, dtype=torch.float64, device=device).reshape(1)
+        count = rows.student.shape[0] * rows.student.shape[1]
+        return one / max(count, 1) if rows.keep is None else one / rows.keep.sum().clamp(min=1)
+    return one / max(rows.batch, 1) if loss.reduction == "batchmean" else one
+
+
+def apply_factor(value: Tensor, factor: Tensor, keep: Tensor | None) -> Tensor:
+    """Weighted row losses; a row that is not kept is 0 whatever its weight."""
+    value = value * factor
+    return value if keep is None else torch.where(keep, value, torch.zeros_like(value))
+
+
+def result_dtype(student: Tensor) -> torch.dtype:
+    return torch.float64 if student.dtype == torch.float64 else torch.float32

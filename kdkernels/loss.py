@@ -1,0 +1,260 @@
+"""What a loss is: points of the log-partition, and arithmetic on the row statistics found there.
+
+For a pair of logit rows s (student) and t (teacher), a point with coefficients (b, a) tilts the row by
+x_i = b s_i + a t_i and has the log-partition E = log sum_i exp(x_i) and the means of s and t under softmax(x).
+A `Loss` names its points and computes its value from those numbers; every backend does the rest.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, call, tape
+from .ops import RowLoss
+
+REDUCTIONS = ("mean", "sum", "none", "batchmean")
+RAW, FROZEN, EXCLUDE, MEAN_S, MEAN_T, SECOND = 1, 2, 4, 8, 16, 32
+MOMENTS = 6  # lse, s, t, ss, st, tt
+
+
+class Point(NamedTuple):
+    """Coefficients of the tilt x_i = student * s_i + teacher * t_i.
+
+    Attributes:
+        student, teacher: coefficients of the (temperature-scaled) logits. A zero coefficient ignores its logit.
+        frozen: the weights softmax(x) are constants in the gradient.
+        exclude_label: the label's class is left out of the sums.
+        raw: the coefficients apply to logits at temperature 1.
+    """
+
+    student: Any = 0.0
+    teacher: Any = 0.0
+    frozen: bool = False
+    exclude_label: bool = False
+    raw: bool = False
+
+
+class Moment(NamedTuple):
+    """Statistics of a row at one point: log-partition, mean logits and their (co)variances under softmax(x)."""
+
+    lse: Any
+    s: Any
+    t: Any
+    ss: Any
+    st: Any
+    tt: Any
+
+
+class Label(NamedTuple):
+    """Logits of the label's class."""
+
+    student: Any
+    teacher: Any
+
+
+class Program(NamedTuple):
+    """A traced loss: `code` is its structure and instructions, `args` the numbers a user may change (see `ops`)."""
+
+    code: Tensor
+    args: Tensor
+
+
+class _PostInit(type):
+    """Traces a loss once its outermost __init__ is done, so that a subclass may set its options in any order."""
+
+    def __call__(cls, *args, **kwargs):
+        loss = super().__call__(*args, **kwargs)
+        loss._trace()
+        return loss
+
+
+class Loss(nn.Module, metaclass=_PostInit):
+    """Base class of the losses: subclass it, declare `points` and `value`, and have a loss on every backend.
+
+    Args:
+        temperature: T > 0, divides both rows.
+        teacher_temperature: replaces T for the teacher's row.
+        t_squared: multiply the distillation term by T^2 (Hinton et al. 2015).
+        kd_weight: weight of the distillation term.
+        ce_weight: weight of an added cross-entropy of the student at temperature 1 with the labels.
+        label_smoothing: smoothing of that cross-entropy, in [0, 1].
+        z_loss: weight of an added squared log-partition of the student at temperature 1.
+        standardize: z-score each row first (logit standardisation, Sun et al. 2024).
+        reduction: "mean" (sum of row_weight * loss over the number of kept rows), "sum", "none" or
+            "batchmean" (sum over the size of the first dimension).
+        ignore_index: rows with this label are left out, whatever they hold.
+
+    Raises:
+        TypeError, ValueError: an option is not of its kind or out of its range.
+    """
+
+    needs_teacher = True
+    needs_labels = False
+    _double: Program
+    _single: Program
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        t_squared: bool = False,
+        kd_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        standardize: bool = False,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+    ):
+        super().__init__()
+        self.temperature, self.teacher_temperature = temperature, teacher_temperature
+        self.t_squared, self.standardize = t_squared, standardize
+        self.kd_weight, self.ce_weight = kd_weight, ce_weight
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self.reduction, self.ignore_index = reduction, ignore_index
+        self.resolution = 1e-16  # relative error of the row statistics; set while tracing
+
+    def points(self) -> tuple[Point, ...]:
+        """The points of the log-partition this loss looks at."""
+        raise NotImplementedError(f"{type(self).__name__} must declare points()")
+
+    def value(self, *moments: Moment, label: Label | None = None):
+        """The loss of a row from its moments (and `label` where `needs_labels`), in torch-like arithmetic."""
+        raise NotImplementedError(f"{type(self).__name__} must declare value()")
+
+    def minimizer(self, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Student logits at which the distillation term is smallest."""
+        return teacher_logits * (self.temperature / (self.teacher_temperature or self.temperature))
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        row_weight: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        temperature: float | Tensor | None = None,
+        vocab_size: int | None = None,
+        vocab_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of student_logits (..., V).
+
+        Args:
+            student_logits: (..., V), any floating dtype and strides.
+            teacher_logits: (..., V), logits or log-probabilities, dtype of its own.
+            labels: (...) integers; rows at `ignore_index` are left out.
+            row_weight: (...) factors of the rows.
+            num_items: denominator of "mean", in place of the number of kept rows.
+            temperature: in place of the constructor's, a number or one for each row (...).
+            vocab_size: classes from here on are padding: probability 0 in both rows. The widths may then differ.
+            vocab_mask: (V,) booleans, False where a class is padding.
+
+        Returns:
+            A scalar, or (...) with reduction "none"; float64 for float64 logits, else float32.
+
+        Raises:
+            TypeError, ValueError: an argument is missing, or not of the dtype, device, shape or range it should be.
+        """
+        rows = call.check(
+            self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask
+        )
+        backend = backends.pick(student_logits)
+        program = self._double if student_logits.dtype == torch.float64 else self._single
+        args = call.arguments(self, program, rows, temperature)
+        factor = call.factor(self, rows, num_items)
+        if backend.OPERATORS is None:
+            value = backend.row_losses(self, rows, program, args)
+            value = call.apply_factor(value, factor, rows.keep).to(call.result_dtype(student_logits))
+            return value.view(student_logits.shape[:-1]) if self.reduction == "none" else value.sum()
+        return RowLoss.apply(
+            rows.student, rows.teacher, args, rows.labels, rows.mask, factor, program.code,
+            backend.OPERATORS, rows.vocab, self.ignore_index, self.reduction == "none", student_logits.shape[:-1],
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_") and k not in _MODULE)
+
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(name, value)
+        if "_single" in self.__dict__ and not name.startswith("_") and name not in _MODULE:
+            self._trace()
+
+    def all_points(self) -> tuple[Point, ...]:
+        """`points()` and those of the cross-entropy and z-loss."""
+        return (tuple(self.points()) if self.kd_weight else ()) + self._student_points()
+
+    def _student_points(self) -> tuple[Point, ...]:
+        extra = (Point(student=1, raw=True),) if self.ce_weight or self.z_loss else ()
+        return extra + ((Point(raw=True),) if self.ce_weight and self.label_smoothing else ())
+
+    def row_value(self, moments: list[Moment], label: Label, raw_label, temperature):
+        """Value of a row: distillation, cross-entropy and z-loss terms, on tensors or traced values."""
+        extra = len(self._student_points())
+        own, extra = moments[: len(moments) - extra], moments[len(moments) - extra :]
+        total = 0.0
+        if self.kd_weight:
+            total = self.value(*own, **({"label": label} if self.needs_labels else {}))
+            total = total * self.kd_weight if self.kd_weight != 1 else total
+            total = temperature * temperature * total if self.t_squared else total
+        if self.ce_weight:
+            smooth = self.label_smoothing
+            ce = extra[0].lse - raw_label
+            if smooth:
+                ce = tape.times(1 - smooth, ce) + smooth * (extra[0].lse - extra[1].s)
+            total = total + self.ce_weight * ce
+        if self.z_loss:
+            total = total + self.z_loss * extra[0].lse * extra[0].lse
+        return total
+
+    def _trace(self) -> None:
+        call.check_options(self)
+        for name, resolution in (("_double", 1e-16), ("_single", 1e-8)):
+            shadow = copy.copy(self)
+            shadow.__dict__["resolution"] = resolution
+            self.__dict__[name] = _traced(shadow)
+
+
+_MODULE = {"training", "resolution"} | set(vars(nn.Module()))
+
+
+def _traced(loss: Loss) -> Program:
+    points = loss.all_points()
+    labels = MOMENTS * len(points)
+    code = tape.Tape(labels + 4)
+    numbers = [code.input(i) for i in range(code.inputs)]
+    moments = [Moment(*numbers[MOMENTS * k : MOMENTS * (k + 1)]) for k in range(len(points))]
+    value = loss.row_value(moments, Label(*numbers[labels : labels + 2]), *numbers[labels + 2 : labels + 4])
+    out = value.register if isinstance(value, tape.Expr) else code.emit(tape.Op.CONST, const=float(value)).register
+    code.used.add(out)
+    flags = [_flags(p, code.used, MOMENTS * k, loss.standardize) for k, p in enumerate(points)]
+    lines = [x for line in code.code for x in line]
+    args = [1 / loss.temperature, 1 / (loss.teacher_temperature or loss.temperature), loss.temperature]
+    args += [c for p in points for c in (p.student, p.teacher)]
+    columns = torch.broadcast_tensors(*(torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in args))
+    header = [len(points), len(code.code), 0, out]
+    return Program(torch.tensor([*header, *flags, *lines], dtype=torch.float64), torch.stack(columns, -1))
+
+
+def _flags(point: Point, used: set[int], first: int, standardize: bool) -> int:
+    flags = RAW * point.raw | FROZEN * point.frozen | EXCLUDE * point.exclude_label
+    flags |= MEAN_S * (first + 1 in used) | MEAN_T * (first + 2 in used)
+    if used & {first + 3, first + 4, first + 5} or (standardize and not point.raw):
+        flags |= SECOND | MEAN_S | MEAN_T
+    return flags
+
+
+def check_number(name: str, value, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf):
+    """A finite number in (above, inf) and [least, most]; a bool, a string or NaN raises."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    if not (math.isfinite(value) and value > above and least <= value <= most):
+        low = f"> {above:g}" if above > -math.inf else f">= {least:g}" if least > -math.inf else "finite"
+        raise ValueError(f"{name} must be {low}{f' and <= {most:g}' if most < math.inf else ''}, got {value!r}")
+    return value

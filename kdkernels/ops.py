@@ -1,0 +1,93 @@
+"""The autograd function behind every loss, and the shape rules of the operators it calls.
+
+Operators (`csrc/cpu/ops.cpp` has the schemas; every backend implements the same three):
+
+    reduce(student (A, B, W), teacher (A, B, W2)?, labels (N,)?, mask (V,)?, args, program, vocab, ignore_index)
+        -> stats (N, K + 1, 7): [max, sum of exp(x - max), mean s, mean t, cov ss, st, tt] at each point, then
+           [s_y, t_y, max s, max t, kept, 0, 0]
+    rows(stats, args, program, sides) -> value (N,), coef (sides, N, K + 1, 10)
+    spread(grad (N or 1,), student, teacher?, labels?, mask?, coef (N, K + 1, 10), vocab, ignore_index, side)
+        -> gradient of that side's logits
+
+All statistics are float64. `args` and `program` are described at `kdkernels.loss.Program`:
+args (1 or N, 3 + 2K) = [1/T_student, 1/T_teacher, T], K x (student, teacher coefficient);
+program = [K, R, 0, output register], K flags, R instructions (op, a, b, c, constant).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .call import apply_factor, result_dtype
+
+STATS, COEFS = 7, 10
+
+
+def _refuse(ctx, *grads):
+    raise NotImplementedError(
+        "kdkernels: this gradient is not itself differentiable; for double backward run the loss under "
+        "kdkernels.use_backend('reference')"
+    )
+
+
+def register(prefix: str) -> None:
+    """Shape rules and a loud refusal of double backward for the three operators `kdkernels::{prefix}...`."""
+
+    @torch.library.register_fake(f"kdkernels::{prefix}reduce")
+    def _(student, teacher, labels, mask, args, program, vocab, ignore_index):
+        points = (args.shape[1] - 3) // 2
+        return student.new_empty((student.shape[0] * student.shape[1], points + 1, STATS), dtype=torch.float64)
+
+    @torch.library.register_fake(f"kdkernels::{prefix}rows")
+    def _(stats, args, program, sides):
+        return stats.new_empty(stats.shape[0]), stats.new_empty((sides, *stats.shape[:2], COEFS))
+
+    @torch.library.register_fake(f"kdkernels::{prefix}spread")
+    def _(grad, student, teacher, labels, mask, coef, vocab, ignore_index, side):
+        side_logits = teacher if side else student
+        return side_logits.new_empty(side_logits.shape)
+
+    for name in ("reduce", "rows", "spread"):
+        torch.library.register_autograd(f"kdkernels::{prefix}{name}", _refuse)
+
+
+class _Spread(torch.autograd.Function):
+    """`spread` under create_graph=True: right once, and a clear error when differentiated again."""
+
+    @staticmethod
+    def forward(ctx, spread, *inputs):
+        return spread(*inputs)
+
+    backward = staticmethod(_refuse)
+
+
+class RowLoss(torch.autograd.Function):
+    """Reduced (or per-row) loss of student (A, B, W) and teacher (A, B, W2), by the three operators of a backend."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, args, labels, mask, factor, program, operators, vocab, ignore, per_row, shape):
+        reduce, rows, ctx.spread = operators
+        sides = 2 if ctx.needs_input_grad[1] else 1
+        stats = reduce(student, teacher, labels, mask, args, program, vocab, ignore)
+        value, coef = rows(stats, args, program, sides)
+        keep = None if labels is None else labels != ignore
+        value = apply_factor(value, factor, keep).to(result_dtype(student))
+        ctx.save_for_backward(student, teacher, args, labels, mask, factor, coef)
+        ctx.vocab, ctx.ignore, ctx.per_row = vocab, ignore, per_row
+        return value.view(shape) if per_row else value.sum(dtype=torch.float64).to(value.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        student, teacher, args, labels, mask, factor, coef = ctx.saved_tensors
+        grad = grad.reshape(-1).to(torch.float64) * factor
+        out: list[Tensor | None] = [None, None, None]
+        for side in (0, 1):
+            if ctx.needs_input_grad[side]:
+                inputs = (grad, student, teacher, labels, mask, coef[side], ctx.vocab, ctx.ignore, side)
+                out[side] = _Spread.apply(ctx.spread, *inputs) if torch.is_grad_enabled() else ctx.spread(*inputs)
+        if ctx.needs_input_grad[2]:  # the scales 1/T of standardised rows: d value / d log scale stands in coef
+            slopes = coef[:, :, -1, 4].transpose(0, 1) * grad[:, None]
+            out[2] = torch.zeros_like(args)
+            out[2][:, : len(coef)] = slopes / args[:, : len(coef)]
+        return (*out, *(None,) * 9)

@@ -1,0 +1,144 @@
+"""Files that survive a kill: written beside their place, synced, renamed; checked when read. Nothing is pickled."""
+
+import contextlib
+import json
+import os
+import zlib
+from pathlib import Path
+
+from .config import UserError
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a path to write to. It takes the place of `path` only when it is whole and on disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sweep(folder):
+    """Remove what killed processes left half-written in a folder."""
+    for path in Path(folder).glob(".*.tmp"):
+        pid = path.name.split(".")[-2]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (PermissionError, ValueError):  # alive and not ours, or not a file of ours
+            continue
+
+
+def sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path, value):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def checksum(tensors):
+    """CRC-32 over names and bytes: safetensors notices a short file, not a flipped bit."""
+    import torch
+
+    crc = 0
+    for name in sorted(tensors):
+        raw = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        crc = zlib.crc32(raw, zlib.crc32(name.encode(), crc))
+    return crc
+
+
+def save_tensors(path, tensors, **header):
+    """Write {name: tensor} and a JSON header to a safetensors file; returns the checksum."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    crc = checksum(tensors)
+    metadata = {"kdkernels": json.dumps({**header, "crc32": crc}, sort_keys=True)}
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:  # a full disk arrives as this type
+            raise OSError(f"cannot write {path}: {error}") from error
+    return crc
+
+
+def load_tensors(path):
+    """-> ({name: tensor}, header). UserError naming the file when it is damaged or not ours."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(metadata["kdkernels"])
+    except KeyError:
+        raise UserError(f"{path} was not written by kdkernels") from None
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}; delete it to start over from what it was made of") from None
+    if checksum(tensors) != header["crc32"]:
+        raise UserError(f"{path} is damaged: its checksum differs; delete it to start over from what it was made of")
+    return tensors, header
+
+
+class Journal:
+    """metrics.jsonl: one line per record, in order, without gaps or repeats across resumes."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.file = None
+
+    def records(self):
+        """All records; a last line cut short by a kill is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        found = []
+        for number, line in enumerate(lines, 1):
+            try:
+                found += [json.loads(line)] if line else []
+            except ValueError:
+                if number < len(lines):
+                    raise UserError(f"{self.path}, line {number}, is damaged") from None
+        return found
+
+    def rewind(self, stage, step):
+        """Forget what `stage` wrote after `step`: the resumed run writes it again."""
+        self.close()
+        kept = [r for r in self.records() if r["stage"] != stage or r["step"] <= step]
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+
+    def write(self, **record):
+        self.file = self.file or self.path.open("a", encoding="utf-8")
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def sync(self):
+        if self.file:
+            os.fsync(self.file.fileno())
+
+    def close(self):
+        if self.file:
+            self.file.close()
+        self.file = None

@@ -1,0 +1,71 @@
+"""Short names and command-line options to losses, and the catalogue as a table."""
+
+import inspect
+import re
+
+import kdkernels as kd
+
+from .config import UserError
+
+
+def short(name):
+    """'WTTMLoss', 'wttm', 'forward-kl' -> 'wttm', 'wttm', 'forwardkl'."""
+    return re.sub(r"[^a-z0-9]", "", name.lower()).removesuffix("loss")
+
+
+def loss_class(name):
+    known = {short(full): cls for full, cls in kd.catalogue().items()}
+    if short(name) not in known:
+        raise UserError(f"unknown loss {name!r}; known: {', '.join(sorted(known))}")
+    return known[short(name)]
+
+
+def options_of(cls):
+    """{name: default} of everything its constructor takes, its base classes' shared options included."""
+    found: dict[str, object] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base) or base.__module__.startswith("torch"):
+            continue
+        parameters = inspect.signature(base.__init__).parameters.values()
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
+        found = {p.name: p.default for p in named} | found
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def resolve(name, options):
+    """The options with what the trainer adds: TTM and WTTM get temperature=1/gamma, teacher_temperature=1.
+
+    On their own they are least where the student's logits are gamma times the teacher's: a flattened copy, far from
+    the teacher in KL and acceptance. With the student's temperature at 1/gamma they are least at the teacher itself.
+    Either temperature given by the user switches this off.
+    """
+    default = options_of(loss_class(name)).get("gamma")
+    gamma = options.get("gamma", default)
+    if not gamma or gamma < 0 or {"temperature", "teacher_temperature"} & set(options):
+        return dict(options)
+    return {"gamma": gamma, **options, "temperature": 1 / gamma, "teacher_temperature": 1.0}
+
+
+def make_loss(name, options):
+    """The loss as a module. UserError for an unknown loss or option, listing the known ones."""
+    cls = loss_class(name)
+    known = options_of(cls)
+    for option in options:
+        if option not in known:
+            raise UserError(f"{cls.__name__} has no option {option!r}; known: {', '.join(sorted(known))}")
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{cls.__name__}: {error}") from None
+
+
+def describe(cls):
+    """-> name, formula, paper, points, from the class itself."""
+    text = inspect.getdoc(cls) or ""
+    paper = "; ".join(re.findall(r"\[([^\[\]]*(?:19|20)\d\d[^\[\]]*)\]", text))
+    formula = re.sub(r"\s*\[[^\[\]]*(?:19|20)\d\d[^\[\]]*\]", "", text.split("\n")[0]).strip()
+    points = cls().points()
+    points = points if isinstance(points, (tuple, list)) else [points]
+    return cls.__name__, formula, paper, ", ".join(map(str, points))

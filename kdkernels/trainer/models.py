@@ -1,0 +1,59 @@
+"""A small Llama-style teacher from a configuration, and a student cut out of it."""
+
+import torch
+
+
+def build(cfg, vocab_size, layers):
+    """A LlamaForCausalLM with tied embeddings and weights drawn from cfg.seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(cfg.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=cfg.hidden,
+            intermediate_size=cfg.ffn,
+            num_hidden_layers=layers,
+            num_attention_heads=cfg.heads,
+            num_key_value_heads=cfg.heads,
+            max_position_embeddings=cfg.seq_len,
+            tie_word_embeddings=True,
+            use_cache=False,
+        )
+    ).to(cfg.device)
+
+
+def cut_student(cfg, teacher):
+    """The teacher's embeddings, final norm and chosen layers.
+
+    A student that starts from noise only learns how frequent tokens are in the minutes that a demonstration has.
+    """
+    student = build(cfg, teacher.config.vocab_size, len(cfg.keep_layers))
+    weights = teacher.state_dict()
+    for place, layer in enumerate(cfg.keep_layers):
+        student.model.layers[place].load_state_dict(teacher.model.layers[layer].state_dict())
+    student.load_state_dict({k: v for k, v in weights.items() if ".layers." not in k}, strict=False)
+    return student
+
+
+def weights_of(model):
+    """{name: parameter}; tied weights once."""
+    return dict(model.named_parameters())
+
+
+def fill(model, tensors):
+    """Copy {name: tensor} into the model's parameters in place."""
+    with torch.no_grad():
+        for name, parameter in weights_of(model).items():
+            parameter.copy_(tensors[name])
+
+
+def logits_of(model, inputs, dtype="float32"):
+    """inputs (B, T) -> logits (B * T, V), in `dtype`: every position is a row of the loss."""
+    kind = getattr(torch, dtype)
+    with torch.autocast(inputs.device.type, kind, enabled=kind != torch.float32):
+        return model(input_ids=inputs).logits.flatten(0, 1)
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())

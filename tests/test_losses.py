@@ -1,0 +1,68 @@
+"""The catalogue against the textbook, on every backend, in every dtype."""
+
+import pytest
+from accuracy import BACKENDS, BF16, F16, F32, F64, batch, faults, run
+from textbook import CASES
+
+import kdkernels as kd
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+NATIVE = [b for b in BACKENDS if b != "triton"]
+DTYPES = [(F64, F64), (F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (BF16, F32)]
+in_dtypes = pytest.mark.parametrize(
+    "dtypes", DTYPES, ids=lambda d: "+".join(dict.fromkeys(str(x).removeprefix("torch.") for x in d))
+)
+
+ROWS = 1024
+REGIMES = {
+    "V=1": dict(N=ROWS, V=1),
+    "V=2": dict(N=ROWS, V=2, scale=3.0),
+    "V=3": dict(N=ROWS, V=3, scale=3.0),
+    "scale 0.01": dict(N=ROWS, V=48, scale=0.01),
+    "scale 1": dict(N=ROWS, V=48),
+    "scale 50": dict(N=ROWS, V=48, scale=50.0),
+    "offset 300": dict(N=ROWS, V=48, offset=300.0),
+    "saturated": dict(N=ROWS, V=33, saturated=60.0),
+}
+WIDE = {F32: {"V=1000": dict(N=ROWS, V=1000, scale=3.0), "V=50257": dict(N=6, V=50257, scale=4.0)}}
+WIDE[F64] = WIDE[BF16] = {"V=1000": dict(N=40, V=1000, scale=3.0), "V=50257": dict(N=2, V=50257, scale=4.0)}
+
+
+def check(case, backend, dtypes, regimes):
+    found = []
+    for name, regime in regimes.items():
+        if regime["V"] == 1 and case.options.get("standardize"):
+            continue  # one class has no deviation
+        rows = batch(**regime, s_dtype=dtypes[0], t_dtype=dtypes[1])
+        found += [f"{name}: {fault}" for fault in faults(case, rows, run(case, backend, rows))]
+    assert not found, "\n".join([f"{case} on {backend}", *found])
+
+
+def test_every_loss_has_a_textbook_line_and_back():
+    assert {case.name for case in CASES} == set(kd.catalogue())
+
+
+@pytest.mark.parametrize("backend", NATIVE)  # the first decorator varies fastest: backends share the textbook's work
+@in_dtypes
+@every_case
+def test_agrees_with_the_textbook(case, dtypes, backend):
+    if (backend, dtypes[0]) == ("cuda", F64):
+        pytest.xfail("float64 goes to reference on a GPU")
+    check(case, backend, dtypes, REGIMES)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+@every_case
+def test_wide_rows_agree_with_the_textbook(case, dtype):
+    check(case, "cpu", (dtype, dtype), WIDE[dtype])
+
+
+@in_dtypes
+@every_case
+def test_triton_agrees_with_the_textbook(case, dtypes):
+    if dtypes[0] == F64:
+        rows = batch(2, 5)
+        with pytest.raises(TypeError, match="float64"):
+            run(case, "triton", rows)
+        return
+    check(case, "triton", dtypes, {"small": dict(N=6, V=37, scale=4.0)})

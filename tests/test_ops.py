@@ -1,0 +1,212 @@
+"""The operators under autograd, torch.compile, threads, and a gradient that is asked for twice."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+from accuracy import BACKENDS, F16, F32, batch, excess, make, only, textbook
+from textbook import CASES
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kdkernels as kd
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+NATIVE = pytest.mark.parametrize("backend", ["reference", "cpu"])
+# TAID holds its mixture constant: its gradient is not the derivative of its value.
+TRUE_GRADIENT = [c for c in CASES if c.name != "TAIDLoss"]
+BY_NAME = list({c.name: c for c in CASES}.values())
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the arguments of every kdkernels operator that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = defaultdict(list)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "kdkernels":
+            self.calls[func].append((args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def recorded(backend, dtype=F32):
+    recorder = Recorder()
+    for case in BY_NAME:
+        for reduction in ("mean", "none"):
+            s, t, y = batch(3, 5).to(dtype)
+            s, t = s.clone().requires_grad_(), t.clone().requires_grad_()
+            with kd.use_backend(backend), recorder:
+                value = make(case, reduction=reduction)(s, t if case.needs_teacher else None, y)
+                value.sum().backward()
+    return recorder.calls
+
+
+@on_every_backend
+def test_operators_pass_opcheck(backend):
+    calls = recorded(backend)
+    if backend != "reference":
+        assert calls, "no kdkernels operator ran"
+    for operator, arguments in calls.items():
+        picked = {str([getattr(a, "shape", a) for a in args]): (args, kw) for args, kw in arguments}
+        for args, kw in list(picked.values())[:3]:
+            detached = [a.detach() if torch.is_tensor(a) else a for a in args]
+            torch.library.opcheck(operator, detached, kw)
+
+
+def test_every_operator_is_checked():
+    names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("kdkernels::")}
+    ran = set()
+    for backend in BACKENDS:
+        ran |= {op.name() for op in recorded(backend)}
+    missing = {n for n in names if n.split(".")[0] not in {r.split(".")[0] for r in ran}}
+    assert names and not missing, missing
+
+
+def leaves(case, s, t):
+    """The logits a loss takes, to be differentiated; not the teacher's where part of them is held constant."""
+    if not case.needs_teacher:
+        return (s.clone().requires_grad_(),)
+    return s.clone().requires_grad_(), t.clone().requires_grad_(not case.options.get("detach_weight"))
+
+
+@NATIVE
+@pytest.mark.parametrize("case", TRUE_GRADIENT, ids=str)
+def test_gradcheck(case, backend):
+    s, t, y = batch(3, 5, seed=3)
+    y = y.index_fill(0, torch.tensor([1]), -100)
+    logits = leaves(case, s, t)
+    weight = torch.tensor([0.5, 1.0, 2.0])
+    with only(backend):
+        for loss in (make(case, reduction="mean"), make(case, reduction="none")):
+            assert gradcheck(lambda *logits: loss(*logits, labels=y, row_weight=weight), logits)  # noqa: B023
+
+
+@pytest.mark.parametrize("case", TRUE_GRADIENT, ids=str)
+def test_double_backward_on_reference(case):
+    s, t, y = batch(2, 4, seed=4)
+    with only("reference"):
+        assert gradgradcheck(lambda *logits: make(case)(*logits, labels=y), leaves(case, s, t))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+def test_double_backward_is_refused_elsewhere(backend, reduction):
+    s, t, _ = batch(2, 4).to(F32)
+    s = s.clone().requires_grad_()
+    with kd.use_backend(backend), pytest.raises(NotImplementedError, match="reference"):
+        (ds,) = torch.autograd.grad(kd.ReverseKLLoss(reduction=reduction)(s, t).sum(), s, create_graph=True)
+        ds.pow(2).sum().backward()
+
+
+def compiled_and_eager(case, backend, reduction="mean"):
+    torch._dynamo.reset()
+    loss, results = make(case, reduction=reduction), []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend=backend)):
+        s, t, y = batch(4, 9).to(F32)
+        s, t = s.clone().requires_grad_(), t.clone().requires_grad_()
+        value = function(2 * s, t if case.needs_teacher else None, y)
+        value.sum().backward()
+        results.append([value.detach(), s.grad, *([t.grad] if case.needs_teacher else [])])
+    return results
+
+
+@every_case
+def test_compiles_as_one_graph(case):
+    eager, compiled = compiled_and_eager(case, "aot_eager")
+    for a, b in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_with_inductor(reduction):
+    case = next(c for c in CASES if c.name == "WTTMLoss")
+    eager, compiled = compiled_and_eager(case, "inductor", reduction)
+    for a, b in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name, option", [("TTMLoss", "gamma"), ("TAIDLoss", "tau"), ("AlphaBetaLoss", "alpha"),
+                                          ("RenyiLoss", "alpha"), ("KDLoss", "temperature")])  # fmt: skip
+def test_annealing_does_not_recompile(name, option):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    loss = getattr(kd, name)()
+    step = torch.compile(loss, fullgraph=True, backend=counter)
+    s, t, y = batch(4, 9).to(F32)
+    for value in (0.31, 0.42, 0.53, 0.64, 0.75, 0.86):
+        setattr(loss, option, value)
+        torch.testing.assert_close(step(s, t, y), getattr(kd, name)(**{option: value})(s, t, y))
+    assert counter.frame_count == 1, f"{counter.frame_count} compilations"
+
+
+@pytest.mark.parametrize("shape", [(2, 50257), (37, 1000), (5, 3), (1, 200_000)], ids=str)
+@pytest.mark.parametrize("case", BY_NAME, ids=str)
+def test_threads_do_not_change_a_bit(case, shape):
+    """On as many threads as one likes, forwards and backwards, bitwise."""
+    s, t, y = batch(*shape, scale=3.0).to(F32)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            leaf = s.clone().requires_grad_()
+            with only("cpu"):
+                value = make(case)(leaf, t if case.needs_teacher else None, y)
+                value.backward()
+            results.append((value.detach(), leaf.grad))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@on_every_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("case", BY_NAME, ids=str)
+def test_backward_twice(case, reduction, backend):
+    """A retained graph gives the same gradient again, an incoming gradient scales it, and neither is overwritten."""
+    s, t, y = batch(3, 7).to(F32)
+    s, t = s.clone().requires_grad_(), t.clone().requires_grad_()
+    leaves = (s, t) if case.needs_teacher and case.name != "TAIDLoss" else (s,)
+    with only(backend):
+        value = make(case, reduction=reduction)(s, t if case.needs_teacher else None, y)
+        one = torch.ones_like(value)
+        ask = lambda g: torch.autograd.grad(value, leaves, g, retain_graph=True)  # noqa: E731
+        first = ask(one)
+        kept, scaled, again = [g.clone() for g in first], ask(4 * one), ask(one)
+        zero = ask(0 * one)
+    for a, b, c, d, e in zip(first, kept, scaled, again, zero, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, d) and (e == 0).all()
+        torch.testing.assert_close(c, 4 * a, rtol=1e-6, atol=1e-9)
+
+
+@NATIVE
+@pytest.mark.parametrize("name", ["ForwardKLLoss", "WTTMLoss"])
+def test_half_gradients_survive_the_scale_of_a_grad_scaler(name, backend):
+    """The mean over many rows of a wide softmax underflows float16 unless the scale comes before the rounding."""
+    case = next(c for c in CASES if c.name == name)
+    rows, scale = batch(1024, 2000, s_dtype=F16), 65536.0
+    s = rows.s.clone().requires_grad_()
+    with only(backend):
+        (make(case)(s, rows.t, rows.y) * scale).backward()
+    exact, own = textbook(case, rows), textbook(case, rows, F32)
+    factor = scale / len(rows.y)
+    assert not (why := excess(s.grad, exact.ds * factor, own.ds.double() * factor, F16)), why
+
+
+@on_every_backend
+@every_case
+def test_no_grad_gives_the_same_value(case, backend):
+    s, t, y = batch(3, 7).to(F32)
+    s, teacher = s.clone().requires_grad_(), t if case.needs_teacher else None
+    with only(backend):
+        value = make(case)(s, teacher, y)
+        with torch.no_grad():
+            quiet = make(case)(s, teacher, y)
+        with torch.inference_mode():
+            inferred = make(case)(s, teacher, y)
+    assert value.requires_grad and not quiet.requires_grad
+    torch.testing.assert_close(quiet, value.detach())
+    torch.testing.assert_close(inferred.clone(), value.detach())
