@@ -94,12 +94,10 @@ KD_HD void row_coefs(const Program& p, const double* args, const Moments* x, con
     double c1 = B * gs + (side ? gst : 2 * gss), c2 = B * gt + (side ? 2 * gtt : gst);
     const double c3 = B * gss, c4 = B * gst, c5 = B * gtt;
     if (!(p.flags(k) & RAW)) {  // d value / d log scale of this side
-      const double own = side ? o.t : o.s, other = side ? o.s : o.t;
-      const double own2 = side ? o.tt : o.ss, other2 = o.st;
+      const double own = side ? o.t : o.s, own2 = side ? o.tt : o.ss;
       const double g1 = side ? gt : gs, g2 = side ? gs : gt, g11 = side ? gtt : gss;
-      log_scale += scaled(B * gE, own) + scaled(g1, own + scaled(B, own2)) + scaled(g2 * B, other2) +
+      log_scale += scaled(B * gE, own) + scaled(g1, own + scaled(B, own2)) + scaled(g2 * B, o.st) +
                    2 * scaled(g11, own2) + scaled(gst, o.st);
-      (void)other;
     }
     // From deviations of the means to deviations of the maxima.
     const double d = row.s_max - o.s, e = row.t_max - o.t;

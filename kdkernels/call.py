@@ -113,13 +113,13 @@ def check(loss: Loss, student, teacher, labels, row_weight, temperature, vocab_s
         if not needs_teacher:
             _no_gradient("teacher_logits", teacher)
             teacher = None
-    if labels is None and (loss.needs_labels and loss.kd_weight != 0 or loss.ce_weight):
+    if labels is None and ((loss.needs_labels and loss.kd_weight != 0) or loss.ce_weight):
         raise ValueError(f"{type(loss).__name__} with ce_weight={loss.ce_weight} needs labels")
     if labels is not None:
         labels = _like("labels", labels, student)
         if labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex():
             raise TypeError(f"labels must be integers, got {labels.dtype} of shape {tuple(labels.shape)}")
-        labels = labels.reshape(-1).to(torch.int64)
+        labels = labels.reshape(-1).to(torch.int64).contiguous()
     if row_weight is not None:
         row_weight = _like("row_weight", row_weight, student)
         _no_gradient("row_weight", row_weight)
@@ -135,8 +135,12 @@ def check(loss: Loss, student, teacher, labels, row_weight, temperature, vocab_s
         vocab_mask = _mask(vocab_mask, student, vocab)
     keep = None if labels is None else labels != loss.ignore_index
     batch = student.shape[0] if student.dim() > 1 else 1
-    student = _three(student)
-    return Rows(student, None if teacher is None else _three(teacher), labels, vocab_mask, row_weight, keep, vocab, batch)
+    if loss.standardize:  # the gradient is a sum of two (through the row and its deviation): rounded once, at the end
+        student = student if student.dtype == torch.float64 else student.float()
+        if teacher is not None and teacher.dtype != torch.float64:
+            teacher = teacher.float()
+    teacher = None if teacher is None else _three(teacher)
+    return Rows(_three(student), teacher, labels, vocab_mask, row_weight, keep, vocab, batch)
 
 
 def _mask(mask, student: Tensor, vocab: int) -> Tensor:

@@ -158,18 +158,21 @@ class AlphaBetaLoss(Loss):
                 return _tilted(a, rest[0], rest[1], p.lse, q.lse, rest[0].t - rest[0].s)
             case (_, _, True):
                 m, u = rest
-                ratio = tape.exp(m.lse - a * (p.lse - q.lse))
-                return (ratio - tape.exp(u.lse) * (1 - a * (u.s - u.t - q.lse + p.lse))) / a**2
+                excess = tape.expm1(m.lse - u.lse - a * (p.lse - q.lse))  # mean of (p/q)^a - 1
+                return tape.exp(u.lse) * (excess + a * (u.s - u.t - q.lse + p.lse)) / a**2
         m, qq, pp = rest
         c = a + b
-        cross = tape.exp(m.lse - a * p.lse - b * q.lse)
-        return tape.exp(pp.lse - c * p.lse) / (b * c) + tape.exp(qq.lse - c * q.lse) / (a * c) - cross / (a * b)
+        log_cross = m.lse - a * p.lse - b * q.lse  # the other two sums relative to it: they cancel near q = p
+        teacher = tape.expm1(pp.lse - c * p.lse - log_cross) / (b * c)
+        student = tape.expm1(qq.lse - c * q.lse - log_cross) / (a * c)
+        return tape.exp(log_cross) * (teacher + student)
 
 
 def _tilted(b: float, x: Moment, y: Moment, own_lse, other_lse, difference):
     """1/b^2 sum_i [x_i^b log(x_i^b / y_i^b) - x_i^b + y_i^b] from the moments at b times the logits of x and of y."""
-    mass = tape.exp(x.lse - b * own_lse)
-    return (mass * (b * (difference - own_lse + other_lse) - 1) + tape.exp(y.lse - b * other_lse)) / b**2
+    log_mass = x.lse - b * own_lse
+    excess = tape.expm1(y.lse - b * other_lse - log_mass)
+    return tape.exp(log_mass) * (b * (difference - own_lse + other_lse) + excess) / b**2
 
 
 class RenyiLoss(Loss):
@@ -206,7 +209,7 @@ class HellingerLoss(Loss):
 
 
 class DKDLoss(Loss):
-    """alpha KL([p_y, 1 - p_y] || [q_y, 1 - q_y]) + beta KL(p^ || q^), p^ and q^ without class y. [Zhao et al. 2022, eq. 7]
+    """alpha KL([p_y, 1 - p_y] || [q_y, 1 - q_y]) + beta KL(p^ || q^), p^ and q^ without y. [Zhao et al. 2022, eq. 7]
 
     The moments leave the label's class out, so that 1 - p_y never cancels.
 

@@ -83,7 +83,7 @@ class Loss(nn.Module, metaclass=_PostInit):
         kd_weight: weight of the distillation term.
         ce_weight: weight of an added cross-entropy of the student at temperature 1 with the labels.
         label_smoothing: smoothing of that cross-entropy, in [0, 1].
-        z_loss: weight of an added squared log-partition of the student at temperature 1.
+        z_loss: that cross-entropy gains z_loss * (log-partition)^2 (Chowdhery et al. 2022).
         standardize: z-score each row first (logit standardisation, Sun et al. 2024).
         reduction: "mean" (sum of row_weight * loss over the number of kept rows), "sum", "none" or
             "batchmean" (sum over the size of the first dimension).
@@ -187,15 +187,15 @@ class Loss(nn.Module, metaclass=_PostInit):
             self._trace()
 
     def all_points(self) -> tuple[Point, ...]:
-        """`points()` and those of the cross-entropy and z-loss."""
+        """`points()` and those of the cross-entropy."""
         return (tuple(self.points()) if self.kd_weight else ()) + self._student_points()
 
     def _student_points(self) -> tuple[Point, ...]:
-        extra = (Point(student=1, raw=True),) if self.ce_weight or self.z_loss else ()
+        extra = (Point(student=1, raw=True),) if self.ce_weight else ()
         return extra + ((Point(raw=True),) if self.ce_weight and self.label_smoothing else ())
 
     def row_value(self, moments: list[Moment], label: Label, raw_label, temperature):
-        """Value of a row: distillation, cross-entropy and z-loss terms, on tensors or traced values."""
+        """Value of a row: distillation and cross-entropy terms, on tensors or traced values."""
         extra = len(self._student_points())
         own, extra = moments[: len(moments) - extra], moments[len(moments) - extra :]
         total = 0.0
@@ -208,9 +208,9 @@ class Loss(nn.Module, metaclass=_PostInit):
             ce = extra[0].lse - raw_label
             if smooth:
                 ce = tape.times(1 - smooth, ce) + smooth * (extra[0].lse - extra[1].s)
+            if self.z_loss:
+                ce = ce + self.z_loss * extra[0].lse * extra[0].lse
             total = total + self.ce_weight * ce
-        if self.z_loss:
-            total = total + self.z_loss * extra[0].lse * extra[0].lse
         return total
 
     def _trace(self) -> None:

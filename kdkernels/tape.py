@@ -49,7 +49,7 @@ class Tape:
 
     def emit(self, op: Op, *operands: Value, const: float = 0.0) -> Expr:
         registers = [self._register(x) for x in operands]
-        line = (float(op), *(registers + [0, 0, 0])[:3], const)
+        line = (float(op), *[*registers, 0, 0, 0][:3], const)
         if line not in self._known:  # common subexpressions are computed once
             self._known[line] = self.inputs + len(self.code)
             self.code.append(line)
@@ -113,7 +113,7 @@ class Expr:
                         "statistics with kdkernels.tape.where(condition, a, b)")  # fmt: skip
 
 
-Value = Union[Expr, Tensor, float]
+Value = Union[Expr, Tensor, float]  # noqa: UP007 - evaluated at import, and Expr | Tensor needs Python 3.12's torch
 
 
 def _unary(op: Op, function):

@@ -31,8 +31,8 @@ WIDE[F64] = WIDE[BF16] = {"V=1000": dict(N=40, V=1000, scale=3.0), "V=50257": di
 def check(case, backend, dtypes, regimes):
     found = []
     for name, regime in regimes.items():
-        if regime["V"] == 1 and case.options.get("standardize"):
-            continue  # one class has no deviation
+        if regime["V"] < 3 and case.options.get("standardize"):
+            continue  # one class has no deviation, and two always the same z-scores
         rows = batch(**regime, s_dtype=dtypes[0], t_dtype=dtypes[1])
         found += [f"{name}: {fault}" for fault in faults(case, rows, run(case, backend, rows))]
     assert not found, "\n".join([f"{case} on {backend}", *found])
@@ -65,4 +65,4 @@ def test_triton_agrees_with_the_textbook(case, dtypes):
         with pytest.raises(TypeError, match="float64"):
             run(case, "triton", rows)
         return
-    check(case, "triton", dtypes, {"small": dict(N=6, V=37, scale=4.0)})
+    check(case, "triton", dtypes, {"small": dict(N=3, V=37, scale=4.0)})

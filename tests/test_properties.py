@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import BACKENDS, F32, F64, Batch, make, only
+from accuracy import BACKENDS, F32, F64, ON_BACKENDS, SAMPLE, Batch, make, only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from textbook import CASES
@@ -12,14 +12,14 @@ import kdkernels as kd
 SHIFT_BLIND = [c for c in CASES if c.name != "LogitMSELoss" and not c.setting("z_loss", 0)]
 DISTILLATION_ONLY = [c for c in CASES if not c.setting("ce_weight", 0)]
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
-ULPS = 2000  # of the largest term: these are identities between two runs, the textbook is where accuracy is measured
+ULPS = 256  # times the largest logit: these are identities between two runs; accuracy is measured with the textbook
 
 
 def examples(test):
     """One body for all backends; the Triton interpreter gets few examples."""
     @on_every_backend
     def run_it(backend):
-        n = 2 if backend == "triton" else settings.default.max_examples
+        n = 2 if backend == "triton" else settings().max_examples
 
         @settings(max_examples=n)
         @given(st.data())
@@ -35,15 +35,17 @@ def examples(test):
 @st.composite
 def logits(draw, backend, least=1, most_rows=4):
     """Rows on a grid of 2^-8, so that adding an integer is exact in float32 as well."""
-    n, v = draw(st.integers(1, most_rows)), draw(st.integers(least, 12))
+    slow = backend == "triton"
+    n, v = draw(st.integers(1, 2 if slow else most_rows)), draw(st.integers(5 if slow else least, 12))
     scale, seed = draw(st.sampled_from([0.25, 1.0, 8.0])), draw(st.integers(0, 2**20))
     g = torch.Generator().manual_seed(seed)
     s, t = (scale * torch.randn(2, n, v, generator=g, dtype=F64) * 256).round() / 256
     return Batch(s, t, torch.randint(v, (n,), generator=g)).to(F32 if backend in ("triton", "cuda") else F64)
 
 
-def cases(rows, among=CASES):
+def cases(rows, backend, among=CASES):
     """The losses that are defined on rows this narrow: one class has no deviation, two equal logits have none."""
+    among = [c for c in among if c in SAMPLE] if backend == "triton" else among
     flat = any((x.std(-1) < 0.1).any() for x in (rows.s, rows.t)) if rows.s.shape[-1] > 1 else True
     return [c for c in among if not (flat and c.setting("standardize", False))]
 
@@ -58,22 +60,22 @@ def apply(case, backend, s, t, y, reduction="none", weight=None, **call):
     return value.detach(), s.grad, t.grad if case.needs_teacher else None
 
 
-def near(case, a, b, what="", size=0.0):
+def near(case, a, b, what="", size=0.0, logits=32.0):
+    """a = b, but for the rounding of logits (of this size) and of the results."""
     if a is None:
         return
     finite = [x[x.isfinite()].abs().max().item() if x.isfinite().any() else 0 for x in (a, b)]
-    atol = ULPS * torch.finfo(a.dtype).eps * max(1.0, size, *finite)
+    atol = ULPS * torch.finfo(a.dtype).eps * (1 + logits) * max(1.0, size, *finite)
     torch.testing.assert_close(a, b, rtol=0, atol=atol, equal_nan=True, msg=lambda m: f"{case} {what}: {m}")
 
 
 @examples
 def test_zero_at_the_minimizer(backend, draw):
     rows = draw(logits(backend))
-    for case in cases(rows, DISTILLATION_ONLY):
+    for case in cases(rows, backend, DISTILLATION_ONLY):
         if case.name in ("TTMLoss", "WTTMLoss") and case.setting("standardize", False):
             continue
-        teacher = rows.t if case.needs_teacher else None
-        s = make(case).minimizer(teacher, rows.y)
+        s = make(case).minimizer(rows.t, rows.y)
         value, ds, _ = apply(case, backend, s.to(rows.s.dtype), rows.t, rows.y)
         near(case, value, torch.zeros_like(value), "value", size=rows.s.shape[-1])
         near(case, ds, torch.zeros_like(ds), "gradient")
@@ -82,7 +84,7 @@ def test_zero_at_the_minimizer(backend, draw):
 @examples
 def test_not_negative(backend, draw):
     rows = draw(logits(backend))
-    for case in cases(rows):
+    for case in cases(rows, backend):
         value, *_ = apply(case, backend, *rows)
         assert (value >= -ULPS * torch.finfo(value.dtype).eps).all(), (case, value)
 
@@ -91,17 +93,17 @@ def test_not_negative(backend, draw):
 def test_blind_to_a_shift(backend, draw):
     rows = draw(logits(backend))
     by_s, by_t = (torch.tensor(draw(st.integers(-300, 300))) for _ in "st")
-    for case in cases(rows, SHIFT_BLIND):
+    for case in cases(rows, backend, SHIFT_BLIND):
         for a, b in zip(
             apply(case, backend, *rows), apply(case, backend, rows.s + by_s, rows.t + by_t, rows.y), strict=True
         ):
-            near(case, a, b)
+            near(case, a, b, logits=300.0)
 
 
 @examples
 def test_gradient_rows_sum_to_zero(backend, draw):
     rows = draw(logits(backend))
-    for case in cases(rows, SHIFT_BLIND):
+    for case in cases(rows, backend, SHIFT_BLIND):
         _, ds, dt = apply(case, backend, *rows)
         for grad in (ds,) if dt is None else (ds, dt):
             near(case, grad.sum(-1), torch.zeros(len(grad), dtype=grad.dtype), size=grad.abs().sum(-1).max().item())
@@ -116,7 +118,7 @@ def test_ignored_rows_are_inert(backend, draw):
     s, t = (torch.full((n + 2, v), j.item(), dtype=rows.s.dtype) for j in junk)
     s, t = s.index_copy(0, at, rows.s), t.index_copy(0, at, rows.t)
     y = torch.full((n + 2,), -100).index_copy(0, at, rows.y)
-    for case in cases(rows):
+    for case in cases(rows, backend):
         for reduction in ("none", "mean"):
             value, *grads = apply(case, backend, *rows, reduction)
             padded, *padded_grads = apply(case, backend, s, t, y, reduction)
@@ -142,7 +144,7 @@ def test_leading_shape_and_strides_do_not_matter(backend, draw):
         (rows.s.expand(3, n, v), rows.t.repeat(3, 1, 1), rows.y.expand(3, n), row.expand(3, n)),
         (rows.s[0], rows.t[0], rows.y[0], row[0]),
     ]
-    for case in cases(rows):
+    for case in cases(rows, backend):
         want = apply(case, backend, *rows)
         for s, t, y, index in views:
             for a, b in zip(apply(case, backend, s, t, y), want, strict=True):
@@ -156,7 +158,7 @@ def test_reductions_are_consistent(backend, draw):
     n = len(rows.y)
     y = rows.y.where(torch.tensor(draw(st.lists(st.booleans(), min_size=n, max_size=n))), -100)
     kept, weight = int((y != -100).sum()), torch.arange(1, n + 1, dtype=rows.s.dtype) / 2
-    for case in cases(rows):
+    for case in cases(rows, backend):
         value, ds, _ = apply(case, backend, rows.s, rows.t, y, row_weight=None)
         weighed, weighed_ds, _ = apply(case, backend, rows.s, rows.t, y, row_weight=weight)
         assert (value[y == -100] == 0).all() and (ds[y == -100] == 0).all()
@@ -181,7 +183,7 @@ def test_impossible_columns_equal_deleted_columns(backend, draw):
     extra = draw(st.integers(1, 5))
     at = torch.tensor(draw(st.permutations(range(v + extra)))[:v])
     s, t = (torch.full((n, v + extra), -torch.inf, dtype=x.dtype).index_copy(1, at, x) for x in rows[:2])
-    for case in cases(rows):
+    for case in cases(rows, backend):
         for a, b in zip(apply(case, backend, s, t, at[rows.y]), apply(case, backend, *rows), strict=True):
             if a is not None:
                 b = b if a.dim() == 1 else torch.zeros(n, v + extra, dtype=b.dtype).index_copy(1, at, b)
@@ -200,7 +202,7 @@ def test_masked_columns_equal_deleted_columns(backend, draw):
         (shuffled, dict(vocab_mask=torch.zeros(v + extra, dtype=torch.bool).index_fill(0, shuffled, True))),
     ]:
         s, t = (torch.full((n, v + extra), junk, dtype=x.dtype).index_copy(1, at, x) for x in rows[:2])
-        for case in cases(rows):
+        for case in cases(rows, backend):
             got, want = apply(case, backend, s, t, at[rows.y], **call), apply(case, backend, *rows)
             for a, b in zip(got, want, strict=True):
                 if a is not None:
@@ -212,16 +214,15 @@ def test_masked_columns_equal_deleted_columns(backend, draw):
 def test_order_of_the_classes_does_not_matter(backend, draw):
     rows = draw(logits(backend))
     order = torch.tensor(draw(st.permutations(range(rows.s.shape[-1]))))
-    for case in cases(rows):
+    for case in cases(rows, backend):
         moved = apply(case, backend, rows.s[:, order], rows.t[:, order], order.argsort()[rows.y])
         for a, b in zip(moved, apply(case, backend, *rows), strict=True):
             if a is not None:
                 near(case, a, b if a.dim() == 1 else b[:, order])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "none"])
-@on_every_backend
+@pytest.mark.parametrize("backend, case", ON_BACKENDS, ids=str)
 def test_nothing_to_average(case, reduction, backend):
     """N = 0, or no row kept: value 0, gradients of zeros."""
     for n, v in [(0, 4), (2, 4)]:

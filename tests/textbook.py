@@ -99,7 +99,7 @@ def dkd(s, t, y, alpha, beta):
 
 
 def brier(s, t, y):
-    return ((s.softmax(-1) - torch.nn.functional.one_hot(y, s.shape[-1])) ** 2).sum(-1)
+    return ((logp(s).exp() - torch.nn.functional.one_hot(y, s.shape[-1])) ** 2).sum(-1)
 
 
 def logit_mse(s, t, y):

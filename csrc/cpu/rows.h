@@ -72,20 +72,20 @@ template <typename R>
 Moments tile_moments(const Tiles<R>& isa, Tile<R>& x, const Tilt& at, int flags, int64_t label, bool teacher) {
   Moments out = Moments::empty();
   x.without(flags & EXCLUDE ? label : -1, [&](bool special) {
-    const R b = R(at.b * kLog2e), a = R(at.a * kLog2e);
-    R m = 0;  // both logits are <= 0 here: an upper bound unless a coefficient is negative
+    const double b = at.b * kLog2e, a = at.a * kLog2e;
+    double m = 0;  // both logits are <= 0 here: an upper bound unless a coefficient is negative
     if (b < 0 || a < 0) m = isa.top(x.u, x.v, x.n, b, a);
     TileSums<R> sum = isa.sums(x.u, x.v, x.n, b, a, m, flags, special);
     if (!(sum.z > 1e-12)) {  // the bound is far above the terms
       m = isa.top(x.u, x.v, x.n, b, a);
-      if (m == -std::numeric_limits<R>::infinity()) {
+      if (m == -INFINITY) {
         if (sum.z == 0) return;  // no class is left
         m = 0;
       }
       sum = isa.sums(x.u, x.v, x.n, b, a, m, flags, special);
     }
     const double z = sum.z, du = sum.s / z, dv = sum.t / z;
-    out.m = double(m) / kLog2e + scaled(at.b, x.s_pivot) + scaled(at.a, x.t_pivot);
+    out.m = m / kLog2e + scaled(at.b, x.s_pivot) + scaled(at.a, x.t_pivot);
     out.z = z;
     if (flags & (MEAN_S | SECOND)) out.s = double(x.s_pivot) + du;
     if (teacher && (flags & (MEAN_T | SECOND))) out.t = double(x.t_pivot) + dv;
@@ -164,7 +164,7 @@ void spread_row(const Tiles<R>& isa, const Batch& x, int64_t n, int K, const dou
       tile.load(isa, x, n, first, live, pivots);
       for (int k = 0; k < K; ++k) {
         const double* c = coef + k * kCoefs;
-        TilePoint<R> p{R(c[1] * kLog2e), R(c[2] * kLog2e), R(c[0] * kLog2e), {}};
+        TilePoint<R> p{c[1] * kLog2e, c[2] * kLog2e, c[0] * kLog2e, {}};
         bool any = false;
         for (int j = 0; j < 6; ++j) { p.c[j] = R(c[3 + j] * g); any |= p.c[j] != 0; }
         if (any)

@@ -7,8 +7,8 @@ namespace kd {
 constexpr int kTile = 2048;  // u, v and the gradient of a tile stay in L1
 enum class Type { f64, f32, f16, bf16 };
 
-// Coefficients of one point in the precision R of the elements, exponents in units of log 2.
-template <typename R> struct TilePoint { R b, a, lam, c[6]; };
+// Coefficients of one point, exponents in units of log 2.
+template <typename R> struct TilePoint { double b, a, lam; R c[6]; };
 template <typename R> struct TileSums { double z, s, t, ss, st, tt; };
 
 template <typename R> struct Tiles {
@@ -19,9 +19,9 @@ template <typename R> struct Tiles {
   bool (*peak)(const R* x, int n, R* max);
   void (*subtract)(R* x, int n, R pivot);
   // max of b u + a v over the live entries
-  R (*top)(const R* u, const R* v, int n, R b, R a);
+  double (*top)(const R* u, const R* v, int n, double b, double a);
   // sums of w, w u, w v (and second moments) with w = 2^(b u + a v - m); `special`: the tile has -inf entries
-  TileSums<R> (*sums)(const R* u, const R* v, int n, R b, R a, R m, int flags, bool special);
+  TileSums<R> (*sums)(const R* u, const R* v, int n, double b, double a, double m, int flags, bool special);
   // out += 2^(b u + a v + lam) * polynomial(u, v)
   void (*spread)(const R* u, const R* v, int n, const TilePoint<R>&, bool special, R* out);
 };

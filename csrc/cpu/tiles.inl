@@ -110,27 +110,33 @@ template <typename R> static void subtract(R* x, int n, R pivot) {
   for (int i = 0; i < n; ++i) x[i] -= pivot;
 }
 
-// Dead where both logits are -inf; a zero coefficient ignores its logit.
-template <typename R> INLINE R tilt(R u, R v, R b, R a) {
-  const R inf = R(INFINITY), x = (b != 0 ? b * u : R(0)) + (a != 0 ? a * v : R(0));
-  return (u == -inf) & (v == -inf) ? -inf : x;
+// Dead where both logits are -inf; a zero coefficient ignores its logit. In double: the two terms may cancel, and
+// reduce and spread must then agree on what is left.
+template <typename R> INLINE double tilt(R u, R v, double b, double a) {
+  const double x = (b != 0 ? b * u : 0.) + (a != 0 ? a * v : 0.);
+  return (u == -R(INFINITY)) & (v == -R(INFINITY)) ? -INFINITY : x;
 }
 
-template <typename R> static R top(const R* u, const R* v, int n, R b, R a) {
-  R hi = -R(INFINITY);
+// 2^(b u + a v + c); one term alone needs no double.
+template <typename R, bool B, bool A> INLINE R weight(R u, R v, double b, double a, double c) {
+  return B && A ? exp2_(R(b * u + (a * v + c))) : exp2_((B ? R(b) * u : A ? R(a) * v : R(0)) + R(c));
+}
+
+template <typename R> static double top(const R* u, const R* v, int n, double b, double a) {
+  double hi = -INFINITY;
 #pragma omp simd reduction(max : hi)
   for (int i = 0; i < n; ++i) {
-    const R x = tilt(u[i], v[i], b, a);
+    const double x = tilt(u[i], v[i], b, a);
     hi = x > hi ? x : hi;
   }
   return hi;
 }
 
-template <typename R> static TileSums<R> careful_sums(const R* u, const R* v, int n, R b, R a, R m) {
+template <typename R> static TileSums<R> careful_sums(const R* u, const R* v, int n, double b, double a, double m) {
   R z = 0, s = 0, t = 0;
 #pragma omp simd reduction(+ : z, s, t)
   for (int i = 0; i < n; ++i) {
-    const R w = exp2_(tilt(u[i], v[i], b, a) - m);
+    const R w = exp2_(R(tilt(u[i], v[i], b, a) - m));
     z += w;
     s += w == 0 ? R(0) : w * u[i];
     t += w == 0 ? R(0) : w * v[i];
@@ -139,11 +145,11 @@ template <typename R> static TileSums<R> careful_sums(const R* u, const R* v, in
 }
 
 // Second moments in double: u^2 cancels against the squared mean.
-template <typename R> static TileSums<R> second_sums(const R* u, const R* v, int n, R b, R a, R m) {
+template <typename R> static TileSums<R> second_sums(const R* u, const R* v, int n, double b, double a, double m) {
   double z = 0, s = 0, t = 0, ss = 0, st = 0, tt = 0;
 #pragma omp simd reduction(+ : z, s, t, ss, st, tt)
   for (int i = 0; i < n; ++i) {
-    const double w = exp2_(tilt(u[i], v[i], b, a) - m);
+    const double w = exp2_(R(tilt(u[i], v[i], b, a) - m));
     const double x = w == 0 ? 0. : double(u[i]), y = w == 0 ? 0. : double(v[i]);
     z += w; s += w * x; t += w * y;
     ss += w * x * x; st += w * x * y; tt += w * y * y;
@@ -152,11 +158,11 @@ template <typename R> static TileSums<R> second_sums(const R* u, const R* v, int
 }
 
 template <typename R, bool B, bool A, bool S, bool T>
-static TileSums<R> fast_sums(const R* u, const R* v, int n, R b, R a, R m) {
+static TileSums<R> fast_sums(const R* u, const R* v, int n, double b, double a, double m) {
   R z = 0, s = 0, t = 0;
 #pragma omp simd reduction(+ : z, s, t)
   for (int i = 0; i < n; ++i) {
-    const R w = exp2_((B ? b * u[i] : R(0)) + ((A ? a * v[i] : R(0)) - m));
+    const R w = weight<R, B, A>(u[i], v[i], b, a, -m);
     z += w;
     if (S) s += w * u[i];
     if (T) t += w * v[i];
@@ -164,7 +170,7 @@ static TileSums<R> fast_sums(const R* u, const R* v, int n, R b, R a, R m) {
   return {double(z), double(s), double(t), 0, 0, 0};
 }
 
-template <typename R> static TileSums<R> sums(const R* u, const R* v, int n, R b, R a, R m, int flags, bool special) {
+template <typename R> static TileSums<R> sums(const R* u, const R* v, int n, double b, double a, double m, int flags, bool special) {
   if (flags & SECOND) return second_sums(u, v, n, b, a, m);
   if (special) return careful_sums(u, v, n, b, a, m);
   const int kind = (b != 0) | (a != 0) << 1 | ((flags & MEAN_S) != 0) << 2 | ((flags & MEAN_T) != 0) << 3;
@@ -181,7 +187,7 @@ template <typename R> static void careful_spread(const R* u, const R* v, int n, 
   const R* c = p.c;
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    const R w = exp2_(tilt(u[i], v[i], p.b, p.a) + p.lam), x = u[i], y = v[i];
+    const R w = exp2_(R(tilt(u[i], v[i], p.b, p.a) + p.lam)), x = u[i], y = v[i];
     R q = c[0] + (c[1] != 0 ? c[1] * x : R(0)) + (c[2] != 0 ? c[2] * y : R(0));
     q += (c[3] != 0 ? c[3] * x * x : R(0)) + (c[4] != 0 ? c[4] * x * y : R(0)) + (c[5] != 0 ? c[5] * y * y : R(0));
     out[i] += w == 0 ? R(0) : w * q;
@@ -190,10 +196,11 @@ template <typename R> static void careful_spread(const R* u, const R* v, int n, 
 
 template <typename R, bool B, bool A, bool L>
 static void fast_spread(const R* u, const R* v, int n, const TilePoint<R>& p, R* out) {
-  const R b = p.b, a = p.a, lam = p.lam, c0 = p.c[0], c1 = p.c[1], c2 = p.c[2];
+  const double b = p.b, a = p.a, lam = p.lam;
+  const R c0 = p.c[0], c1 = p.c[1], c2 = p.c[2];
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    const R w = exp2_((B ? b * u[i] : R(0)) + ((A ? a * v[i] : R(0)) + lam));
+    const R w = weight<R, B, A>(u[i], v[i], b, a, lam);
     out[i] += w * (L ? c0 + (c1 * u[i] + c2 * v[i]) : c0);
   }
 }

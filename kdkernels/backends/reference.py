@@ -45,8 +45,6 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
     s = _prepare(rows.student, rows)
     t = torch.zeros_like(s) if rows.teacher is None else _prepare(rows.teacher, rows)
     gone_s, gone_t = s == -math.inf, t == -math.inf
-    if rows.mask is not None:
-        gone_s, gone_t = gone_s | ~rows.mask, gone_t | ~rows.mask
     dead = gone_s if rows.teacher is None else gone_s & gone_t
     s, t = _Finite.apply(s), _Finite.apply(t)
     y = None if labels is None else torch.where(labels == loss.ignore_index, 0, labels)[:, None]
@@ -63,9 +61,8 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
         wanted = {j for j in range(MOMENTS) if int(program.code[4 + k]) & (0, 8, 16, 32, 32, 32)[j]}
         moments.append(Moment(*_moments(s * scale_s, t * scale_t, b, a, left_out, gone_s, gone_t, point, wanted)))
         nothing = nothing | (out if point.exclude_label else left_out).all(-1)
-    at = (lambda x, gone: torch.zeros_like(x[:, 0]) if y is None else _at(x, gone, y))  # fmt: skip
-    label = Label(at(s * args[:, :1], gone_s), at(t * args[:, 1:2], gone_t))
-    value = loss.row_value(moments, label, at(s, gone_s), args[:, 2])
+    label = Label(_at(s * args[:, :1], gone_s, y), _at(t * args[:, 1:2], gone_t, y))
+    value = loss.row_value(moments, label, _at(s, gone_s, y), args[:, 2])
     value = torch.as_tensor(value, dtype=torch.float64, device=s.device).expand(s.shape[0])
     value = torch.where(nothing, math.nan, value)
     return value if keep is None else torch.where(keep, value, 0.0)
@@ -73,10 +70,14 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
 
 def _prepare(x: Tensor, rows: Rows) -> Tensor:
     x = x.reshape(-1, x.shape[-1])[:, : rows.vocab].to(torch.float64)
+    if rows.mask is not None:
+        x = torch.where(rows.mask, x, -math.inf)
     return x if rows.keep is None else torch.where(rows.keep[:, None], x, 0.0)
 
 
-def _at(x: Tensor, gone: Tensor, y: Tensor) -> Tensor:
+def _at(x: Tensor, gone: Tensor, y: Tensor | None) -> Tensor:
+    if y is None:
+        return torch.zeros_like(x[:, 0])
     return x.gather(1, y)[:, 0] + torch.where(gone.gather(1, y)[:, 0], -math.inf, 0.0)
 
 
