@@ -34,6 +34,9 @@ __all__ = [
 ]  # fmt: skip
 
 
+backends.load_defaults()
+
+
 def catalogue() -> dict[str, type[Loss]]:
     """Class name -> class of every loss the library declares."""
     found = {name: globals()[name] for name in __all__}

@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import importlib
 import os
+import threading
 from collections import Counter
 from types import ModuleType
 
@@ -20,7 +20,13 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 calls: Counter = Counter()
 """How often each kernel was launched, by (backend, operator): what a test looks at to see that nothing fell back."""
 
-_choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("kdkernels_backend", default=None)
+
+
+class _Choice(threading.local):
+    name: str | None = None
+
+
+_choice = _Choice()
 _modules: dict[str, ModuleType | str] = {}
 
 
@@ -35,6 +41,12 @@ def _load(name: str) -> ModuleType | str:
         except (ImportError, OSError) as error:
             _modules[name] = f"{type(error).__name__}: {error}"
     return _modules[name]
+
+
+def load_defaults() -> None:
+    """Loads what `pick` may choose by itself: an import in the middle of torch.compile would break its graph."""
+    for name in ("reference", "cpu", *(("cuda", "triton") if torch.cuda.is_available() else ())):
+        _load(name)
 
 
 def available_backends() -> dict[str, str]:
@@ -61,11 +73,11 @@ def use_backend(name: str):
         ValueError: there is no backend of that name.
         RuntimeError: it cannot run here; the message says why.
     """
-    token = _choice.set(_checked(name))
+    before, _choice.name = _choice.name, _checked(name)
     try:
         yield
     finally:
-        _choice.reset(token)
+        _choice.name = before
 
 
 _forced = os.environ.get("KDKERNELS_BACKEND") or None
@@ -79,9 +91,9 @@ def pick(student: Tensor) -> ModuleType:
     float64 on a GPU goes to `reference`: the kernels there compute elements in float32.
     """
     device = student.device.type
-    name = _choice.get() or _forced
+    name = _choice.name or _forced
     if name is not None:
-        module = importlib.import_module(f"{__name__}.{_checked(name)}")
+        module = _load(_checked(name))
         if device not in module.DEVICES and "any" not in module.DEVICES:
             raise ValueError(f"backend {name!r} runs on {' or '.join(module.DEVICES)}, student_logits are on {device}")
         if student.dtype == torch.float64 and not module.FLOAT64:
