@@ -61,14 +61,18 @@ KD_HD double lse(const Moments& x) { return x.z == 0 ? -INFINITY : x.m + log(x.z
 // Value of the row; reg: registers() doubles. NaN where a point has no class left to sum over.
 KD_HD double row_value(const Program& p, const double* args, const Moments* x, const Row& row, double* reg) {
   const int K = p.points();
+  const bool label = row.s_y > -INFINITY || row.t_y > -INFINITY;  // a class of the row, not a deleted one
   bool nothing = false;
   for (int k = 0; k < K; ++k) {
     const Tilt at(p, args, k);
     double* in = reg + 6 * k;
     in[0] = lse(x[k]);
     in[1] = at.r * x[k].s; in[2] = at.rt * x[k].t;
-    in[3] = at.r * at.r * x[k].ss; in[4] = at.r * at.rt * x[k].st; in[5] = at.rt * at.rt * x[k].tt;
-    nothing |= x[k].z == 0 && !((p.flags(k) & EXCLUDE) && at(row.s_y, row.t_y) > -INFINITY);
+    const bool infinite = std::isinf(x[k].s) || std::isinf(x[k].t);  // the mean already says so
+    in[3] = infinite ? 0 : at.r * at.r * x[k].ss;
+    in[4] = infinite ? 0 : at.r * at.rt * x[k].st;
+    in[5] = infinite ? 0 : at.rt * at.rt * x[k].tt;
+    nothing |= x[k].z == 0 && !((p.flags(k) & EXCLUDE) && label && at(row.s_y, row.t_y) > -INFINITY);
   }
   double* in = reg + 6 * K;
   in[0] = scaled(args[0], row.s_y); in[1] = scaled(args[1], row.t_y); in[2] = row.s_y; in[3] = args[2];

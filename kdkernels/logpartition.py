@@ -52,6 +52,10 @@ class KDLoss(ForwardKLLoss):
     def alpha(self) -> float:
         return self.kd_weight
 
+    def extra_repr(self) -> str:
+        shown = super().extra_repr().split(", ")
+        return ", ".join([f"alpha={self.alpha!r}", *(x for x in shown if not x.startswith(("kd_weight", "ce_weight")))])
+
 
 class ReverseKLLoss(Loss):
     """KL(q || p) = sum_i q_i log(q_i / p_i). [Gu et al. 2024, MiniLLM]"""
@@ -117,8 +121,8 @@ class AlphaBetaLoss(Loss):
 
     With its limits at a = 0, b = 0, a + b = 0 and a = b = 0. (1, 0) is KL(p || q), (0, 1) KL(q || p),
     (1, 1) half the squared distance, (1/2, 1/2) four times the squared Hellinger distance.
-    A parameter within the square root of the statistics' resolution (1e-8 in float64, else 1e-4) of a limit takes
-    the limit: closer to it the difference quotient loses more than that.
+    A parameter within the square root (cube root for a = b = 0) of the statistics' resolution of a limit takes the
+    limit (1e-16 in float64, else 1e-8): closer to it the difference quotient loses more than that.
 
     Args:
         alpha, beta: any finite numbers; the paper's language models use 0.2 and 0.7.
@@ -129,7 +133,9 @@ class AlphaBetaLoss(Loss):
         self.alpha, self.beta = check_number("alpha", alpha), check_number("beta", beta)
 
     def _limit(self) -> tuple[bool, bool, bool]:
-        near = math.sqrt(self.resolution)
+        near, origin = self.resolution ** (1 / 2), self.resolution ** (1 / 3)
+        if abs(self.alpha) < origin and abs(self.beta) < origin:  # a difference quotient of second order
+            return True, True, True
         return abs(self.alpha) < near, abs(self.beta) < near, abs(self.alpha + self.beta) < near
 
     def points(self):
@@ -151,7 +157,8 @@ class AlphaBetaLoss(Loss):
             case (True, True, _):
                 (u,) = rest
                 bias = u.t - u.s - (p.lse - q.lse)
-                return tape.exp(u.lse) * (u.tt - 2 * u.st + u.ss + bias * bias) / 2
+                both = tape.where(u.s > -math.inf, tape.where(u.t > -math.inf, bias * bias, math.inf), math.inf)
+                return tape.exp(u.lse) * (u.tt - 2 * u.st + u.ss + both) / 2
             case (True, _, _):
                 return _tilted(b, rest[0], rest[1], q.lse, p.lse, rest[0].s - rest[0].t)
             case (_, True, _):
@@ -305,7 +312,7 @@ class _PowerSum(Loss):
 
     def __init__(self, gamma: float, **options):
         super().__init__(**options)
-        self.gamma = check_number("gamma", gamma, above=0)
+        self.gamma = check_number("gamma", gamma, least=0)
 
     def points(self):
         return Q, Point(student=self.gamma)
@@ -321,7 +328,7 @@ def power_sum(logits: Tensor, gamma: float) -> Tensor:
 
 def power_transform(logits: Tensor, gamma: float) -> Tensor:
     """softmax(gamma * logits), (..., V) -> (..., V): p_i^gamma / sum_j p_j^gamma. [Zheng & Yang 2024, eq. 9]"""
-    check_number("gamma", gamma, above=0)
+    check_number("gamma", gamma, least=0)
     return torch.softmax(gamma * logits, -1)
 
 

@@ -207,7 +207,8 @@ class Loss(nn.Module, metaclass=_PostInit):
             smooth = self.label_smoothing
             ce = extra[0].lse - raw_label
             if smooth:
-                ce = tape.times(1 - smooth, ce) + smooth * (extra[0].lse - extra[1].s)
+                smoothed = smooth * (extra[0].lse - extra[1].s)
+                ce = (1 - smooth) * ce + smoothed if smooth < 1 else smoothed
             if self.z_loss:
                 ce = ce + self.z_loss * extra[0].lse * extra[0].lse
             total = total + self.ce_weight * ce

@@ -16,7 +16,7 @@ import kdkernels as kd
 BACKENDS = [name for name in kd.backends.NAMES if name != "cuda" or kd.available_backends()["cuda"] == "ok"]
 # The Triton interpreter takes tens of milliseconds a row: beside test_losses.py it runs a loss for each thing a kernel
 # can do (label term, weights, second moments, a class left out, no teacher, frozen weights, z-scores).
-FEATURES = ("KDLoss-alpha=0.3", "WTTM", "AlphaBetaLoss-alpha=0.0-beta=0.0", "DKDLoss-alpha=0.5", "Brier", "TAIDLoss-tau=0.4")
+FEATURES = ("KDLoss-alpha=0.3", "WTTM", "AlphaBetaLoss-alpha=0.0-beta=0.0", "DKDLoss-alpha=0.5", "Brier", "TAIDLoss-tau=0.4")  # noqa: E501
 SAMPLE = [case for case in CASES if str(case).startswith(FEATURES) or case.options.get("standardize")]
 ON_BACKENDS = [(backend, case) for backend in BACKENDS for case in (SAMPLE if backend == "triton" else CASES)]
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

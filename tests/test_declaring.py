@@ -70,7 +70,7 @@ def declared(points, value):
 
 
 def check(backend, points, value, T=1.0, V=29):
-    rows = batch(2 if backend == "triton" else 8, V, scale=1.5, seed=7).to(F32 if backend in ("triton", "cuda") else F64)
+    rows = batch(2 if backend == "triton" else 8, V, scale=1.5, seed=7).to(F32 if backend in ("triton", "cuda") else F64)  # noqa: E501
     s, t = (x.clone().requires_grad_() for x in rows[:2])
     with only(backend):
         got = declared(points, value)(temperature=T, reduction="none")(s, t, rows.y)

@@ -75,6 +75,10 @@ Moments tile_moments(const Tiles<R>& isa, Tile<R>& x, const Tilt& at, int flags,
     const double b = at.b * kLog2e, a = at.a * kLog2e;
     double m = 0;  // both logits are <= 0 here: an upper bound unless a coefficient is negative
     if (b < 0 || a < 0) m = isa.top(x.u, x.v, x.n, b, a);
+    if (m == INFINITY) {  // a negative power of an impossible class
+      out.m = m; out.z = 1;
+      return;
+    }
     TileSums<R> sum = isa.sums(x.u, x.v, x.n, b, a, m, flags, special);
     if (!(sum.z > 1e-12)) {  // the bound is far above the terms
       m = isa.top(x.u, x.v, x.n, b, a);
@@ -117,7 +121,7 @@ void reduce_row(const Tiles<R>& isa, const Batch& x, int64_t n, const Program& p
       total[k].merge(tile_moments(isa, tile, Tilt(p, args, k), p.flags(k), label - first, x.t.data != nullptr));
     if (label >= first && label < first + tile.n) {
       last[0] = double(tile.u[label - first]) + tile.s_pivot;
-      last[1] = x.t.data ? double(tile.v[label - first]) + tile.t_pivot : 0;
+      last[1] = x.t.data ? double(tile.v[label - first]) + tile.t_pivot : last[0];
     }
   }
   last[2] = s_max; last[3] = t_max; last[4] = 1;

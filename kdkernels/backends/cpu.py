@@ -48,4 +48,17 @@ def _counted(name: str):
     return launch
 
 
-OPERATORS = (_counted("reduce"), _counted("rows"), _counted("spread"))
+_launch_reduce = _counted("reduce")
+
+
+def _reduce(*args):
+    try:
+        return _launch_reduce(*args)
+    except RuntimeError as error:  # the kernel is the first to read the labels
+        message = str(error)
+        if "labels must be in" not in message:
+            raise
+        raise ValueError(message[message.index("labels must be in") :].splitlines()[0]) from None
+
+
+OPERATORS = (_reduce, _counted("rows"), _counted("spread"))

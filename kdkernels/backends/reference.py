@@ -93,6 +93,9 @@ def _moments(s, t, b, a, out, gone_s, gone_t, point, wanted):
     empty = z == 0
     w = w / torch.where(empty, 1.0, z)[:, None]
     lse = torch.where(empty, -math.inf, top[:, 0] + torch.where(empty, 1.0, z).log())
+    # A negative power of a class that is impossible in one row only.
+    blown = ((gone_s & (b < 0)) | (gone_t & (a < 0))) & ~(gone_s & gone_t)
+    lse = torch.where(blown.any(-1), math.inf, lse)
     zero = torch.zeros_like(lse)
 
     def mean(f: Tensor, gone: Tensor) -> Tensor:
@@ -104,4 +107,5 @@ def _moments(s, t, b, a, out, gone_s, gone_t, point, wanted):
     if not wanted & {3, 4, 5}:
         return lse, S, T, zero, zero, zero
     d, e = s - S[:, None], t - T[:, None]
-    return lse, S, T, *((w * f).sum(-1) for f in (d * d, d * e, e * e))
+    infinite = (S.isinf() | T.isinf())[:, None]  # the mean already says so
+    return lse, S, T, *(torch.where(infinite, 0.0, w * f).sum(-1) for f in (d * d, d * e, e * e))
