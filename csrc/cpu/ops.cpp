@@ -102,8 +102,10 @@ Program program_of(const Tensor& x) {
 
 // A chunk of rows is worth a thread from about 32k classes on.
 int64_t grain(int64_t vocab) { return 1 + (1 << 15) / vocab; }
-bool is_double(const Tensor& s, const MaybeTensor& t) {
-  return s.scalar_type() == ScalarType::Double || (t && t->scalar_type() == ScalarType::Double);
+// Narrow rows too are computed in double: with few classes the rounding of single weights does not average out.
+constexpr int64_t kNarrow = 512;
+bool is_double(const Tensor& s, const MaybeTensor& t, int64_t vocab) {
+  return vocab <= kNarrow || s.scalar_type() == ScalarType::Double || (t && t->scalar_type() == ScalarType::Double);
 }
 
 Tensor reduce(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
@@ -114,7 +116,7 @@ Tensor reduce(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, 
   Tensor stats = torch::stable::new_empty(s, {x.rows, p.points() + 1, kStats}, ScalarType::Double);
   double* out = stats.mutable_data_ptr<double>();
   const int64_t width = (p.points() + 1) * kStats;
-  const bool wide = is_double(s, t);
+  const bool wide = is_double(s, t, vocab);
   torch::stable::parallel_for(0, x.rows, grain(vocab), [&](int64_t lo, int64_t hi) {
     for (int64_t n = lo; n < hi; ++n)
       wide ? reduce_row(tiles<double>(), x, n, p, row_args[n], out + n * width)
@@ -156,7 +158,7 @@ Tensor spread(const Tensor& grad, const Tensor& s, const MaybeTensor& t, const M
   char* d = static_cast<char*>(out.mutable_data_ptr());
   const double *c = coef.const_data_ptr<double>(), *g = grad.const_data_ptr<double>();
   const int64_t step = grad.numel() == 1 ? 0 : 1, bytes = width * (side ? x.t : x.s).size();
-  const bool wide = is_double(s, t);
+  const bool wide = is_double(s, t, vocab);
   torch::stable::parallel_for(0, x.rows, grain(vocab), [&](int64_t lo, int64_t hi) {
     for (int64_t n = lo; n < hi; ++n) {
       const double* cn = c + n * (K + 1) * kCoefs;
