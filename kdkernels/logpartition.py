@@ -344,6 +344,9 @@ class _InverseDeviation(Loss):
         return 1 / tape.sqrt(spread)
 
 
+_INVERSE_DEVIATION = _InverseDeviation(reduction="none")  # made here: torch.compile traces its calls only
+
+
 def inverse_deviation(logits: Tensor, **call) -> Tensor:
     """1 / (unbiased standard deviation) of each row; 1 for a constant row. float64."""
-    return _InverseDeviation(reduction="none")(logits, **call)
+    return _INVERSE_DEVIATION(logits, **call)
