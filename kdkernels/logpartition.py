@@ -165,8 +165,9 @@ class AlphaBetaLoss(Loss):
                 return _tilted(a, rest[0], rest[1], p.lse, q.lse, rest[0].t - rest[0].s)
             case (_, _, True):
                 m, u = rest
-                excess = tape.expm1(m.lse - u.lse - a * (p.lse - q.lse))  # mean of (p/q)^a - 1
-                return tape.exp(u.lse) * (excess + a * (u.s - u.t - q.lse + p.lse)) / a**2
+                shift = p.lse - q.lse
+                excess = tape.expm1((m.lse - u.lse) - a * shift)  # mean of (p/q)^a - 1
+                return tape.exp(u.lse) * (excess + a * ((u.s - u.t) + shift)) / a**2
         m, qq, pp = rest
         c = a + b
         log_cross = m.lse - a * p.lse - b * q.lse  # the other two sums relative to it: they cancel near q = p
@@ -177,9 +178,9 @@ class AlphaBetaLoss(Loss):
 
 def _tilted(b: float, x: Moment, y: Moment, own_lse, other_lse, difference):
     """1/b^2 sum_i [x_i^b log(x_i^b / y_i^b) - x_i^b + y_i^b] from the moments at b times the logits of x and of y."""
-    log_mass = x.lse - b * own_lse
-    excess = tape.expm1(y.lse - b * other_lse - log_mass)
-    return tape.exp(log_mass) * (b * (difference - own_lse + other_lse) + excess) / b**2
+    shift = own_lse - other_lse  # differences of like numbers first: near x = y they are exact
+    excess = tape.expm1((y.lse - x.lse) + b * shift)
+    return tape.exp(x.lse - b * own_lse) * (b * (difference - shift) + excess) / b**2
 
 
 class RenyiLoss(Loss):

@@ -105,7 +105,7 @@ class Bar(NamedTuple):
     exact: Tensor
     own: Tensor
     nudged: Tensor
-    logits: float  # the largest
+    statistics: float  # what rounding every row statistic to float64 once does
 
 
 def excess(actual: Tensor, bar: Bar, dtype) -> str:
@@ -114,14 +114,14 @@ def excess(actual: Tensor, bar: Bar, dtype) -> str:
     float32 and less (computed in float32): error <= the textbook's own in float32 + a few ulp of the result + what
     one rounding of every log-probability to float32 does to the truth.
     float64: relative error <= 1e-12, beyond the same two errors scaled to float64.
-    In all: row statistics are float64 numbers of the size of the logits, and are rounded as such.
+    In all: a loss is a function of float64 row statistics, each of which is rounded at least once.
     """
     finite = torch.stack([x.isfinite().view(len(x), -1).all(-1) for x in bar[:3]]).all(0)
     actual, exact, own, nudged = (x[finite].double() for x in (actual, *bar[:3]))
     error, size, room = rms(actual - exact), rms(exact), rms(own - exact) + rms(nudged - exact)
     room *= 1 + 3 / len(own) ** 0.5 if len(own) else 1  # an RMS over N rows is only known to one in sqrt(2 N)
     bound = 1e-12 * size + ULPS * SHRINK * room if dtype == F64 else room + ULPS * torch.finfo(F32).eps * size
-    bound += ULPS * torch.finfo(F64).eps * (1 + bar.logits)
+    bound += ULPS * bar.statistics
     return "" if error <= bound else f"RMS error {error:.2e} > {bound:.2e} (room {room:.2e}, size {size:.2e})"
 
 
@@ -142,6 +142,25 @@ def rounded_once():
         definitions.logp = logp
 
 
+def rounded_statistics(case: Case, rows: Batch) -> float:
+    """RMS over rows of eps * sum_k |d value / d statistic_k| |statistic_k|: the float64 floor of any such formula."""
+    loss, kept = make(case, reduction="none"), []
+    declared = loss.row_value
+
+    def watched(moments, *rest):
+        kept.extend(x.requires_grad_() for moment in moments for x in moment)
+        for x in kept:
+            x.retain_grad()
+        return declared(moments, *rest)
+
+    loss.__dict__["row_value"] = watched
+    with kd.use_backend("reference"):
+        value = loss(rows.s.double().requires_grad_(), rows.t.double() if case.needs_teacher else None, rows.y)
+    value.sum().backward()
+    floor = sum((x.grad * x.detach()).nan_to_num(0, 0, 0).abs() for x in kept if x.grad is not None)
+    return torch.finfo(F64).eps * rms(floor)
+
+
 @lru_cache(maxsize=32)
 def bars(case: Case, teacher_grad: bool, *rows: Tensor) -> list[Bar]:
     """For value, ds, dt; kept for the next backend (tensors are keyed by identity)."""
@@ -149,8 +168,9 @@ def bars(case: Case, teacher_grad: bool, *rows: Tensor) -> list[Bar]:
     exact, own = (textbook(case, batch, dtype, teacher_grad) for dtype in (F64, F32))
     with rounded_once():
         nudged = textbook(case, batch, F64, teacher_grad)
-    logits = max(x[x.isfinite()].abs().max().item() for x in rows[:2])
-    return [Bar(*numbers, logits) for numbers in zip(exact, own, nudged, strict=True)]
+    logits = torch.finfo(F64).eps * (1 + max(x[x.isfinite()].abs().max().item() for x in rows[:2]))
+    floors = (rounded_statistics(case, batch), logits, logits)  # of the value; of the gradients' exponents
+    return [Bar(*numbers) for numbers in zip(exact, own, nudged, floors, strict=True)]
 
 
 def faults(case, rows: Batch, actual: Result) -> list[str]:
