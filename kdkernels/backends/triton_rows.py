@@ -194,7 +194,7 @@ def rows_kernel(
             for j in tl.static_range(10):
                 tl.store(coef + k * COEFS + j, tl.where(keep, row[j] + (nan if j < 9 else 0.0), 0.0), mask=use)
         label = gt * ts if side else gs * ss + gr
-        row = (label + nan, smax, tmax, keep.to(tl.float64), scale + nan)
+        ending = (label + nan, smax, tmax, keep.to(tl.float64), scale + nan)
         for j in tl.static_range(5):
-            tl.store(coef + K * COEFS + j, tl.where(keep, row[j], 0.0), mask=use)
+            tl.store(coef + K * COEFS + j, tl.where(keep, ending[j], 0.0), mask=use)
         coef += N * (K + 1) * COEFS

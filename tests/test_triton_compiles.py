@@ -1,0 +1,83 @@
+"""Every Triton kernel compiled for real targets, which the interpreter does not do; run as a script it prints a table.
+
+    python tests/test_triton_compiles.py        registers and spilled bytes of each kernel
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+CAPABILITIES = (80, 90, 100)
+ROW = "n s_a s_b t_a t_b args_row B vocab ignore width grad_row N K R out".split()
+
+
+def _signature(kernel, dtype, constants):
+    pointers = {"s_ptr": dtype, "t_ptr": dtype, "label_ptr": "i64", "mask_ptr": "u8"}
+    pointers["out_ptr"] = dtype if "grad_ptr" in kernel.arg_names else "fp64"
+    kind = lambda n: "constexpr" if n in constants else "i32" if n in ROW else "*" + pointers.get(n, "fp64")  # noqa: E731
+    return {name: kind(name) for name in kernel.arg_names}
+
+
+def _variants():
+    """(name, kernel, dtype, constants, warps)."""
+    from kdkernels.backends.triton_elements import reduce_kernel, spread_kernel
+    from kdkernels.backends.triton_rows import rows_kernel
+
+    some = dict(HAS_TEACHER=True, HAS_LABEL=True, HAS_MASK=False, BLOCK=4096)
+    for dtype in ("fp32", "bf16"):
+        for align in (16, 1):
+            for points, second in ((2, False), (5, False), (4, True)):
+                tile = dict(K=points, KP=1 << (points - 1).bit_length(), SECOND=second, ALIGN=align, **some)
+                yield f"reduce {dtype} K={points} second={second} align={align}", reduce_kernel, dtype, tile, 8
+            yield f"spread {dtype} align={align}", spread_kernel, dtype, dict(ALIGN=align, **some), 8
+    for sides in (1, 2):
+        yield f"rows sides={sides}", rows_kernel, "fp64", dict(SIDES=sides, ROWS=32), 1
+
+
+def _registers(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory (spills) a thread."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout)
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def main(capability: int) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    for name, kernel, dtype, constants, warps in _variants():
+        signature = _signature(kernel, dtype, constants)
+        aligned = [n for n in kernel.arg_names if n.endswith("_ptr") or n in ROW[1:5]]
+        aligned = aligned if constants.get("ALIGN") == 16 else []
+        attrs = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=warps))
+        registers, spilled = _registers(built.asm["cubin"])
+        print(f"sm_{capability} {name}: {registers} registers, {spilled} bytes spilled", flush=True)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_compiles_without_spills(capability):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__, str(capability)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(list(_variants()))
+    assert all(line.endswith(" 0 bytes spilled") for line in lines), done.stdout
+
+
+if __name__ == "__main__":
+    for target in sys.argv[1:] or CAPABILITIES:
+        main(int(target))
