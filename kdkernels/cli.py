@@ -11,6 +11,7 @@ import time
 import typing
 from pathlib import Path
 
+from .backends import BackendUnavailable
 from .trainer.config import QUICK, Config, UserError, flag
 
 DEFAULTS = Config()
@@ -27,7 +28,7 @@ def main(arguments=None):
     options = parser().parse_args(arguments)
     try:
         options.run(options)
-    except UserError as error:
+    except (UserError, BackendUnavailable) as error:
         print(f"kdkernels: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that may not be written to: the message names the path

@@ -1,6 +1,7 @@
 """The command line: help, doctor, losses, and errors that say what to do."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,19 @@ def test_help_and_version(capsys):
         assert end.value.code == 0
         shown = capsys.readouterr().out
         assert all(word in shown for word in words), shown
+
+
+@pytest.mark.parametrize("name", ["cuda", "nonesuch"])
+def test_a_backend_that_cannot_run(name, tmp_path):
+    """One line that says why, and `doctor` still answers."""
+    if kd.available_backends().get(name) == "ok":
+        pytest.xfail(f"{name} runs here")
+    environment = {**os.environ, "KDKERNELS_BACKEND": name}
+    run = [sys.executable, "-m", "kdkernels"]
+    quick = [*run, "distill", "--quick", "--out", str(tmp_path / "run"), "--cache", str(tmp_path)]
+    failed = subprocess.run(quick, env=environment, capture_output=True, text=True, check=False)
+    assert failed.returncode == 2 and name in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
+    assert subprocess.run([*run, "doctor"], env=environment, capture_output=True, check=False).returncode == 0
 
 
 def test_unknown_flag(capsys):

@@ -21,6 +21,9 @@ calls: Counter = Counter()
 """How often each kernel was launched, by (backend, operator): what a test looks at to see that nothing fell back."""
 
 
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for that cannot run here."""
+
 
 class _Choice(threading.local):
     name: str | None = None
@@ -58,7 +61,7 @@ def available_backends() -> dict[str, str]:
 def _checked(name: str) -> str:
     module = _load(name)
     if isinstance(module, str):
-        raise RuntimeError(f"backend {name!r} is not available: {module}")
+        raise BackendUnavailable(f"backend {name!r} is not available: {module}")
     return name
 
 
@@ -71,7 +74,7 @@ def use_backend(name: str):
 
     Raises:
         ValueError: there is no backend of that name.
-        RuntimeError: it cannot run here; the message says why.
+        BackendUnavailable: a RuntimeError: it cannot run here; the message says why.
     """
     before, _choice.name = _choice.name, _checked(name)
     try:
@@ -81,8 +84,6 @@ def use_backend(name: str):
 
 
 _forced = os.environ.get("KDKERNELS_BACKEND") or None
-if _forced is not None and _forced not in NAMES:
-    raise ValueError(f"KDKERNELS_BACKEND must be one of {', '.join(NAMES)}, got {_forced!r}")
 
 
 def pick(student: Tensor) -> ModuleType:
@@ -93,6 +94,8 @@ def pick(student: Tensor) -> ModuleType:
     device = student.device.type
     name = _choice.name or _forced
     if name is not None:
+        if name not in NAMES:
+            raise BackendUnavailable(f"KDKERNELS_BACKEND must be one of {', '.join(NAMES)}, got {name!r}")
         module = _load(_checked(name))
         if device not in module.DEVICES and "any" not in module.DEVICES:
             raise ValueError(f"backend {name!r} runs on {' or '.join(module.DEVICES)}, student_logits are on {device}")
