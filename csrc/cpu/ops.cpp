@@ -5,9 +5,15 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <optional>
 #include <tuple>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "rows.h"
 
@@ -18,7 +24,7 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using namespace kd;
 
-int instruction_set() {
+int detected() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -26,6 +32,14 @@ int instruction_set() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
   return 0;
+}
+// KDKERNELS_ISA=0|1|2 lowers it (baseline, AVX2, AVX-512), for tests.
+int instruction_set() {
+  static const int chosen = [] {
+    const char* asked = std::getenv("KDKERNELS_ISA");
+    return asked && asked[0] >= '0' && asked[0] <= '2' ? std::min(asked[0] - '0', detected()) : detected();
+  }();
+  return chosen;
 }
 template <typename R> const Tiles<R>& tiles();
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -102,10 +116,89 @@ Program program_of(const Tensor& x) {
 
 // A chunk of rows is worth a thread from about 32k classes on.
 int64_t grain(int64_t vocab) { return 1 + (1 << 15) / vocab; }
+// Below this many rows their segments are shared among the threads as well; the bits are the same either way.
+constexpr int64_t kFewRows = 64;
 // Narrow rows too are computed in double: with few classes the rounding of single weights does not average out.
 constexpr int64_t kNarrow = 512;
 bool is_double(const Tensor& s, const MaybeTensor& t, int64_t vocab) {
   return vocab <= kNarrow || s.scalar_type() == ScalarType::Double || (t && t->scalar_type() == ScalarType::Double);
+}
+
+// The sizes of one call.
+struct Shape {
+  int64_t rows, K, width, segments;
+  bool wide, split;
+  Shape(const Batch& x, int64_t points, int64_t width, bool wide)
+      : rows(x.rows), K(points), width(width), segments(kd::segments(width)), wide(wide),
+        split(x.rows < kFewRows && segments > 1) {}
+  int64_t stats() const { return (K + 1) * kStats; }
+  int64_t coefs() const { return (K + 1) * kCoefs; }
+};
+
+// f(row) over the rows, or f(row, segment) over their segments where there are few rows.
+template <typename F> void each(const Shape& z, int64_t vocab, F f) {
+  const int64_t parts = z.split ? z.segments : 1;
+  torch::stable::parallel_for(0, z.rows * parts, z.split ? 1 : grain(vocab), [&](int64_t lo, int64_t hi) {
+    for (int64_t i = lo; i < hi; ++i) f(i / parts, i % parts);
+  });
+}
+
+void reduce_all(const Batch& x, const Shape& z, const Program& p, const Args& args, double* out) {
+  std::vector<double> parts(z.split ? z.rows * z.segments * z.stats() : 0);
+  each(z, x.vocab, [&](int64_t n, int64_t i) {
+    std::vector<double> part(z.stats());
+    auto reduce = [&](const auto& isa) {
+      if (!z.split) return reduce_row(isa, x, n, p, args[n], out + n * z.stats(), part.data());
+      if (x.kept(n)) reduce_segment(isa, x, n, i, p, args[n], parts.data() + (n * z.segments + i) * z.stats());
+    };
+    z.wide ? reduce(tiles<double>()) : reduce(tiles<float>());
+  });
+  if (!z.split) return;
+  for (int64_t n = 0; n < z.rows; ++n) {
+    double* stats = out + n * z.stats();
+    const double* part = parts.data() + n * z.segments * z.stats();
+    std::copy(part, part + z.stats(), stats);
+    if (!x.kept(n)) continue;
+    for (int64_t i = 1; i < z.segments; ++i)
+      merge_segments(int(z.K), stats, part + i * z.stats(), x.labels && x.labels[n] / kSegment == i);
+    finish_row(int(z.K), stats);
+  }
+}
+
+void rows_all(const Shape& z, const Program& p, const Args& args, const double* stats, int64_t sides, double* value,
+              double* coef) {
+  torch::stable::parallel_for(0, z.rows, 64, [&](int64_t lo, int64_t hi) {
+    std::vector<double> scratch(2 * p.registers());
+    for (int64_t n = lo; n < hi; ++n)
+      value[n] = value_and_coefs(p, args[n], stats + n * z.stats(), int(sides), z.rows * z.coefs(), scratch.data(),
+                                 coef + n * z.coefs());
+  });
+}
+
+// A gradient larger than the caches is written past them, onto pages that are faulted in 2 MB at a time.
+struct Gradient {
+  char* data;
+  int64_t row;
+  bool stream;
+  Gradient(Tensor& x, int size, bool fresh)
+      : data(static_cast<char*>(x.mutable_data_ptr())), row(x.size(2) * size), stream(x.numel() * size >= 8 << 20) {
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t page = 2 << 20;
+    const uintptr_t first = (uintptr_t(data) + page - 1) / page * page, last = (uintptr_t(data) + x.numel() * size) / page * page;
+    if (fresh && stream && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  }
+};
+
+void spread_all(const Batch& x, const Shape& z, const double* coef, const double* grad, int64_t step, int side,
+                const Gradient& to) {
+  each(z, x.vocab, [&](int64_t n, int64_t i) {
+    const int64_t first = z.split ? i * kSegment : 0, end = z.split ? std::min(z.width, first + kSegment) : z.width;
+    char* out = to.data + n * to.row;
+    const double *c = coef + n * z.coefs(), g = grad[n * step];
+    z.wide ? spread_part(tiles<double>(), x, n, int(z.K), c, g, side, first, end, to.stream, out)
+           : spread_part(tiles<float>(), x, n, int(z.K), c, g, side, first, end, to.stream, out);
+  });
 }
 
 Tensor reduce(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
@@ -114,14 +207,7 @@ Tensor reduce(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, 
   const Batch x = batch(s, t, labels, mask, vocab, ignore);
   const Args row_args(args, x.rows, p.points());
   Tensor stats = torch::stable::new_empty(s, {x.rows, p.points() + 1, kStats}, ScalarType::Double);
-  double* out = stats.mutable_data_ptr<double>();
-  const int64_t width = (p.points() + 1) * kStats;
-  const bool wide = is_double(s, t, vocab);
-  torch::stable::parallel_for(0, x.rows, grain(vocab), [&](int64_t lo, int64_t hi) {
-    for (int64_t n = lo; n < hi; ++n)
-      wide ? reduce_row(tiles<double>(), x, n, p, row_args[n], out + n * width)
-           : reduce_row(tiles<float>(), x, n, p, row_args[n], out + n * width);
-  });
+  reduce_all(x, Shape(x, p.points(), vocab, is_double(s, t, vocab)), p, row_args, stats.mutable_data_ptr<double>());
   return stats;
 }
 
@@ -130,19 +216,17 @@ std::tuple<Tensor, Tensor> rows(const Tensor& stats, const Tensor& args, const T
   const int64_t N = stats.size(0), K1 = p.points() + 1;
   STD_TORCH_CHECK(stats.dim() == 3 && stats.size(1) == K1 && stats.size(2) == kStats && stats.is_contiguous(),
                   "kdkernels: stats must be (N, K + 1, 7) contiguous");
-  STD_TORCH_CHECK(sides == 1 || sides == 2, "kdkernels: sides must be 1 or 2");
-  const Args row_args(args, N, p.points());
-  Tensor value = torch::stable::new_empty(stats, {N}, ScalarType::Double);
-  Tensor coef = torch::stable::new_empty(stats, {sides, N, K1, kCoefs}, ScalarType::Double);
-  const double* in = stats.const_data_ptr<double>();
-  double *v = value.mutable_data_ptr<double>(), *c = coef.mutable_data_ptr<double>();
-  torch::stable::parallel_for(0, N, 256, [&](int64_t lo, int64_t hi) {
-    std::vector<double> scratch(2 * p.registers());
-    for (int64_t n = lo; n < hi; ++n)
-      v[n] = value_and_coefs(p, row_args[n], in + n * K1 * kStats, int(sides), N * K1 * kCoefs, scratch.data(),
-                             c + n * K1 * kCoefs);
-  });
+  Batch x;
+  x.rows = N;
+  Tensor value = torch::stable::new_empty(stats, {N}), coef = torch::stable::new_empty(stats, {sides, N, K1, kCoefs});
+  rows_all(Shape(x, K1 - 1, 1, true), p, Args(args, N, p.points()), stats.const_data_ptr<double>(), sides,
+           value.mutable_data_ptr<double>(), coef.mutable_data_ptr<double>());
   return {value, coef};
+}
+
+int64_t step_of(const Tensor& grad, int64_t rows) {
+  STD_TORCH_CHECK(grad.is_contiguous() && (grad.numel() == 1 || grad.numel() == rows), "kdkernels: grad must be (1 or N,)");
+  return grad.numel() == 1 ? 0 : 1;
 }
 
 Tensor spread(const Tensor& grad, const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
@@ -150,22 +234,67 @@ Tensor spread(const Tensor& grad, const Tensor& s, const MaybeTensor& t, const M
   const Batch x = batch(s, t, labels, mask, vocab, ignore);
   STD_TORCH_CHECK(side == 0 || t, "kdkernels: no teacher to spread to");
   const Tensor& own = side ? *t : s;
-  const int64_t K = coef.size(1) - 1, width = own.size(2);
   STD_TORCH_CHECK(coef.dim() == 3 && coef.size(0) == x.rows && coef.size(2) == kCoefs && coef.is_contiguous(),
                   "kdkernels: coef must be (N, K + 1, 10) contiguous");
-  STD_TORCH_CHECK(grad.is_contiguous() && (grad.numel() == 1 || grad.numel() == x.rows), "kdkernels: grad must be (1 or N,)");
-  Tensor out = torch::stable::new_empty(own, {own.size(0), own.size(1), width});
-  char* d = static_cast<char*>(out.mutable_data_ptr());
-  const double *c = coef.const_data_ptr<double>(), *g = grad.const_data_ptr<double>();
-  const int64_t step = grad.numel() == 1 ? 0 : 1, bytes = width * (side ? x.t : x.s).size();
-  const bool wide = is_double(s, t, vocab);
+  Tensor out = torch::stable::new_empty(own, {own.size(0), own.size(1), own.size(2)});
+  spread_all(x, Shape(x, coef.size(1) - 1, own.size(2), is_double(s, t, vocab)), coef.const_data_ptr<double>(),
+             grad.const_data_ptr<double>(), step_of(grad, x.rows), int(side), Gradient(out, (side ? x.t : x.s).size(), true));
+  return out;
+}
+
+// reduce, rows and spread to the student in one go: a row's gradient is written while the row is in cache.
+void step_into(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
+               const Tensor& args, const Tensor& program, const Tensor& grad, Tensor& out, Tensor& value, Tensor& coef,
+               int64_t vocab, int64_t ignore, bool fresh) {
+  const Program p = program_of(program);
+  const Batch x = batch(s, t, labels, mask, vocab, ignore);
+  const Args row_args(args, x.rows, p.points());
+  const Shape z(x, p.points(), s.size(2), is_double(s, t, vocab));
+  const int64_t step = step_of(grad, x.rows);
+  const double* g = grad.const_data_ptr<double>();
+  double *v = value.mutable_data_ptr<double>(), *c = coef.mutable_data_ptr<double>();
+  const Gradient to(out, x.s.size(), fresh);
+  if (z.split) {
+    std::vector<double> stats(z.rows * z.stats());
+    reduce_all(x, Shape(x, z.K, vocab, z.wide), p, row_args, stats.data());
+    rows_all(z, p, row_args, stats.data(), 1, v, c);
+    return spread_all(x, z, c, g, step, 0, to);
+  }
   torch::stable::parallel_for(0, x.rows, grain(vocab), [&](int64_t lo, int64_t hi) {
+    std::vector<double> scratch(2 * p.registers() + 2 * z.stats());
+    double *stats = scratch.data() + 2 * p.registers(), *part = stats + z.stats();
     for (int64_t n = lo; n < hi; ++n) {
-      const double* cn = c + n * (K + 1) * kCoefs;
-      wide ? spread_row(tiles<double>(), x, n, int(K), cn, g[n * step], int(side), width, d + n * bytes)
-           : spread_row(tiles<float>(), x, n, int(K), cn, g[n * step], int(side), width, d + n * bytes);
+      double* cn = c + n * z.coefs();
+      auto row = [&](const auto& isa) {
+        reduce_row(isa, x, n, p, row_args[n], stats, part);
+        v[n] = value_and_coefs(p, row_args[n], stats, 1, 0, scratch.data(), cn);
+        spread_part(isa, x, n, int(z.K), cn, g[n * step], 0, 0, z.width, to.stream, to.data + n * to.row);
+      };
+      z.wide ? row(tiles<double>()) : row(tiles<float>());
     }
   });
+}
+
+std::tuple<Tensor, Tensor, Tensor> step(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
+                                        const MaybeTensor& mask, const Tensor& args, const Tensor& program,
+                                        const Tensor& grad, int64_t vocab, int64_t ignore) {
+  const int64_t N = s.size(0) * s.size(1), K1 = program_of(program).points() + 1;
+  Tensor value = torch::stable::new_empty(s, {N}, ScalarType::Double);
+  Tensor coef = torch::stable::new_empty(s, {1, N, K1, kCoefs}, ScalarType::Double);
+  Tensor out = torch::stable::new_empty(s, {s.size(0), s.size(1), s.size(2)});
+  step_into(s, t, labels, mask, args, program, grad, out, value, coef, vocab, ignore, true);
+  return {value, coef, out};
+}
+
+Tensor exp2_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_contiguous() && (type_of(x) == Type::f32 || type_of(x) == Type::f64), "kdkernels: exp2 takes floats");
+  Tensor out = torch::stable::new_empty(x, {x.numel()});
+  const int64_t n = x.numel();
+  for (int64_t i = 0; i < n; i += kTile) {
+    const int count = int(std::min<int64_t>(n - i, kTile));
+    if (type_of(x) == Type::f32) tiles<float>().exp2(x.const_data_ptr<float>() + i, count, out.mutable_data_ptr<float>() + i);
+    else tiles<double>().exp2(x.const_data_ptr<double>() + i, count, out.mutable_data_ptr<double>() + i);
+  }
   return out;
 }
 
@@ -179,6 +308,9 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
   m.def("rows(Tensor stats, Tensor args, Tensor program, int sides) -> (Tensor, Tensor)");
   m.def("spread(Tensor grad, Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor coef, "
         "SymInt vocab, int ignore_index, int side) -> Tensor");
+  m.def("step(Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, Tensor grad, "
+        "SymInt vocab, int ignore_index) -> (Tensor, Tensor, Tensor)");
+  m.def("exp2(Tensor x) -> Tensor");
   m.def("isa() -> int");
 }
 
@@ -186,6 +318,8 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("reduce", TORCH_BOX(&reduce));
   m.impl("rows", TORCH_BOX(&rows));
   m.impl("spread", TORCH_BOX(&spread));
+  m.impl("step", TORCH_BOX(&step));
+  m.impl("exp2", TORCH_BOX(&exp2_of));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }

@@ -1,5 +1,6 @@
 // Rows on cores: reduce a row to its Moments and spread a slope back over it, tile by tile.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -30,101 +31,151 @@ struct Batch {
 
 template <typename R> class Tile {
  public:
-  alignas(64) R u[kTile], v[kTile];
-  R s_pivot = 0, t_pivot = 0;
-  bool special = false;
+  View<R> view{};
+  R s_max = 0, t_max = 0;  // over the finite entries; -inf if there is none
+  bool special = false;    // there are -inf entries
+  alignas(64) R scratch[kTile];
 
-  // Classes [first, first + n) of row n, relative to the given pivots or, without them, to the tile's own maxima.
-  void load(const Tiles<R>& isa, const Batch& x, int64_t row, int64_t first, int count, const R* pivots = nullptr) {
-    n = count;
-    isa.load(x.s.type, x.s.row(row) + x.s.size() * first, n, u);
-    if (x.t.data) isa.load(x.t.type, x.t.row(row) + x.t.size() * first, n, v);
-    else for (int i = 0; i < n; ++i) v[i] = 0;
+  // Classes [first, first + count) of row n. What needs no conversion is read where it is.
+  void load(const Tiles<R>& isa, const Batch& x, int64_t row, int64_t first, int count) {
+    const bool same = x.s.type == own_type() && !x.mask, teacher = x.t.data;
+    view.n = count;
+    view.s = fetch(isa, x.s, row, first, same, u_);
+    view.t = teacher ? fetch(isa, x.t, row, first, x.t.type == own_type() && !x.mask, v_) : v_;
+    if (!teacher && zeros_ < count) { std::fill(v_, v_ + kTile, R(0)); zeros_ = kTile; }
+    if (teacher) zeros_ = 0;
+    const R dead = -std::numeric_limits<R>::infinity();
     if (x.mask)
-      for (int i = 0; i < n; ++i)
-        if (!x.mask[first + i]) u[i] = v[i] = -std::numeric_limits<R>::infinity();
-    special = isa.peak(u, n, &s_pivot);
-    if (x.t.data) special |= isa.peak(v, n, &t_pivot);
-    else t_pivot = 0;
-    if (special && !x.t.data)
-      for (int i = 0; i < n; ++i) v[i] = u[i] == -std::numeric_limits<R>::infinity() ? u[i] : R(0);
-    s_max = s_pivot; t_max = t_pivot;
-    if (pivots) { s_pivot = pivots[0]; t_pivot = pivots[1]; }
-    isa.subtract(u, n, s_pivot);
-    if (x.t.data) isa.subtract(v, n, t_pivot);
+      for (int i = 0; i < count; ++i)
+        if (!x.mask[first + i]) { u_[i] = dead; if (teacher) v_[i] = dead; }
+    special = isa.peak(view.s, count, &s_max);
+    t_max = 0;
+    if (teacher) special |= isa.peak(view.t, count, &t_max);
+    if (special && !teacher) {
+      for (int i = 0; i < count; ++i) v_[i] = view.s[i] == dead ? dead : R(0);
+      zeros_ = 0;
+    }
   }
 
   // Runs f with the class left out of the tile, if it is there.
   template <typename F> void without(int64_t i, F f) {
-    if (i < 0 || i >= n) return f(special);
-    const R a = u[i], b = v[i];
-    u[i] = v[i] = -std::numeric_limits<R>::infinity();
+    if (i < 0 || i >= view.n) return f(special);
+    if (view.s != u_) { std::copy(view.s, view.s + view.n, u_); view.s = u_; }
+    if (view.t != v_) { std::copy(view.t, view.t + view.n, v_); view.t = v_; }
+    const R a = u_[i], b = v_[i];
+    u_[i] = v_[i] = -std::numeric_limits<R>::infinity();
     f(true);
-    u[i] = a; v[i] = b;
+    u_[i] = a; v_[i] = b;
   }
 
-  int n = 0;
-  R s_max = 0, t_max = 0;
+ private:
+  static constexpr Type own_type() { return sizeof(R) == 4 ? Type::f32 : Type::f64; }
+  const R* fetch(const Tiles<R>& isa, const Logits& x, int64_t row, int64_t first, bool in_place, R* copy) {
+    const char* at = x.row(row) + x.size() * first;
+    if (in_place && uintptr_t(at) % sizeof(R) == 0) return reinterpret_cast<const R*>(at);
+    isa.widen(x.type, at, view.n, copy);
+    return copy;
+  }
+  alignas(64) R u_[kTile], v_[kTile];
+  int zeros_ = 0;
 };
 
-// Moments of one tile at one point; `label` is relative to the tile.
+// Moments of one tile at one point; `label` is relative to the tile, `total` what the row has so far.
 template <typename R>
-Moments tile_moments(const Tiles<R>& isa, Tile<R>& x, const Tilt& at, int flags, int64_t label, bool teacher) {
+Moments tile_moments(const Tiles<R>& isa, Tile<R>& x, const Tilt& at, int flags, int64_t label, const Moments& total) {
   Moments out = Moments::empty();
   x.without(flags & EXCLUDE ? label : -1, [&](bool special) {
-    const double b = at.b * kLog2e, a = at.a * kLog2e;
-    double m = 0;  // both logits are <= 0 here: an upper bound unless a coefficient is negative
-    if (b < 0 || a < 0) m = isa.top(x.u, x.v, x.n, b, a);
-    if (m == INFINITY) {  // a negative power of an impossible class
-      out.m = m; out.z = 1;
+    // Both logits are <= 0 here: 0 is an upper bound unless a coefficient is negative.
+    Exponent e{at.b * kLog2e, at.a * kLog2e, 0};
+    if (e.b < 0 || e.a < 0) e.c = -isa.top(x.view, e);
+    const double base = scaled(at.b, double(x.view.s_pivot)) + scaled(at.a, double(x.view.t_pivot));
+    if (e.c == -INFINITY) {  // a negative power of an impossible class
+      out.m = INFINITY; out.z = 1;
       return;
     }
-    TileSums<R> sum = isa.sums(x.u, x.v, x.n, b, a, m, flags, special);
-    if (!(sum.z > 1e-12)) {  // the bound is far above the terms
-      m = isa.top(x.u, x.v, x.n, b, a);
-      if (m == -INFINITY) {
-        if (sum.z == 0) return;  // no class is left
-        m = 0;
-      }
-      sum = isa.sums(x.u, x.v, x.n, b, a, m, flags, special);
+    if (e.c == INFINITY) return;  // no class is left
+    TileSums<R> sum = isa.sums(x.view, e, flags, special, x.scratch);
+    const bool drowned = total.z > 1e-3 && total.m >= base - e.c / kLog2e;  // by what the row has already
+    if (!(sum.z > 1e-12) && !drowned) {                                     // the bound is far above the terms
+      e.c = 0;
+      const double top = isa.top(x.view, e);
+      if (top == -INFINITY && sum.z == 0) return;
+      e.c = top == -INFINITY ? 0 : -top;
+      sum = isa.sums(x.view, e, flags, special, x.scratch);
     }
+    if (sum.z == 0) return;
     const double z = sum.z, du = sum.s / z, dv = sum.t / z;
-    out.m = m / kLog2e + scaled(at.b, x.s_pivot) + scaled(at.a, x.t_pivot);
+    out.m = base - e.c / kLog2e;
     out.z = z;
-    if (flags & (MEAN_S | SECOND)) out.s = double(x.s_pivot) + du;
-    if (teacher && (flags & (MEAN_T | SECOND))) out.t = double(x.t_pivot) + dv;
-    if (flags & SECOND) {
-      out.ss = sum.ss / z - du * du;
-      if (teacher) { out.st = sum.st / z - du * dv; out.tt = sum.tt / z - dv * dv; }
-    }
+    if (flags & (MEAN_S | SECOND)) out.s = x.view.s_pivot + du;
+    if (flags & (MEAN_T | SECOND)) out.t = x.view.t_pivot + dv;
+    if (flags & SECOND) { out.ss = sum.ss / z - du * du; out.st = sum.st / z - du * dv; out.tt = sum.tt / z - dv * dv; }
   });
   return out;
 }
 
+// A row is the sum of its segments, in order, whoever computes them: the same bits for any number of threads.
+constexpr int64_t kSegment = 8 * kTile;
+inline int64_t segments(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
+
 // stats: (K + 1) x kStats, see kdkernels/ops.py.
 template <typename R>
-void reduce_row(const Tiles<R>& isa, const Batch& x, int64_t n, const Program& p, const double* args, double* stats) {
+void reduce_segment(const Tiles<R>& isa, const Batch& x, int64_t n, int64_t segment, const Program& p,
+                    const double* args, double* stats) {
   const int K = p.points();
   double* last = stats + K * kStats;
-  for (int i = 0; i < (K + 1) * kStats; ++i) stats[i] = 0;
-  if (!x.kept(n)) return;
-  const int64_t label = x.labels ? x.labels[n] : -1;
   Moments* total = reinterpret_cast<Moments*>(stats);
   for (int k = 0; k < K; ++k) total[k] = Moments::empty();
+  const int64_t label = x.labels ? x.labels[n] : -1, end = std::min(x.vocab, (segment + 1) * kSegment);
+  const bool teacher = x.t.data;
   Tile<R> tile;
-  double s_max = -INFINITY, t_max = -INFINITY;
-  for (int64_t first = 0; first < x.vocab; first += kTile) {
-    tile.load(isa, x, n, first, int(x.vocab - first < kTile ? x.vocab - first : kTile));
-    s_max = std::fmax(s_max, tile.s_max);
-    t_max = std::fmax(t_max, tile.t_max);
-    for (int k = 0; k < K; ++k)
-      total[k].merge(tile_moments(isa, tile, Tilt(p, args, k), p.flags(k), label - first, x.t.data != nullptr));
-    if (label >= first && label < first + tile.n) {
-      last[0] = double(tile.u[label - first]) + tile.s_pivot;
-      last[1] = x.t.data ? double(tile.v[label - first]) + tile.t_pivot : last[0];
+  R s_max = -INFINITY, t_max = -INFINITY;
+  for (int64_t first = segment * kSegment; first < end; first += kTile) {
+    tile.load(isa, x, n, first, int(std::min<int64_t>(end - first, kTile)));
+    s_max = std::max(s_max, tile.s_max);
+    t_max = std::max(t_max, tile.t_max);
+    tile.view.s_pivot = s_max == -INFINITY ? 0 : s_max;  // of the segment so far: the moments merge without exponentials
+    tile.view.t_pivot = t_max == -INFINITY ? 0 : t_max;
+    for (int k = 0; k < K; ++k) {
+      const int flags = teacher ? p.flags(k) : p.flags(k) & ~MEAN_T;
+      total[k].merge(tile_moments(isa, tile, Tilt(p, args, k), flags, label - first, total[k]));
+    }
+    if (label >= first && label < first + tile.view.n) {
+      last[0] = tile.view.s[label - first];
+      last[1] = teacher ? double(tile.view.t[label - first]) : last[0];
     }
   }
   last[2] = s_max; last[3] = t_max; last[4] = 1;
+}
+
+inline void merge_segments(int K, double* stats, const double* part, bool holds_label) {
+  for (int k = 0; k < K; ++k)
+    reinterpret_cast<Moments*>(stats)[k].merge(reinterpret_cast<const Moments*>(part)[k]);
+  double* last = stats + K * kStats;
+  const double* other = part + K * kStats;
+  if (holds_label) { last[0] = other[0]; last[1] = other[1]; }
+  last[2] = std::max(last[2], other[2]);
+  last[3] = std::max(last[3], other[3]);
+}
+
+inline void finish_row(int K, double* stats) {
+  for (double* max : {stats + K * kStats + 2, stats + K * kStats + 3})
+    if (*max == -INFINITY) *max = 0;  // no finite entry
+}
+
+template <typename R>
+void reduce_row(const Tiles<R>& isa, const Batch& x, int64_t n, const Program& p, const double* args, double* stats,
+                double* part) {
+  const int width = (p.points() + 1) * kStats;
+  std::fill(stats, stats + width, 0.);
+  if (!x.kept(n)) return;
+  for (int64_t i = 0; i < segments(x.vocab); ++i) {
+    double* to = i ? part : stats;
+    std::fill(to, to + width, 0.);
+    reduce_segment(isa, x, n, i, p, args, to);
+    if (i) merge_segments(p.points(), stats, part, x.labels && x.labels[n] / kSegment == i);
+  }
+  finish_row(p.points(), stats);
 }
 
 inline Row row_of(const double* last) { return {last[0], last[1], last[2], last[3], last[4]}; }
@@ -148,36 +199,40 @@ inline double value_and_coefs(const Program& p, const double* args, const double
   return value;
 }
 
-// out: the gradient of one side's row, `width` classes of which those from vocab on are padding.
+// out: classes [first, end) of the gradient of one side's row, of which those from vocab on are padding.
 template <typename R>
-void spread_row(const Tiles<R>& isa, const Batch& x, int64_t n, int K, const double* coef, double g, int side,
-                int64_t width, char* out) {
+void spread_part(const Tiles<R>& isa, const Batch& x, int64_t n, int K, const double* coef, double g, int side,
+                 int64_t first, int64_t end, bool stream, char* out) {
   const Logits& own = side ? x.t : x.s;
   const double* last = coef + K * kCoefs;
   alignas(64) R d[kTile];
   Tile<R> tile;
   const int64_t label = x.labels ? x.labels[n] : -1;
-  const R pivots[2] = {R(last[1]), R(last[2])};
   const bool kept = last[3] != 0, dead_row = last[0] != last[0];
-  for (int64_t first = 0; first < width; first += kTile) {
-    const int count = int(width - first < kTile ? width - first : kTile);
-    const int live = kept ? int(x.vocab - first < count ? (x.vocab > first ? x.vocab - first : 0) : count) : 0;
-    const R fill = dead_row ? std::numeric_limits<R>::quiet_NaN() : R(0);
-    for (int i = 0; i < count; ++i) d[i] = i < live ? fill : R(0);
+  for (; first < end; first += kTile) {
+    const int count = int(std::min<int64_t>(end - first, kTile));
+    const int live = kept ? int(std::clamp<int64_t>(x.vocab - first, 0, count)) : 0;
+    bool written = false;
     if (live && !dead_row) {
-      tile.load(isa, x, n, first, live, pivots);
+      tile.load(isa, x, n, first, live);
+      tile.view.s_pivot = R(last[1]);
+      tile.view.t_pivot = R(last[2]);
       for (int k = 0; k < K; ++k) {
         const double* c = coef + k * kCoefs;
-        TilePoint<R> p{c[1] * kLog2e, c[2] * kLog2e, c[0] * kLog2e, {}};
+        R cg[6];
         bool any = false;
-        for (int j = 0; j < 6; ++j) { p.c[j] = R(c[3 + j] * g); any |= p.c[j] != 0; }
-        if (any)
-          tile.without(c[9] != 0 ? label - first : -1,
-                       [&](bool special) { isa.spread(tile.u, tile.v, tile.n, p, special, d); });
+        for (int j = 0; j < 6; ++j) { cg[j] = R(c[3 + j] * g); any |= cg[j] != 0; }
+        if (!any) continue;
+        tile.without(c[9] != 0 ? label - first : -1, [&](bool special) {
+          isa.spread(tile.view, {c[1] * kLog2e, c[2] * kLog2e, c[0] * kLog2e}, cg, special, !written, tile.scratch, d);
+        });
+        written = true;
       }
-      if (label >= first && label < first + live) d[label - first] += R(last[0] * g);
     }
-    isa.store(own.type, d, count, out + own.size() * first);
+    if (!written) std::fill(d, d + live, dead_row ? std::numeric_limits<R>::quiet_NaN() : R(0));
+    std::fill(d + live, d + count, R(0));
+    if (label >= first && label < first + live) d[label - first] += R(last[0] * g);
+    isa.store(own.type, d, count, out + own.size() * first, stream);
   }
 }
 

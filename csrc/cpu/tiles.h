@@ -4,26 +4,32 @@
 
 namespace kd {
 
-constexpr int kTile = 2048;  // u, v and the gradient of a tile stay in L1
+constexpr int kTile = 2048;  // both logits and the gradient of a tile stay in L1
 enum class Type { f64, f32, f16, bf16 };
 
-// Coefficients of one point, exponents in units of log 2.
-template <typename R> struct TilePoint { double b, a, lam; R c[6]; };
+// A tile of logits; u = s - s_pivot and v = t - t_pivot are what the kernels work on.
+template <typename R> struct View {
+  const R *s, *t;
+  int n;
+  R s_pivot, t_pivot;
+};
+// The exponent b u + a v + c in units of log 2. Dead where both logits are -inf; a zero coefficient ignores its logit.
+struct Exponent { double b, a, c; };
 template <typename R> struct TileSums { double z, s, t, ss, st, tt; };
 
 template <typename R> struct Tiles {
-  // out = x as R
-  void (*load)(Type, const void* x, int n, R* out);
-  void (*store)(Type, const R* x, int n, void* out);
-  // max over the finite entries (0 if there is none); true if an entry is -inf
+  void (*widen)(Type, const void* x, int n, R* out);
+  // `stream`: past the caches, for an output that is larger than they are.
+  void (*store)(Type, const R* x, int n, void* out, bool stream);
+  // max over the finite entries (-inf if there is none); true if an entry is -inf
   bool (*peak)(const R* x, int n, R* max);
-  void (*subtract)(R* x, int n, R pivot);
-  // max of b u + a v over the live entries
-  double (*top)(const R* u, const R* v, int n, double b, double a);
-  // sums of w, w u, w v (and second moments) with w = 2^(b u + a v - m); `special`: the tile has -inf entries
-  TileSums<R> (*sums)(const R* u, const R* v, int n, double b, double a, double m, int flags, bool special);
-  // out += 2^(b u + a v + lam) * polynomial(u, v)
-  void (*spread)(const R* u, const R* v, int n, const TilePoint<R>&, bool special, R* out);
+  // max of the exponent over the live entries
+  double (*top)(const View<R>&, const Exponent&);
+  // sums of w, w u, w v (and second moments), w = 2^exponent; `special`: the tile has -inf entries. x: kTile of scratch.
+  TileSums<R> (*sums)(const View<R>&, const Exponent&, int flags, bool special, R* x);
+  // out (+)= w (c0 + c1 u + c2 v + c3 u^2 + c4 u v + c5 v^2); `first` overwrites
+  void (*spread)(const View<R>&, const Exponent&, const R* c, bool special, bool first, R* x, R* out);
+  void (*exp2)(const R* x, int n, R* out);
 };
 
 namespace base { extern const Tiles<float> f32; extern const Tiles<double> f64; }

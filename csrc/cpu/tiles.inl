@@ -1,68 +1,8 @@
-// Plain loops, one copy compiled for each instruction set. `omp simd` carries the reductions, so that no flag of
-// -ffast-math is needed: infinities and NaN keep their meaning.
-#define INLINE static inline __attribute__((always_inline))
+// One copy compiled for each instruction set, in vectors of its width. No flag of -ffast-math: infinities and NaN keep
+// their meaning.
+#include "vector.inl"
 
-// 2^x. float: 2^n by the exponent bits, 2^f on [-1/2, 1/2] by a degree-6 minimax polynomial, relative error < 1.5e-7;
-// 0 below 2^-126, NaN for NaN.
-INLINE float exp2_(float x) {
-  const float y = x < -126.f ? -126.f : x > 127.f ? 127.f : x;
-  const float shifted = y + 12582912.f, n = shifted - 12582912.f, f = y - n;
-  float p = 1.54035304e-4f;
-  p = p * f + 1.33335581e-3f;
-  p = p * f + 9.61812911e-3f;
-  p = p * f + 5.55041087e-2f;
-  p = p * f + 2.40226507e-1f;
-  p = p * f + 6.93147181e-1f;
-  p = p * f + 1.f;
-  int32_t bits;
-  __builtin_memcpy(&bits, &shifted, 4);
-  bits = (bits << 23) + 0x3f800000;
-  float scale;
-  __builtin_memcpy(&scale, &bits, 4);
-  return x < -126.f ? 0.f : p * scale;
-}
-INLINE double exp2_(double x) { return __builtin_exp2(x); }
-
-INLINE float widen(uint16_t h, bool bf16) {
-  uint32_t w = uint32_t(h) << 16;
-  float f;
-  if (!bf16) {  // IEEE half: shift the exponent into place, rescale by 2^112; subnormals come out right
-    const uint32_t sign = w & 0x80000000u, rest = (w & 0x7fff0000u) >> 3;
-    __builtin_memcpy(&f, &rest, 4);
-    f *= 5.192296858534828e33f;
-    uint32_t u;
-    __builtin_memcpy(&u, &f, 4);
-    u = (h & 0x7c00) == 0x7c00 ? (rest | 0x7f800000u) : u;
-    u |= sign;
-    __builtin_memcpy(&f, &u, 4);
-    return f;
-  }
-  __builtin_memcpy(&f, &w, 4);
-  return f;
-}
-
-INLINE uint16_t to_bf16(float x) {
-  uint32_t u;
-  __builtin_memcpy(&u, &x, 4);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return uint16_t(x != x ? 0x7fc0u : rounded);
-}
-INLINE uint16_t to_half(float x) {  // round to nearest even
-  uint32_t u;
-  __builtin_memcpy(&u, &x, 4);
-  const uint32_t sign = (u >> 16) & 0x8000u;
-  u &= 0x7fffffffu;
-  float magnitude;
-  __builtin_memcpy(&magnitude, &u, 4);
-  const float denormal = magnitude + 0.5f;  // aligns the half's subnormal bits
-  uint32_t d;
-  __builtin_memcpy(&d, &denormal, 4);
-  const uint32_t small = d - 0x3f000000u, normal = (u + 0xc8000fffu + ((u >> 13) & 1u)) >> 13;
-  const uint32_t big = u > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  return uint16_t(sign | (u >= 0x47800000u ? big : u < 0x38800000u ? small : normal));
-}
-
-template <typename R> static void load(Type type, const void* x, int n, R* out) {
+template <typename R> static void widen_all(Type type, const void* x, int n, R* out) {
   if (type == Type::f32) {
     const float* p = static_cast<const float*>(x);
     for (int i = 0; i < n; ++i) out[i] = p[i];
@@ -78,143 +18,203 @@ template <typename R> static void load(Type type, const void* x, int n, R* out) 
   }
 }
 
-template <typename R> static void store(Type type, const R* x, int n, void* out) {
-  if (type == Type::f32) {
-    float* p = static_cast<float*>(out);
-    for (int i = 0; i < n; ++i) p[i] = float(x[i]);
-  } else if (type == Type::f64) {
-    double* p = static_cast<double*>(out);
-    for (int i = 0; i < n; ++i) p[i] = x[i];
+// Whole lines go past the caches where the output is as wide as the arithmetic; the narrow types go through one line.
+template <typename T> static void copy_out(const T* x, int n, T* out, bool stream) {
+  int i = 0;
+#ifdef __SSE2__
+  if (stream) {
+    while (i < n && uintptr_t(out + i) % 64) { out[i] = x[i]; ++i; }
+    for (constexpr int step = 16 / sizeof(T); i + 64 / int(sizeof(T)) <= n;)
+      for (int j = 0; j < 4; ++j, i += step)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i)));
+  }
+#endif
+  for (; i < n; ++i) out[i] = x[i];
+}
+
+template <typename R> static void store(Type type, const R* x, int n, void* out, bool stream) {
+  if constexpr (sizeof(R) == 4) {
+    if (type == Type::f32) return copy_out(x, n, static_cast<float*>(out), stream);
+  }
+  if (type == Type::f64) {
+    for (int i = 0; i < n; ++i) static_cast<double*>(out)[i] = x[i];
+  } else if (type == Type::f32) {
+    for (int i = 0; i < n; ++i) static_cast<float*>(out)[i] = float(x[i]);
   } else {
-    uint16_t* p = static_cast<uint16_t*>(out);
+    alignas(64) uint16_t half[kTile];
     if (type == Type::bf16)
-      for (int i = 0; i < n; ++i) p[i] = to_bf16(float(x[i]));
+      for (int i = 0; i < n; ++i) half[i] = to_bf16(float(x[i]));
     else
-      for (int i = 0; i < n; ++i) p[i] = to_half(float(x[i]));
+      for (int i = 0; i < n; ++i) half[i] = to_half(float(x[i]));
+    copy_out(half, n, static_cast<uint16_t*>(out), stream);
   }
 }
 
 template <typename R> static bool peak(const R* x, int n, R* max) {
   const R inf = R(INFINITY);
-  R hi = -inf, lo = inf;
-#pragma omp simd reduction(max : hi) reduction(min : lo)
-  for (int i = 0; i < n; ++i) {
-    hi = x[i] > hi ? x[i] : hi;
-    lo = x[i] < lo ? x[i] : lo;
-  }
-  *max = hi == -inf ? R(0) : hi;
-  return lo == -inf;
+  Vec<R> hi = Vec<R>{} - inf, lo = Vec<R>{} + inf;
+  auto see = [&](Vec<R> v) { hi = v > hi ? v : hi; lo = v < lo ? v : lo; };
+  int i = 0;
+  for (; i + kLanes<R> <= n; i += kLanes<R>) see(load(x + i));
+  if (i < n) see(load_some(x + i, n - i, x[i]));
+  R h = -inf, l = inf;
+  for (int j = 0; j < kLanes<R>; ++j) { h = hi[j] > h ? hi[j] : h; l = lo[j] < l ? lo[j] : l; }
+  *max = h;
+  return l == -inf;
 }
 
-template <typename R> static void subtract(R* x, int n, R pivot) {
-  for (int i = 0; i < n; ++i) x[i] -= pivot;
-}
-
-// Dead where both logits are -inf; a zero coefficient ignores its logit. In double: the two terms may cancel, and
-// reduce and spread must then agree on what is left.
-template <typename R> INLINE double tilt(R u, R v, double b, double a) {
-  const double x = (b != 0 ? b * u : 0.) + (a != 0 ? a * v : 0.);
+// The exponent in double: its terms may cancel, and reduce and spread must then agree on what is left.
+template <typename R> INLINE double exponent(R u, R v, const Exponent& e) {
+  const double x = (e.b != 0 ? e.b * u : 0.) + ((e.a != 0 ? e.a * v : 0.) + e.c);
   return (u == -R(INFINITY)) & (v == -R(INFINITY)) ? -INFINITY : x;
 }
 
-// 2^(b u + a v + c); one term alone needs no double.
-template <typename R, bool B, bool A> INLINE R weight(R u, R v, double b, double a, double c) {
-  return B && A ? exp2_(R(b * u + (a * v + c))) : exp2_((B ? R(b) * u : A ? R(a) * v : R(0)) + R(c));
-}
-
-template <typename R> static double top(const R* u, const R* v, int n, double b, double a) {
+template <typename R> static double top(const View<R>& x, const Exponent& e) {
   double hi = -INFINITY;
 #pragma omp simd reduction(max : hi)
-  for (int i = 0; i < n; ++i) {
-    const double x = tilt(u[i], v[i], b, a);
-    hi = x > hi ? x : hi;
+  for (int i = 0; i < x.n; ++i) {
+    const double y = exponent<R>(x.s[i] - x.s_pivot, x.t[i] - x.t_pivot, e);
+    hi = y > hi ? y : hi;
   }
   return hi;
 }
 
-template <typename R> static TileSums<R> careful_sums(const R* u, const R* v, int n, double b, double a, double m) {
-  R z = 0, s = 0, t = 0;
-#pragma omp simd reduction(+ : z, s, t)
-  for (int i = 0; i < n; ++i) {
-    const R w = exp2_(R(tilt(u[i], v[i], b, a) - m));
-    z += w;
-    s += w == 0 ? R(0) : w * u[i];
-    t += w == 0 ? R(0) : w * v[i];
-  }
-  return {double(z), double(s), double(t), 0, 0, 0};
+template <typename R> static void exp2_all(const R* x, int n, R* out) {
+  int i = 0;
+  for (; i + kLanes<R> <= n; i += kLanes<R>) save(out + i, exp2_<R>(load(x + i)));
+  for (; i < n; ++i) out[i] = exp2_<R>(Vec<R>{} + x[i])[0];
 }
 
-// Second moments in double: u^2 cancels against the squared mean.
-template <typename R> static TileSums<R> second_sums(const R* u, const R* v, int n, double b, double a, double m) {
-  double z = 0, s = 0, t = 0, ss = 0, st = 0, tt = 0;
-#pragma omp simd reduction(+ : z, s, t, ss, st, tt)
-  for (int i = 0; i < n; ++i) {
-    const double w = exp2_(R(tilt(u[i], v[i], b, a) - m));
-    const double x = w == 0 ? 0. : double(u[i]), y = w == 0 ? 0. : double(v[i]);
-    z += w; s += w * x; t += w * y;
-    ss += w * x * x; st += w * x * y; tt += w * y * y;
+// Weights of any tile, exactly 0 where a class is dead.
+template <typename R> static void weights(const View<R>& x, const Exponent& e, R* w) {
+#pragma omp simd
+  for (int i = 0; i < x.n; ++i) {
+    const double y = exponent<R>(x.s[i] - x.s_pivot, x.t[i] - x.t_pivot, e);
+    w[i] = R(y < -1e300 ? -1e30 : y);  // far below the least exponent, and no infinity
   }
+  exp2_all(w, x.n, w);
+}
+
+template <typename R> static TileSums<R> careful_sums(const View<R>& x, const R* w, bool second) {
+  double z = 0, s = 0, t = 0, ss = 0, st = 0, tt = 0;  // u^2 will cancel against the squared mean
+#pragma omp simd reduction(+ : z, s, t)
+  for (int i = 0; i < x.n; ++i) {
+    z += w[i];
+    s += w[i] == 0 ? 0. : double(w[i]) * (x.s[i] - x.s_pivot);
+    t += w[i] == 0 ? 0. : double(w[i]) * (x.t[i] - x.t_pivot);
+  }
+  if (second)
+#pragma omp simd reduction(+ : ss, st, tt)
+    for (int i = 0; i < x.n; ++i) {
+      const double u = w[i] == 0 ? 0. : double(x.s[i] - x.s_pivot), v = w[i] == 0 ? 0. : double(x.t[i] - x.t_pivot);
+      ss += w[i] * u * u; st += w[i] * u * v; tt += w[i] * v * v;
+    }
   return {z, s, t, ss, st, tt};
 }
 
-template <typename R, bool B, bool A, bool S, bool T>
-static TileSums<R> fast_sums(const R* u, const R* v, int n, double b, double a, double m) {
-  R z = 0, s = 0, t = 0;
-#pragma omp simd reduction(+ : z, s, t)
-  for (int i = 0; i < n; ++i) {
-    const R w = weight<R, B, A>(u[i], v[i], b, a, -m);
-    z += w;
-    if (S) s += w * u[i];
-    if (T) t += w * v[i];
-  }
-  return {double(z), double(s), double(t), 0, 0, 0};
+// Exponents of two terms go through x; one term alone needs no double.
+enum Kind { NEITHER, STUDENT, TEACHER, BOTH };
+INLINE Kind kind_of(const Exponent& e) { return Kind((e.b != 0) | (e.a != 0) << 1); }
+template <typename R> static void mix(const View<R>& x, const Exponent& e, R* out) {
+#pragma omp simd
+  for (int i = 0; i < x.n; ++i)
+    out[i] = R(e.b * double(x.s[i] - x.s_pivot) + (e.a * double(x.t[i] - x.t_pivot) + e.c));
 }
 
-template <typename R> static TileSums<R> sums(const R* u, const R* v, int n, double b, double a, double m, int flags, bool special) {
-  if (flags & SECOND) return second_sums(u, v, n, b, a, m);
-  if (special) return careful_sums(u, v, n, b, a, m);
-  const int kind = (b != 0) | (a != 0) << 1 | ((flags & MEAN_S) != 0) << 2 | ((flags & MEAN_T) != 0) << 3;
-  switch (kind) {
-#define KIND(k) case k: return fast_sums<R, (k & 1) != 0, (k & 2) != 0, (k & 4) != 0, (k & 8) != 0>(u, v, n, b, a, m);
-    KIND(0) KIND(1) KIND(2) KIND(3) KIND(4) KIND(5) KIND(6) KIND(7)
-    KIND(8) KIND(9) KIND(10) KIND(11) KIND(12) KIND(13) KIND(14) KIND(15)
-#undef KIND
+template <typename R, Kind K> INLINE Vec<R> weight(Vec<R> u, Vec<R> v, Vec<R> x, const Exponent& e) {
+  if constexpr (K == BOTH) return exp2_<R>(x);
+  if constexpr (K == STUDENT) return exp2_<R>(u * R(e.b) + R(e.c));
+  if constexpr (K == TEACHER) return exp2_<R>(v * R(e.a) + R(e.c));
+  return exp2_<R>(Vec<R>{} + R(e.c));
+}
+
+template <typename R, Kind K, bool S, bool T>
+static TileSums<R> fast_sums(const View<R>& x, const Exponent& e, const R* mixed) {
+  Vec<R> z{}, s{}, t{};
+  constexpr bool U = S || K == STUDENT, V = T || K == TEACHER;
+  int i = 0;
+  for (; i + kLanes<R> <= x.n; i += kLanes<R>) {
+    const Vec<R> u = U ? load(x.s + i) - x.s_pivot : Vec<R>{}, v = V ? load(x.t + i) - x.t_pivot : Vec<R>{};
+    const Vec<R> w = weight<R, K>(u, v, K == BOTH ? load(mixed + i) : u, e);
+    z += w;
+    if (S) s += w * u;
+    if (T) t += w * v;
+  }
+  if (const int n = x.n - i) {
+    const Vec<R> u = U ? load_some(x.s + i, n, x.s_pivot) - x.s_pivot : Vec<R>{};
+    const Vec<R> v = V ? load_some(x.t + i, n, x.t_pivot) - x.t_pivot : Vec<R>{};
+    const Vec<R> w = weight<R, K>(u, v, K == BOTH ? load_some(mixed + i, n, R(0)) : u, e) * first_lanes<R>(n);
+    z += w;
+    if (S) s += w * u;
+    if (T) t += w * v;
+  }
+  return {total<R>(z), S ? total<R>(s) : 0, T ? total<R>(t) : 0, 0, 0, 0};
+}
+
+template <typename R>
+static TileSums<R> sums(const View<R>& x, const Exponent& e, int flags, bool special, R* scratch) {
+  if (special || (flags & SECOND)) {
+    weights(x, e, scratch);
+    return careful_sums(x, scratch, flags & SECOND);
+  }
+  const Kind kind = kind_of(e);
+  if (kind == BOTH) mix(x, e, scratch);
+  switch (kind << 2 | ((flags & MEAN_S) != 0) << 1 | ((flags & MEAN_T) != 0)) {
+#define CASE(k) case k: return fast_sums<R, Kind((k) >> 2), ((k) >> 1 & 1) != 0, ((k) & 1) != 0>(x, e, scratch);
+    CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+    CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15)
+#undef CASE
   }
   return {};
 }
 
-template <typename R> static void careful_spread(const R* u, const R* v, int n, const TilePoint<R>& p, R* out) {
-  const R* c = p.c;
+template <typename R>
+static void careful_spread(const View<R>& x, const R* w, const R* c, bool first, R* out) {
 #pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    const R w = exp2_(R(tilt(u[i], v[i], p.b, p.a) + p.lam)), x = u[i], y = v[i];
-    R q = c[0] + (c[1] != 0 ? c[1] * x : R(0)) + (c[2] != 0 ? c[2] * y : R(0));
-    q += (c[3] != 0 ? c[3] * x * x : R(0)) + (c[4] != 0 ? c[4] * x * y : R(0)) + (c[5] != 0 ? c[5] * y * y : R(0));
-    out[i] += w == 0 ? R(0) : w * q;
+  for (int i = 0; i < x.n; ++i) {
+    const R u = x.s[i] - x.s_pivot, v = x.t[i] - x.t_pivot;
+    R q = c[0] + (c[1] != 0 ? c[1] * u : R(0)) + (c[2] != 0 ? c[2] * v : R(0));
+    q += (c[3] != 0 ? c[3] * u * u : R(0)) + (c[4] != 0 ? c[4] * u * v : R(0)) + (c[5] != 0 ? c[5] * v * v : R(0));
+    out[i] = (first ? R(0) : out[i]) + (w[i] == 0 ? R(0) : w[i] * q);
   }
 }
 
-template <typename R, bool B, bool A, bool L>
-static void fast_spread(const R* u, const R* v, int n, const TilePoint<R>& p, R* out) {
-  const double b = p.b, a = p.a, lam = p.lam;
-  const R c0 = p.c[0], c1 = p.c[1], c2 = p.c[2];
-#pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    const R w = weight<R, B, A>(u[i], v[i], b, a, lam);
-    out[i] += w * (L ? c0 + (c1 * u[i] + c2 * v[i]) : c0);
+template <typename R, Kind K, bool L, bool First>
+static void fast_spread(const View<R>& x, const Exponent& e, const R* c, const R* mixed, R* out) {
+  constexpr bool U = L || K == STUDENT, V = L || K == TEACHER;
+  auto slope = [&](Vec<R> u, Vec<R> v, Vec<R> y) {
+    const Vec<R> w = weight<R, K>(u, v, y, e);
+    return L ? w * (u * c[1] + (v * c[2] + c[0])) : w * c[0];
+  };
+  int i = 0;
+  for (; i + kLanes<R> <= x.n; i += kLanes<R>) {
+    const Vec<R> u = U ? load(x.s + i) - x.s_pivot : Vec<R>{}, v = V ? load(x.t + i) - x.t_pivot : Vec<R>{};
+    const Vec<R> d = slope(u, v, K == BOTH ? load(mixed + i) : u);
+    save(out + i, First ? d : load(out + i) + d);
+  }
+  if (const int n = x.n - i) {  // out has room for a whole vector
+    const Vec<R> u = U ? load_some(x.s + i, n, x.s_pivot) - x.s_pivot : Vec<R>{};
+    const Vec<R> v = V ? load_some(x.t + i, n, x.t_pivot) - x.t_pivot : Vec<R>{};
+    const Vec<R> d = slope(u, v, K == BOTH ? load_some(mixed + i, n, R(0)) : u);
+    save(out + i, First ? d : load(out + i) + d);
   }
 }
 
 template <typename R>
-static void spread(const R* u, const R* v, int n, const TilePoint<R>& p, bool special, R* out) {
-  const bool quadratic = p.c[3] != 0 || p.c[4] != 0 || p.c[5] != 0, linear = p.c[1] != 0 || p.c[2] != 0;
-  if (special || quadratic) return careful_spread(u, v, n, p, out);
-  switch ((p.b != 0) | (p.a != 0) << 1 | linear << 2) {
-#define KIND(k) case k: return fast_spread<R, (k & 1) != 0, (k & 2) != 0, (k & 4) != 0>(u, v, n, p, out);
-    KIND(0) KIND(1) KIND(2) KIND(3) KIND(4) KIND(5) KIND(6) KIND(7)
-#undef KIND
+static void spread(const View<R>& x, const Exponent& e, const R* c, bool special, bool first, R* scratch, R* out) {
+  if (special || c[3] != 0 || c[4] != 0 || c[5] != 0) {
+    weights(x, e, scratch);
+    return careful_spread(x, scratch, c, first, out);
+  }
+  const Kind kind = kind_of(e);
+  if (kind == BOTH) mix(x, e, scratch);
+  switch (kind << 2 | (c[1] != 0 || c[2] != 0) << 1 | first) {
+#define CASE(k) case k: return fast_spread<R, Kind((k) >> 2), ((k) >> 1 & 1) != 0, ((k) & 1) != 0>(x, e, c, scratch, out);
+    CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+    CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15)
+#undef CASE
   }
 }
 
-extern const Tiles<float> f32 = {load, store, peak, subtract, top, sums, spread};
-extern const Tiles<double> f64 = {load, store, peak, subtract, top, sums, spread};
+extern const Tiles<float> f32 = {widen_all, store, peak, top, sums, spread, exp2_all};
+extern const Tiles<double> f64 = {widen_all, store, peak, top, sums, spread, exp2_all};

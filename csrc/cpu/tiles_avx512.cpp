@@ -1,11 +1,14 @@
 // The tile kernels for avx512. Every header goes above the pragma, so that no library function is compiled for it.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstdint>
 
 #include "../moments.h"
 #include "tiles.h"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#define KD_AVX512
 namespace kd::avx512 {
 #include "tiles.inl"
 }

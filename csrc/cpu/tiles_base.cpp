@@ -1,4 +1,8 @@
 // The tile kernels for any processor.
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 
