@@ -9,12 +9,19 @@ Operators (`csrc/cpu/ops.cpp` has the schemas; every backend implements the same
     spread(grad (N or 1,), student, teacher?, labels?, mask?, coef (N, K + 1, 10), vocab, ignore_index, side)
         -> gradient of that side's logits
 
+A backend may have a fourth, the three in one pass over the rows:
+
+    step(student, teacher?, labels?, mask?, args, program, grad (N or 1,), vocab, ignore_index)
+        -> value (N,), coef (1, N, K + 1, 10), gradient of the student's logits
+
 All statistics are float64. `args` and `program` are described at `kdkernels.loss.Program`:
 args (1 or N, 3 + 2K) = [1/T_student, 1/T_teacher, T], K x (student, teacher coefficient);
 program = [K, R, 0, output register], K flags, R instructions (op, a, b, c, constant).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -32,7 +39,7 @@ def _refuse(ctx, *grads):
 
 
 def register(prefix: str) -> None:
-    """Shape rules and a loud refusal of double backward for the three operators `kdkernels::{prefix}...`."""
+    """Shape rules and a loud refusal of double backward for the operators `kdkernels::{prefix}...`."""
 
     @torch.library.register_fake(f"kdkernels::{prefix}reduce")
     def _(student, teacher, labels, mask, args, program, vocab, ignore_index):
@@ -48,7 +55,17 @@ def register(prefix: str) -> None:
         side_logits = teacher if side else student
         return side_logits.new_empty(side_logits.shape)
 
-    for name in ("reduce", "rows", "spread"):
+    names = ["reduce", "rows", "spread"]
+    if hasattr(torch.ops.kdkernels, f"{prefix}step"):
+        names.append("step")
+
+        @torch.library.register_fake(f"kdkernels::{prefix}step")
+        def _(student, teacher, labels, mask, args, program, grad, vocab, ignore_index):
+            rows, points = student.shape[0] * student.shape[1], (args.shape[1] - 3) // 2
+            empty = lambda *shape: student.new_empty(shape, dtype=torch.float64)  # noqa: E731
+            return empty(rows), empty(1, rows, points + 1, COEFS), student.new_empty(student.shape)
+
+    for name in names:
         torch.library.register_autograd(f"kdkernels::{prefix}{name}", _refuse)
 
 
@@ -63,14 +80,23 @@ class _Spread(torch.autograd.Function):
 
 
 class RowLoss(torch.autograd.Function):
-    """Reduced (or per-row) loss of student (A, B, W) and teacher (A, B, W2), by the three operators of a backend."""
+    """Reduced (or per-row) loss of student (A, B, W) and teacher (A, B, W2), by the operators of a backend.
+
+    Where only the student wants a gradient of a reduced loss, `step` makes it together with the value, and backward
+    hands it over once. Not in float16, which would round what a GradScaler is about to multiply, and not under
+    torch.compile, which may not look at the incoming gradient.
+    """
 
     @staticmethod
     def forward(ctx, student, teacher, args, labels, mask, factor, program, operators, vocab, ignore, per_row, shape):
-        reduce, rows, ctx.spread = operators
-        sides = 2 if ctx.needs_input_grad[1] else 1
-        stats = reduce(student, teacher, labels, mask, args, program, vocab, ignore)
-        value, coef = rows(stats, args, program, sides)
+        reduce, rows, ctx.spread, step = operators
+        wants, ctx.gradient = ctx.needs_input_grad, None
+        half = student.dtype == torch.float16
+        if step and wants[0] and not (wants[1] or wants[2] or per_row or half or torch.compiler.is_compiling()):
+            value, coef, ctx.gradient = step(student, teacher, labels, mask, args, program, factor, vocab, ignore)
+        else:
+            stats = reduce(student, teacher, labels, mask, args, program, vocab, ignore)
+            value, coef = rows(stats, args, program, 2 if wants[1] else 1)
         keep = None if labels is None else labels != ignore
         value = apply_factor(value, factor, keep).to(result_dtype(student))
         ctx.save_for_backward(student, teacher, args, labels, mask, factor, coef)
@@ -79,6 +105,9 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        ready, ctx.gradient = ctx.gradient, None  # it is the caller's from here on, who may write to it
+        if ready is not None and not torch.is_grad_enabled() and (scaled := _scaled(ready, grad.item())) is not None:
+            return scaled, *(None,) * 11
         student, teacher, args, labels, mask, factor, coef = ctx.saved_tensors
         grad = grad.reshape(-1).to(torch.float64) * factor
         out: list[Tensor | None] = [None, None, None]
@@ -91,3 +120,11 @@ class RowLoss(torch.autograd.Function):
             out[2] = torch.zeros_like(args)
             out[2][:, : len(coef)] = slopes / args[:, : len(coef)]
         return (*out, *(None,) * 9)
+
+
+def _scaled(gradient: Tensor, factor: float) -> Tensor | None:
+    """factor * gradient, in place, or None where that would round a narrow dtype a second time."""
+    if factor == 1:
+        return gradient
+    exact = gradient.dtype in (torch.float32, torch.float64) or abs(math.frexp(factor)[0]) == 0.5
+    return gradient.mul_(factor) if exact else None

@@ -1,4 +1,4 @@
-"""Which kernels run. A backend is three row operations (reduce, rows, spread) and never sees a loss.
+"""Which kernels run. A backend is three row operations (reduce, rows, spread; step fuses them) and never sees a loss.
 
 `reference` is plain torch: float64 throughout, differentiable as often as one likes, the definition of the rest.
 `cpu` is C++, `triton` is Triton (any GPU it supports, or its interpreter), `cuda` is CUDA C++.
