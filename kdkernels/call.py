@@ -12,16 +12,14 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """student (A, B, W), teacher (A, B, W2) or None, labels (N,) int64 or None with N = A B, classes [0, vocab)."""
+    """student (..., W), teacher (..., W2) or None, labels (N,) int64 or None, mask (vocab,), classes [0, vocab)."""
 
     student: Tensor
     teacher: Tensor | None
     labels: Tensor | None
     mask: Tensor | None
     weight: Tensor | None
-    keep: Tensor | None
     vocab: int
-    batch: int
 
 
 def check_options(loss: Loss) -> None:
@@ -54,7 +52,7 @@ def _logits(name: str, x) -> None:
         raise ValueError(f"{name} must have shape (..., V) with V >= 1, got {tuple(x.shape)}")
 
 
-def _three(x: Tensor) -> Tensor:
+def three(x: Tensor) -> Tensor:
     """(..., V) -> (A, B, V) with unit stride in V; a copy only where the leading strides cannot be kept."""
     if x.stride(-1) != 1 and x.shape[-1] != 1:
         x = x.contiguous()
@@ -133,14 +131,11 @@ def check(loss: Loss, student, teacher, labels, row_weight, temperature, vocab_s
         check_number("temperature", temperature, above=0)
     if vocab_mask is not None:
         vocab_mask = _mask(vocab_mask, student, vocab)
-    keep = None if labels is None else labels != loss.ignore_index
-    batch = student.shape[0] if student.dim() > 1 else 1
     if loss.standardize:  # the gradient is a sum of two (through the row and its deviation): rounded once, at the end
         student = student if student.dtype == torch.float64 else student.float()
         if teacher is not None and teacher.dtype != torch.float64:
             teacher = teacher.float()
-    teacher = None if teacher is None else _three(teacher)
-    return Rows(_three(student), teacher, labels, vocab_mask, row_weight, keep, vocab, batch)
+    return Rows(student, teacher, labels, vocab_mask, row_weight, vocab)
 
 
 def _mask(mask, student: Tensor, vocab: int) -> Tensor:
@@ -174,7 +169,7 @@ def arguments(loss: Loss, program: Program, rows: Rows, temperature) -> Tensor:
 
 
 def _inverse_deviation(logits: Tensor, rows: Rows) -> Tensor:
-    """(N,) float64: 1 / standard deviation of each row of logits (A, B, W) over its live classes, differentiable."""
+    """(N,) float64: 1 / standard deviation of each row of logits (..., W) over its live classes, differentiable."""
     from .logpartition import inverse_deviation
 
     labels = None if rows.labels is None else rows.labels.view(logits.shape[:-1])
@@ -182,30 +177,42 @@ def _inverse_deviation(logits: Tensor, rows: Rows) -> Tensor:
     return scale.reshape(-1).to(torch.float64)
 
 
-def factor(loss: Loss, rows: Rows, num_items) -> Tensor:
-    """What multiplies each row's loss: (N,) or (1,) float64."""
-    device = rows.student.device
-    one = torch.ones(1, dtype=torch.float64, device=device) if rows.weight is None else rows.weight
+def weighting(loss: Loss, rows: Rows, num_items) -> tuple[Tensor | None, float]:
+    """weight (N or 1,) float64 or None, and the divisor: a row's loss counts weight / divisor times.
+
+    Divisor 0 stands for the number of kept rows, which only the labels know.
+    """
     if num_items is not None and loss.reduction != "mean":
         raise ValueError(f"num_items replaces the denominator of reduction='mean', not of {loss.reduction!r}")
     if loss.reduction == "mean":
-        if num_items is not None:
-            if not isinstance(num_items, (int, float, Tensor)) or isinstance(num_items, bool):
-                raise TypeError(f"num_items must be a number or a tensor, got {type(num_items).__name__}")
-            if isinstance(num_items, Tensor) and num_items.numel() != 1:
-                raise ValueError(f"num_items must have one element, got shape {tuple(num_items.shape)}")
-            if not isinstance(num_items, Tensor) and not num_items > 0:
+        if num_items is None:
+            return rows.weight, 0.0
+        if not isinstance(num_items, (int, float, Tensor)) or isinstance(num_items, bool):
+            raise TypeError(f"num_items must be a number or a tensor, got {type(num_items).__name__}")
+        if not isinstance(num_items, Tensor):
+            if not num_items > 0:
                 raise ValueError(f"num_items must be > 0, got {num_items}")
-            return one / torch.as_tensor(num_items, dtype=torch.float64, device=device).reshape(1)
-        count = rows.student.shape[0] * rows.student.shape[1]
-        return one / max(count, 1) if rows.keep is None else one / rows.keep.sum().clamp(min=1)
-    return one / max(rows.batch, 1) if loss.reduction == "batchmean" else one
+            return rows.weight, float(num_items)
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must have one element, got shape {tuple(num_items.shape)}")
+        items = num_items.reshape(1).to(rows.student.device, torch.float64)
+        return (1 / items if rows.weight is None else rows.weight / items), 1.0
+    batch = rows.student.shape[0] if rows.student.dim() > 1 else 1
+    return rows.weight, float(max(batch, 1)) if loss.reduction == "batchmean" else 1.0
 
 
-def apply_factor(value: Tensor, factor: Tensor, keep: Tensor | None) -> Tensor:
+def factor(weight: Tensor | None, divisor: float, labels: Tensor | None, ignore: int, like: Tensor) -> Tensor:
+    """weight / divisor of each row of `like` (..., W): (N,) or (1,) float64."""
+    one = torch.ones(1, dtype=torch.float64, device=like.device) if weight is None else weight
+    if divisor:
+        return one / divisor
+    return one / max(like.shape[:-1].numel(), 1) if labels is None else one / (labels != ignore).sum().clamp(min=1)
+
+
+def apply_factor(value: Tensor, factor: Tensor, labels: Tensor | None, ignore: int) -> Tensor:
     """Weighted row losses; a row that is not kept is 0 whatever its weight."""
     value = value * factor
-    return value if keep is None else torch.where(keep, value, torch.zeros_like(value))
+    return value if labels is None else torch.where(labels != ignore, value, torch.zeros_like(value))
 
 
 def result_dtype(student: Tensor) -> torch.dtype:

@@ -168,14 +168,16 @@ class Loss(nn.Module, metaclass=_PostInit):
         backend = backends.pick(student_logits)
         program = self._double if student_logits.dtype == torch.float64 else self._single
         args = call.arguments(self, program, rows, temperature)
-        factor = call.factor(self, rows, num_items)
+        weight, divisor = call.weighting(self, rows, num_items)
+        per_row, ignore = self.reduction == "none", self.ignore_index
         if backend.OPERATORS is None:
+            factor = call.factor(weight, divisor, rows.labels, ignore, student_logits)
             value = backend.row_losses(self, rows, program, args)
-            value = call.apply_factor(value, factor, rows.keep).to(call.result_dtype(student_logits))
-            return value.view(student_logits.shape[:-1]) if self.reduction == "none" else value.sum()
+            value = call.apply_factor(value, factor, rows.labels, ignore).to(call.result_dtype(student_logits))
+            return value.view(student_logits.shape[:-1]) if per_row else value.sum()
         return RowLoss.apply(
-            rows.student, rows.teacher, args, rows.labels, rows.mask, factor, program.code,
-            backend.OPERATORS, rows.vocab, self.ignore_index, self.reduction == "none", student_logits.shape[:-1],
+            rows.student, rows.teacher, args, rows.labels, rows.mask, weight, divisor, program.code,
+            backend.OPERATORS, rows.vocab, ignore, per_row,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

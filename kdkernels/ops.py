@@ -11,8 +11,8 @@ Operators (`csrc/cpu/ops.cpp` has the schemas; every backend implements the same
 
 A backend may have a fourth, the three in one pass over the rows:
 
-    step(student, teacher?, labels?, mask?, args, program, grad (N or 1,), vocab, ignore_index)
-        -> value (N,), coef (1, N, K + 1, 10), gradient of the student's logits
+    step(student, teacher?, labels?, mask?, args, program, weight (N or 1,)?, divisor, vocab, ignore_index)
+        -> sum of weight / divisor * value (), coef (1, N, K + 1, 10), gradient of the student's logits
 
 All statistics are float64. `args` and `program` are described at `kdkernels.loss.Program`:
 args (1 or N, 3 + 2K) = [1/T_student, 1/T_teacher, T], K x (student, teacher coefficient);
@@ -26,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from .call import apply_factor, result_dtype
+from .call import apply_factor, factor, result_dtype, three
 
 STATS, COEFS = 7, 10
 
@@ -60,10 +60,10 @@ def register(prefix: str) -> None:
         names.append("step")
 
         @torch.library.register_fake(f"kdkernels::{prefix}step")
-        def _(student, teacher, labels, mask, args, program, grad, vocab, ignore_index):
+        def _(student, teacher, labels, mask, args, program, weight, divisor, vocab, ignore_index):
             rows, points = student.shape[0] * student.shape[1], (args.shape[1] - 3) // 2
-            empty = lambda *shape: student.new_empty(shape, dtype=torch.float64)  # noqa: E731
-            return empty(rows), empty(1, rows, points + 1, COEFS), student.new_empty(student.shape)
+            coef = student.new_empty((1, rows, points + 1, COEFS), dtype=torch.float64)
+            return student.new_empty((), dtype=result_dtype(student)), coef, student.new_empty(student.shape)
 
     for name in names:
         torch.library.register_autograd(f"kdkernels::{prefix}{name}", _refuse)
@@ -80,7 +80,7 @@ class _Spread(torch.autograd.Function):
 
 
 class RowLoss(torch.autograd.Function):
-    """Reduced (or per-row) loss of student (A, B, W) and teacher (A, B, W2), by the operators of a backend.
+    """Reduced (or per-row) loss of student (..., W) and teacher (..., W2), by the operators of a backend.
 
     Where only the student wants a gradient of a reduced loss, `step` makes it together with the value, and backward
     hands it over once. Not in float16, which would round what a GradScaler is about to multiply, and not under
@@ -88,33 +88,36 @@ class RowLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student, teacher, args, labels, mask, factor, program, operators, vocab, ignore, per_row, shape):
+    def forward(ctx, student, teacher, args, labels, mask, weight, divisor, program, operators, vocab, ignore, per_row):
         reduce, rows, ctx.spread, step = operators
         wants, ctx.gradient = ctx.needs_input_grad, None
+        s, t = three(student), None if teacher is None else three(teacher)
         half = student.dtype == torch.float16
         if step and wants[0] and not (wants[1] or wants[2] or per_row or half or torch.compiler.is_compiling()):
-            value, coef, ctx.gradient = step(student, teacher, labels, mask, args, program, factor, vocab, ignore)
+            value, coef, ctx.gradient = step(s, t, labels, mask, args, program, weight, divisor, vocab, ignore)
         else:
-            stats = reduce(student, teacher, labels, mask, args, program, vocab, ignore)
+            stats = reduce(s, t, labels, mask, args, program, vocab, ignore)
             value, coef = rows(stats, args, program, 2 if wants[1] else 1)
-        keep = None if labels is None else labels != ignore
-        value = apply_factor(value, factor, keep).to(result_dtype(student))
-        ctx.save_for_backward(student, teacher, args, labels, mask, factor, coef)
-        ctx.vocab, ctx.ignore, ctx.per_row = vocab, ignore, per_row
-        return value.view(shape) if per_row else value.sum(dtype=torch.float64).to(value.dtype)
+            value = apply_factor(value, factor(weight, divisor, labels, ignore, student), labels, ignore)
+            value = (value.view(student.shape[:-1]) if per_row else value.sum()).to(result_dtype(student))
+        ctx.save_for_backward(student, teacher, args, labels, mask, weight, coef)
+        ctx.divisor, ctx.vocab, ctx.ignore = divisor, vocab, ignore
+        return value
 
     @staticmethod
     def backward(ctx, grad):
         ready, ctx.gradient = ctx.gradient, None  # it is the caller's from here on, who may write to it
+        student, teacher, args, labels, mask, weight, coef = ctx.saved_tensors
         if ready is not None and not torch.is_grad_enabled() and (scaled := _scaled(ready, grad.item())) is not None:
-            return scaled, *(None,) * 11
-        student, teacher, args, labels, mask, factor, coef = ctx.saved_tensors
-        grad = grad.reshape(-1).to(torch.float64) * factor
+            return scaled.view(student.shape), *(None,) * 11
+        grad = grad.reshape(-1).to(torch.float64) * factor(weight, ctx.divisor, labels, ctx.ignore, student)
+        s, t = three(student), None if teacher is None else three(teacher)
         out: list[Tensor | None] = [None, None, None]
         for side in (0, 1):
             if ctx.needs_input_grad[side]:
-                inputs = (grad, student, teacher, labels, mask, coef[side], ctx.vocab, ctx.ignore, side)
-                out[side] = _Spread.apply(ctx.spread, *inputs) if torch.is_grad_enabled() else ctx.spread(*inputs)
+                inputs = (grad, s, t, labels, mask, coef[side], ctx.vocab, ctx.ignore, side)
+                slope = _Spread.apply(ctx.spread, *inputs) if torch.is_grad_enabled() else ctx.spread(*inputs)
+                out[side] = slope.view(student.shape if side == 0 else teacher.shape)
         if ctx.needs_input_grad[2]:  # the scales 1/T of standardised rows: d value / d log scale stands in coef
             slopes = coef[:, :, -1, 4].transpose(0, 1) * grad[:, None]
             out[2] = torch.zeros_like(args)

@@ -242,33 +242,38 @@ Tensor spread(const Tensor& grad, const Tensor& s, const MaybeTensor& t, const M
   return out;
 }
 
+// weight / divisor of every row; divisor 0 stands for the number of kept rows.
+std::vector<double> factors(const Batch& x, const MaybeTensor& weight, double divisor) {
+  int64_t kept = 0;
+  for (int64_t n = 0; n < x.rows; ++n) kept += x.kept(n);
+  const double over = divisor != 0 ? divisor : double(std::max<int64_t>(kept, 1));
+  const double* w = weight ? weight->const_data_ptr<double>() : nullptr;
+  const int64_t step = weight ? step_of(*weight, x.rows) : 0;
+  std::vector<double> out(x.rows);
+  for (int64_t n = 0; n < x.rows; ++n) out[n] = x.kept(n) ? (w ? w[n * step] : 1) / over : 0;
+  return out;
+}
+
 // reduce, rows and spread to the student in one go: a row's gradient is written while the row is in cache.
-void step_into(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
-               const Tensor& args, const Tensor& program, const Tensor& grad, Tensor& out, Tensor& value, Tensor& coef,
-               int64_t vocab, int64_t ignore, bool fresh) {
-  const Program p = program_of(program);
-  const Batch x = batch(s, t, labels, mask, vocab, ignore);
-  const Args row_args(args, x.rows, p.points());
-  const Shape z(x, p.points(), s.size(2), is_double(s, t, vocab));
-  const int64_t step = step_of(grad, x.rows);
-  const double* g = grad.const_data_ptr<double>();
-  double *v = value.mutable_data_ptr<double>(), *c = coef.mutable_data_ptr<double>();
-  const Gradient to(out, x.s.size(), fresh);
+void step_rows(const Batch& x, const Shape& z, const Program& p, const Args& args, const double* g, double* value,
+               double* coef, const Gradient& to) {
   if (z.split) {
     std::vector<double> stats(z.rows * z.stats());
-    reduce_all(x, Shape(x, z.K, vocab, z.wide), p, row_args, stats.data());
-    rows_all(z, p, row_args, stats.data(), 1, v, c);
-    return spread_all(x, z, c, g, step, 0, to);
+    Shape reading = z;
+    reading.segments = segments(x.vocab);
+    reduce_all(x, reading, p, args, stats.data());
+    rows_all(z, p, args, stats.data(), 1, value, coef);
+    return spread_all(x, z, coef, g, 1, 0, to);
   }
-  torch::stable::parallel_for(0, x.rows, grain(vocab), [&](int64_t lo, int64_t hi) {
+  torch::stable::parallel_for(0, x.rows, grain(x.vocab), [&](int64_t lo, int64_t hi) {
     std::vector<double> scratch(2 * p.registers() + 2 * z.stats());
     double *stats = scratch.data() + 2 * p.registers(), *part = stats + z.stats();
     for (int64_t n = lo; n < hi; ++n) {
-      double* cn = c + n * z.coefs();
+      double* c = coef + n * z.coefs();
       auto row = [&](const auto& isa) {
-        reduce_row(isa, x, n, p, row_args[n], stats, part);
-        v[n] = value_and_coefs(p, row_args[n], stats, 1, 0, scratch.data(), cn);
-        spread_part(isa, x, n, int(z.K), cn, g[n * step], 0, 0, z.width, to.stream, to.data + n * to.row);
+        reduce_row(isa, x, n, p, args[n], stats, part);
+        value[n] = value_and_coefs(p, args[n], stats, 1, 0, scratch.data(), c);
+        spread_part(isa, x, n, int(z.K), c, g[n], 0, 0, z.width, to.stream, to.data + n * to.row);
       };
       z.wide ? row(tiles<double>()) : row(tiles<float>());
     }
@@ -277,13 +282,23 @@ void step_into(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
 
 std::tuple<Tensor, Tensor, Tensor> step(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
                                         const MaybeTensor& mask, const Tensor& args, const Tensor& program,
-                                        const Tensor& grad, int64_t vocab, int64_t ignore) {
-  const int64_t N = s.size(0) * s.size(1), K1 = program_of(program).points() + 1;
-  Tensor value = torch::stable::new_empty(s, {N}, ScalarType::Double);
-  Tensor coef = torch::stable::new_empty(s, {1, N, K1, kCoefs}, ScalarType::Double);
+                                        const MaybeTensor& weight, double divisor, int64_t vocab, int64_t ignore) {
+  const Program p = program_of(program);
+  const Batch x = batch(s, t, labels, mask, vocab, ignore);
+  Tensor coef = torch::stable::new_empty(s, {1, x.rows, p.points() + 1, kCoefs}, ScalarType::Double);
   Tensor out = torch::stable::new_empty(s, {s.size(0), s.size(1), s.size(2)});
-  step_into(s, t, labels, mask, args, program, grad, out, value, coef, vocab, ignore, true);
-  return {value, coef, out};
+  const std::vector<double> g = factors(x, weight, divisor);
+  std::vector<double> value(x.rows);
+  step_rows(x, Shape(x, p.points(), s.size(2), is_double(s, t, vocab)), p, Args(args, x.rows, p.points()), g.data(),
+            value.data(), coef.mutable_data_ptr<double>(), Gradient(out, x.s.size(), true));
+  double sum = 0;
+  for (int64_t n = 0; n < x.rows; ++n)
+    if (x.kept(n)) sum += g[n] * value[n];
+  const bool wide = s.scalar_type() == ScalarType::Double;
+  Tensor total = torch::stable::new_empty(s, {}, wide ? ScalarType::Double : ScalarType::Float);
+  if (wide) *total.mutable_data_ptr<double>() = sum;
+  else *total.mutable_data_ptr<float>() = float(sum);
+  return {total, coef, out};
 }
 
 Tensor exp2_of(const Tensor& x) {
@@ -308,8 +323,8 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
   m.def("rows(Tensor stats, Tensor args, Tensor program, int sides) -> (Tensor, Tensor)");
   m.def("spread(Tensor grad, Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor coef, "
         "SymInt vocab, int ignore_index, int side) -> Tensor");
-  m.def("step(Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, Tensor grad, "
-        "SymInt vocab, int ignore_index) -> (Tensor, Tensor, Tensor)");
+  m.def("step(Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, "
+        "Tensor? weight, float divisor, SymInt vocab, int ignore_index) -> (Tensor, Tensor, Tensor)");
   m.def("exp2(Tensor x) -> Tensor");
   m.def("isa() -> int");
 }

@@ -41,9 +41,10 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
 
     if not torch.compiler.is_compiling():
         calls["reference", "row_losses"] += 1
-    keep, labels = rows.keep, rows.labels
-    s = _prepare(rows.student, rows)
-    t = torch.zeros_like(s) if rows.teacher is None else _prepare(rows.teacher, rows)
+    labels = rows.labels
+    keep = None if labels is None else labels != loss.ignore_index
+    s = _prepare(rows.student, rows, keep)
+    t = torch.zeros_like(s) if rows.teacher is None else _prepare(rows.teacher, rows, keep)
     gone_s, gone_t = s == -math.inf, t == -math.inf
     dead = gone_s if rows.teacher is None else gone_s & gone_t
     s, t = _Finite.apply(s), _Finite.apply(t)
@@ -68,11 +69,11 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
     return value if keep is None else torch.where(keep, value, 0.0)
 
 
-def _prepare(x: Tensor, rows: Rows) -> Tensor:
+def _prepare(x: Tensor, rows: Rows, keep: Tensor | None) -> Tensor:
     x = x.reshape(-1, x.shape[-1])[:, : rows.vocab].to(torch.float64)
     if rows.mask is not None:
         x = torch.where(rows.mask, x, -math.inf)
-    return x if rows.keep is None else torch.where(rows.keep[:, None], x, 0.0)
+    return x if keep is None else torch.where(keep[:, None], x, 0.0)
 
 
 def _at(x: Tensor, gone: Tensor, y: Tensor | None) -> Tensor:
