@@ -118,8 +118,8 @@ Program program_of(const Tensor& x) {
 int64_t grain(int64_t vocab) { return 1 + (1 << 15) / vocab; }
 // Below this many rows their segments are shared among the threads as well; the bits are the same either way.
 constexpr int64_t kFewRows = 64;
-// Narrow rows too are computed in double: with few classes the rounding of single weights does not average out.
-constexpr int64_t kNarrow = 512;
+// The narrowest rows too are computed in double: with few classes the rounding of single weights does not average out.
+constexpr int64_t kNarrow = 32;
 bool is_double(const Tensor& s, const MaybeTensor& t, int64_t vocab) {
   return vocab <= kNarrow || s.scalar_type() == ScalarType::Double || (t && t->scalar_type() == ScalarType::Double);
 }

@@ -34,7 +34,7 @@ template <typename R> class Tile {
   View<R> view{};
   R s_max = 0, t_max = 0;  // over the finite entries; -inf if there is none
   bool special = false;    // there are -inf entries
-  alignas(64) R scratch[kTile];
+  alignas(64) R scratch[2 * kTile];
 
   // Classes [first, first + count) of row n. What needs no conversion is read where it is.
   void load(const Tiles<R>& isa, const Batch& x, int64_t row, int64_t first, int count) {
@@ -95,8 +95,8 @@ Moments tile_moments(const Tiles<R>& isa, Tile<R>& x, const Tilt& at, int flags,
     }
     if (e.c == INFINITY) return;  // no class is left
     TileSums<R> sum = isa.sums(x.view, e, flags, special, x.scratch);
-    const bool drowned = total.z > 1e-3 && total.m >= base - e.c / kLog2e;  // by what the row has already
-    if (!(sum.z > 1e-12) && !drowned) {                                     // the bound is far above the terms
+    // The bound may be far above the terms: look for the true maximum, unless the row drowns the tile already.
+    if (!(sum.z > 1e-12) && !(total.z > 0 && lse(total) > base - e.c / kLog2e + log(std::fmax(sum.z, 1e-36)) + 20)) {
       e.c = 0;
       const double top = isa.top(x.view, e);
       if (top == -INFINITY && sum.z == 0) return;

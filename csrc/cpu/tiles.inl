@@ -63,17 +63,24 @@ template <typename R> static bool peak(const R* x, int n, R* max) {
   return l == -inf;
 }
 
-// The exponent in double: its terms may cancel, and reduce and spread must then agree on what is left.
-template <typename R> INLINE double exponent(R u, R v, const Exponent& e) {
-  const double x = (e.b != 0 ? e.b * u : 0.) + ((e.a != 0 ? e.a * v : 0.) + e.c);
-  return (u == -R(INFINITY)) & (v == -R(INFINITY)) ? -INFINITY : x;
-}
+// The exponent in double, from the logits themselves: its terms may cancel, and the heaviest class may be far from both
+// maxima; reduce and spread must agree on what is left.
+struct Raw {
+  double b, a, c;
+  template <typename R> Raw(const View<R>& x, const Exponent& e)
+      : b(e.b), a(e.a), c(e.c - e.b * x.s_pivot - (e.a != 0 ? e.a * x.t_pivot : 0.)) {}
+  template <typename R> INLINE_MEMBER double operator()(R s, R t) const {
+    const double x = (b != 0 ? b * s : 0.) + ((a != 0 ? a * t : 0.) + c);
+    return (s == -R(INFINITY)) & (t == -R(INFINITY)) ? -INFINITY : x;
+  }
+};
 
 template <typename R> static double top(const View<R>& x, const Exponent& e) {
+  const Raw raw(x, e);
   double hi = -INFINITY;
 #pragma omp simd reduction(max : hi)
   for (int i = 0; i < x.n; ++i) {
-    const double y = exponent<R>(x.s[i] - x.s_pivot, x.t[i] - x.t_pivot, e);
+    const double y = raw(x.s[i], x.t[i]);
     hi = y > hi ? y : hi;
   }
   return hi;
@@ -85,14 +92,25 @@ template <typename R> static void exp2_all(const R* x, int n, R* out) {
   for (; i < n; ++i) out[i] = exp2_<R>(Vec<R>{} + x[i])[0];
 }
 
+// A double exponent as two R: high in x[i], the rest in x[kTile + i].
+template <typename R> INLINE void split(double y, R* high, R* low) {
+  *high = R(y);
+  *low = R(y - double(R(y)));
+}
+template <typename R> static void exp2_split(R* x, int n) {
+  for (int i = 0; i < n; i += kLanes<R>) save(x + i, exp2_<R>(load(x + i), load(x + kTile + i)));
+}
+
 // Weights of any tile, exactly 0 where a class is dead.
 template <typename R> static void weights(const View<R>& x, const Exponent& e, R* w) {
+  const Raw raw(x, e);
+  R* low = w + kTile;
 #pragma omp simd
   for (int i = 0; i < x.n; ++i) {
-    const double y = exponent<R>(x.s[i] - x.s_pivot, x.t[i] - x.t_pivot, e);
-    w[i] = R(y < -1e300 ? -1e30 : y);  // far below the least exponent, and no infinity
+    const double y = raw(x.s[i], x.t[i]);
+    split(y < -1e30 ? -1e30 : y, w + i, low + i);  // far below the least exponent, and no infinity
   }
-  exp2_all(w, x.n, w);
+  exp2_split(w, x.n);
 }
 
 template <typename R> static TileSums<R> careful_sums(const View<R>& x, const R* w, bool second) {
@@ -100,53 +118,58 @@ template <typename R> static TileSums<R> careful_sums(const View<R>& x, const R*
 #pragma omp simd reduction(+ : z, s, t)
   for (int i = 0; i < x.n; ++i) {
     z += w[i];
-    s += w[i] == 0 ? 0. : double(w[i]) * (x.s[i] - x.s_pivot);
-    t += w[i] == 0 ? 0. : double(w[i]) * (x.t[i] - x.t_pivot);
+    s += w[i] == 0 ? 0. : w[i] * (double(x.s[i]) - x.s_pivot);
+    t += w[i] == 0 ? 0. : w[i] * (double(x.t[i]) - x.t_pivot);
   }
   if (second)
 #pragma omp simd reduction(+ : ss, st, tt)
     for (int i = 0; i < x.n; ++i) {
-      const double u = w[i] == 0 ? 0. : double(x.s[i] - x.s_pivot), v = w[i] == 0 ? 0. : double(x.t[i] - x.t_pivot);
+      const double u = w[i] == 0 ? 0. : double(x.s[i]) - x.s_pivot, v = w[i] == 0 ? 0. : double(x.t[i]) - x.t_pivot;
       ss += w[i] * u * u; st += w[i] * u * v; tt += w[i] * v * v;
     }
   return {z, s, t, ss, st, tt};
 }
 
-// Exponents of two terms go through x; one term alone needs no double.
-enum Kind { NEITHER, STUDENT, TEACHER, BOTH };
-INLINE Kind kind_of(const Exponent& e) { return Kind((e.b != 0) | (e.a != 0) << 1); }
+// A single term with a positive coefficient is heaviest at the maximum and needs no double; others go through `mixed`.
+enum Kind { NEITHER, STUDENT, TEACHER, MIXED };
+INLINE Kind kind_of(const Exponent& e) { return e.b < 0 || e.a < 0 ? MIXED : Kind((e.b != 0) | (e.a != 0) << 1); }
 template <typename R> static void mix(const View<R>& x, const Exponent& e, R* out) {
+  const Raw raw(x, e);
+  R* low = out + kTile;
 #pragma omp simd
-  for (int i = 0; i < x.n; ++i)
-    out[i] = R(e.b * double(x.s[i] - x.s_pivot) + (e.a * double(x.t[i] - x.t_pivot) + e.c));
+  for (int i = 0; i < x.n; ++i) split(raw.b * x.s[i] + (raw.a * x.t[i] + raw.c), out + i, low + i);
 }
 
-template <typename R, Kind K> INLINE Vec<R> weight(Vec<R> u, Vec<R> v, Vec<R> x, const Exponent& e) {
-  if constexpr (K == BOTH) return exp2_<R>(x);
+template <typename R, Kind K> INLINE Vec<R> weight(Vec<R> u, Vec<R> v, const R* mixed, const Exponent& e) {
+  if constexpr (K == MIXED) return exp2_<R>(load(mixed), load(mixed + kTile));  // kTile is whole vectors
   if constexpr (K == STUDENT) return exp2_<R>(u * R(e.b) + R(e.c));
   if constexpr (K == TEACHER) return exp2_<R>(v * R(e.a) + R(e.c));
   return exp2_<R>(Vec<R>{} + R(e.c));
 }
 
+// Four accumulators: short sums then hardly round, and long ones do not wait for each other.
 template <typename R, Kind K, bool S, bool T>
 static TileSums<R> fast_sums(const View<R>& x, const Exponent& e, const R* mixed) {
-  Vec<R> z{}, s{}, t{};
   constexpr bool U = S || K == STUDENT, V = T || K == TEACHER;
-  int i = 0;
-  for (; i + kLanes<R> <= x.n; i += kLanes<R>) {
+  constexpr int L = kLanes<R>;
+  Vec<R> z[4]{}, s[4]{}, t[4]{};
+  auto add = [&](int k, Vec<R> u, Vec<R> v, Vec<R> w) {
+    z[k] += w;
+    if (S) s[k] += w * u;
+    if (T) t[k] += w * v;
+  };
+  auto full = [&](int k, int i) {
     const Vec<R> u = U ? load(x.s + i) - x.s_pivot : Vec<R>{}, v = V ? load(x.t + i) - x.t_pivot : Vec<R>{};
-    const Vec<R> w = weight<R, K>(u, v, K == BOTH ? load(mixed + i) : u, e);
-    z += w;
-    if (S) s += w * u;
-    if (T) t += w * v;
-  }
+    add(k, u, v, weight<R, K>(u, v, mixed + i, e));
+  };
+  int i = 0;
+  for (; i + 4 * L <= x.n; i += 4 * L) { full(0, i); full(1, i + L); full(2, i + 2 * L); full(3, i + 3 * L); }
+  int k = 0;
+  for (; i + L <= x.n; i += L) full(k++, i);
   if (const int n = x.n - i) {
     const Vec<R> u = U ? load_some(x.s + i, n, x.s_pivot) - x.s_pivot : Vec<R>{};
     const Vec<R> v = V ? load_some(x.t + i, n, x.t_pivot) - x.t_pivot : Vec<R>{};
-    const Vec<R> w = weight<R, K>(u, v, K == BOTH ? load_some(mixed + i, n, R(0)) : u, e) * first_lanes<R>(n);
-    z += w;
-    if (S) s += w * u;
-    if (T) t += w * v;
+    add(k, u, v, some<R>(weight<R, K>(u, v, mixed + i, e), n));
   }
   return {total<R>(z), S ? total<R>(s) : 0, T ? total<R>(t) : 0, 0, 0, 0};
 }
@@ -158,7 +181,11 @@ static TileSums<R> sums(const View<R>& x, const Exponent& e, int flags, bool spe
     return careful_sums(x, scratch, flags & SECOND);
   }
   const Kind kind = kind_of(e);
-  if (kind == BOTH) mix(x, e, scratch);
+  if (kind == MIXED) mix(x, e, scratch);
+  if (kind == MIXED && (flags & (MEAN_S | MEAN_T))) {
+    exp2_split(scratch, x.n);
+    return careful_sums(x, scratch, false);
+  }
   switch (kind << 2 | ((flags & MEAN_S) != 0) << 1 | ((flags & MEAN_T) != 0)) {
 #define CASE(k) case k: return fast_sums<R, Kind((k) >> 2), ((k) >> 1 & 1) != 0, ((k) & 1) != 0>(x, e, scratch);
     CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
@@ -182,20 +209,20 @@ static void careful_spread(const View<R>& x, const R* w, const R* c, bool first,
 template <typename R, Kind K, bool L, bool First>
 static void fast_spread(const View<R>& x, const Exponent& e, const R* c, const R* mixed, R* out) {
   constexpr bool U = L || K == STUDENT, V = L || K == TEACHER;
-  auto slope = [&](Vec<R> u, Vec<R> v, Vec<R> y) {
-    const Vec<R> w = weight<R, K>(u, v, y, e);
+  auto slope = [&](Vec<R> u, Vec<R> v, int i) {
+    const Vec<R> w = weight<R, K>(u, v, mixed + i, e);
     return L ? w * (u * c[1] + (v * c[2] + c[0])) : w * c[0];
   };
   int i = 0;
   for (; i + kLanes<R> <= x.n; i += kLanes<R>) {
     const Vec<R> u = U ? load(x.s + i) - x.s_pivot : Vec<R>{}, v = V ? load(x.t + i) - x.t_pivot : Vec<R>{};
-    const Vec<R> d = slope(u, v, K == BOTH ? load(mixed + i) : u);
+    const Vec<R> d = slope(u, v, i);
     save(out + i, First ? d : load(out + i) + d);
   }
   if (const int n = x.n - i) {  // out has room for a whole vector
     const Vec<R> u = U ? load_some(x.s + i, n, x.s_pivot) - x.s_pivot : Vec<R>{};
     const Vec<R> v = V ? load_some(x.t + i, n, x.t_pivot) - x.t_pivot : Vec<R>{};
-    const Vec<R> d = slope(u, v, K == BOTH ? load_some(mixed + i, n, R(0)) : u);
+    const Vec<R> d = slope(u, v, i);
     save(out + i, First ? d : load(out + i) + d);
   }
 }
@@ -207,7 +234,7 @@ static void spread(const View<R>& x, const Exponent& e, const R* c, bool special
     return careful_spread(x, scratch, c, first, out);
   }
   const Kind kind = kind_of(e);
-  if (kind == BOTH) mix(x, e, scratch);
+  if (kind == MIXED) mix(x, e, scratch);
   switch (kind << 2 | (c[1] != 0 || c[2] != 0) << 1 | first) {
 #define CASE(k) case k: return fast_spread<R, Kind((k) >> 2), ((k) >> 1 & 1) != 0, ((k) & 1) != 0>(x, e, c, scratch, out);
     CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)

@@ -1,5 +1,6 @@
 // Vectors of one instruction set in gcc's vector extensions, and the exponential that every kernel uses.
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 
 #if defined(KD_AVX512)
 constexpr int kBytes = 64;
@@ -13,10 +14,12 @@ template <typename R> struct VectorOf;
 template <> struct VectorOf<float> {
   typedef float type __attribute__((vector_size(kBytes)));
   typedef int32_t bits __attribute__((vector_size(kBytes)));
+  typedef double wide __attribute__((vector_size(2 * kBytes)));
 };
 template <> struct VectorOf<double> {
   typedef double type __attribute__((vector_size(kBytes)));
   typedef int64_t bits __attribute__((vector_size(kBytes)));
+  typedef double wide __attribute__((vector_size(kBytes)));
 };
 template <typename R> using Vec = typename VectorOf<R>::type;
 template <typename R> constexpr int kLanes = kBytes / sizeof(R);
@@ -33,17 +36,19 @@ template <typename R> INLINE Vec<R> load_some(const R* p, int n, R fill) {
   for (int i = 0; i < kLanes<R>; ++i) part[i] = i < n ? p[i] : fill;
   return load(part);
 }
-template <typename R> INLINE Vec<R> first_lanes(int n) {  // 1 in the first n, then 0
-  R part[kLanes<R>];
-  for (int i = 0; i < kLanes<R>; ++i) part[i] = i < n;
-  return load(part);
-}
-template <typename R> INLINE double total(Vec<R> v) {
+template <typename R> INLINE Vec<R> some(Vec<R> v, int n) {  // 0 from lane n on
   R part[kLanes<R>];
   save(part, v);
-  double sum = 0;
-  for (R x : part) sum += double(x);
-  return sum;
+  for (int i = n; i < kLanes<R>; ++i) part[i] = 0;
+  return load(part);
+}
+template <typename R> INLINE double total(const Vec<R> (&v)[4]) {
+  using Wide = typename VectorOf<R>::wide;
+  const auto wide = [](Vec<R> x) { return __builtin_convertvector(x, Wide); };
+  const Wide sum = (wide(v[0]) + wide(v[1])) + (wide(v[2]) + wide(v[3]));
+  double out = 0;
+  for (int i = 0; i < kLanes<R>; ++i) out += sum[i];
+  return out;
 }
 
 // 2^x = 2^n 2^f with n = round(x), |f| <= 1/2 and 2^f by a minimax polynomial with p(0) = 1: relative error 2.6e-9 in
@@ -77,21 +82,22 @@ template <typename R> INLINE Vec<R> polynomial(Vec<R> f) {
   }
 }
 
-template <typename R> INLINE Vec<R> exp2_(Vec<R> x) {
+// 2^(x + low), low within the rounding of x.
+template <typename R> INLINE Vec<R> exp2_(Vec<R> x, Vec<R> low = Vec<R>{}) {
   constexpr R least = sizeof(R) == 4 ? R(-126) : R(-1022);
 #ifdef KD_AVX512
   if constexpr (sizeof(R) == 4) {
-    const __m512 n = _mm512_roundscale_ps(x, 8);
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_NLT_UQ), polynomial<R>(x - n), n);
+    const Vec<R> n = _mm512_roundscale_ps(x, 8);
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_NLT_UQ), polynomial<R>(x - n + low), n);
   } else {
-    const __m512d n = _mm512_roundscale_pd(x, 8);
-    return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(x, _mm512_set1_pd(least), _CMP_NLT_UQ), polynomial<R>(x - n), n);
+    const Vec<R> n = _mm512_roundscale_pd(x, 8);
+    return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(x, _mm512_set1_pd(least), _CMP_NLT_UQ), polynomial<R>(x - n + low), n);
   }
 #else
   constexpr R magic = sizeof(R) == 4 ? R(12582912) : R(6755399441055744.0);
   const Vec<R> y = x < least ? Vec<R>{} + least : x;
   const Vec<R> n = (y + magic) - magic;
-  return x < least ? Vec<R>{} : polynomial<R>(y - n) * power_of_two<R>(n);
+  return x < least ? Vec<R>{} : polynomial<R>(y - n + low) * power_of_two<R>(n);
 #endif
 }
 
