@@ -95,8 +95,10 @@ Moments tile_moments(const Tiles<R>& isa, Tile<R>& x, const Tilt& at, int flags,
     }
     if (e.c == INFINITY) return;  // no class is left
     TileSums<R> sum = isa.sums(x.view, e, flags, special, x.scratch);
-    // The bound may be far above the terms: look for the true maximum, unless the row drowns the tile already.
-    if (!(sum.z > 1e-12) && !(total.z > 0 && lse(total) > base - e.c / kLog2e + log(std::fmax(sum.z, 1e-36)) + 20)) {
+    // The bound may be far above the terms of a mixture: look for the true maximum, so that the weight of a class that
+    // has nearly all is nearly exact; unless the row drowns the tile already.
+    const double enough = e.b != 0 && e.a != 0 ? 1e-3 : 1e-12;
+    if (!(sum.z > enough) && !(total.z > 0 && lse(total) > base - e.c / kLog2e + log(std::fmax(sum.z, 1e-36)) + 10)) {
       e.c = 0;
       const double top = isa.top(x.view, e);
       if (top == -INFINITY && sum.z == 0) return;

@@ -147,12 +147,11 @@ template <typename R, Kind K> INLINE Vec<R> weight(Vec<R> u, Vec<R> v, const R* 
   return exp2_<R>(Vec<R>{} + R(e.c));
 }
 
-// Four accumulators: short sums then hardly round, and long ones do not wait for each other.
 template <typename R, Kind K, bool S, bool T>
 static TileSums<R> fast_sums(const View<R>& x, const Exponent& e, const R* mixed) {
   constexpr bool U = S || K == STUDENT, V = T || K == TEACHER;
   constexpr int L = kLanes<R>;
-  Vec<R> z[4]{}, s[4]{}, t[4]{};
+  Vec<R> z[kSums]{}, s[kSums]{}, t[kSums]{};
   auto add = [&](int k, Vec<R> u, Vec<R> v, Vec<R> w) {
     z[k] += w;
     if (S) s[k] += w * u;
@@ -163,7 +162,8 @@ static TileSums<R> fast_sums(const View<R>& x, const Exponent& e, const R* mixed
     add(k, u, v, weight<R, K>(u, v, mixed + i, e));
   };
   int i = 0;
-  for (; i + 4 * L <= x.n; i += 4 * L) { full(0, i); full(1, i + L); full(2, i + 2 * L); full(3, i + 3 * L); }
+  for (; i + kSums * L <= x.n; i += kSums * L)
+    for (int k = 0; k < kSums; ++k) full(k, i + k * L);
   int k = 0;
   for (; i + L <= x.n; i += L) full(k++, i);
   if (const int n = x.n - i) {

@@ -42,10 +42,11 @@ template <typename R> INLINE Vec<R> some(Vec<R> v, int n) {  // 0 from lane n on
   for (int i = n; i < kLanes<R>; ++i) part[i] = 0;
   return load(part);
 }
-template <typename R> INLINE double total(const Vec<R> (&v)[4]) {
-  using Wide = typename VectorOf<R>::wide;
-  const auto wide = [](Vec<R> x) { return __builtin_convertvector(x, Wide); };
-  const Wide sum = (wide(v[0]) + wide(v[1])) + (wide(v[2]) + wide(v[3]));
+// Several accumulators: short sums then hardly round, and long ones do not wait for each other.
+constexpr int kSums = kBytes >= 32 ? 4 : 8;
+template <typename R> INLINE double total(const Vec<R> (&v)[kSums]) {
+  typename VectorOf<R>::wide sum{};
+  for (const Vec<R>& x : v) sum += __builtin_convertvector(x, typename VectorOf<R>::wide);
   double out = 0;
   for (int i = 0; i < kLanes<R>; ++i) out += sum[i];
   return out;
