@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .loss import Loss, Program
+
+
+REDUCTIONS = ("mean", "sum", "none", "batchmean")
 
 
 class Rows(NamedTuple):
@@ -22,9 +26,17 @@ class Rows(NamedTuple):
     vocab: int
 
 
-def check_options(loss: Loss) -> None:
-    from .loss import REDUCTIONS, check_number
+def check_number(name: str, value, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf):
+    """A finite number in (above, inf) and [least, most]; a bool, a string or NaN raises."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    if not (math.isfinite(value) and value > above and least <= value <= most):
+        low = f"> {above:g}" if above > -math.inf else f">= {least:g}" if least > -math.inf else "finite"
+        raise ValueError(f"{name} must be {low}{f' and <= {most:g}' if most < math.inf else ''}, got {value!r}")
+    return value
 
+
+def check_options(loss: Loss) -> None:
     check_number("temperature", loss.temperature, above=0)
     if loss.teacher_temperature is not None:
         check_number("teacher_temperature", loss.teacher_temperature, above=0)
@@ -126,8 +138,6 @@ def check(loss: Loss, student, teacher, labels, row_weight, temperature, vocab_s
     if isinstance(temperature, Tensor):
         _like("temperature", temperature, student) if temperature.dim() else None
     elif temperature is not None:
-        from .loss import check_number
-
         check_number("temperature", temperature, above=0)
     if vocab_mask is not None:
         vocab_mask = _mask(vocab_mask, student, vocab)
@@ -136,6 +146,16 @@ def check(loss: Loss, student, teacher, labels, row_weight, temperature, vocab_s
         if teacher is not None and teacher.dtype != torch.float64:
             teacher = teacher.float()
     return Rows(student, teacher, labels, vocab_mask, row_weight, vocab)
+
+
+def check_out(out, student: Tensor) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    if out.shape != student.shape or out.dtype != student.dtype or out.device != student.device:
+        raise ValueError(f"out must be like student_logits {tuple(student.shape)} {student.dtype} on {student.device}, "
+                         f"got {tuple(out.shape)} {out.dtype} on {out.device}")  # fmt: skip
+    if out.requires_grad and out.is_leaf:
+        raise ValueError("out is a leaf that requires grad; pass out.detach()")
 
 
 def _mask(mask, student: Tensor, vocab: int) -> Tensor:

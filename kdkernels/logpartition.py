@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import tape
-from .loss import Label, Loss, Moment, Point, check_number
+from .call import check_number
+from .loss import Label, Loss, Moment, Point
 
 Q, P = Point(student=1), Point(teacher=1)
 

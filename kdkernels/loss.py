@@ -8,16 +8,14 @@ A `Loss` names its points and computes its value from those numbers; every backe
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import backends, call, tape
-from .ops import RowLoss
+from .ops import RowLoss, value_and_grad
 
-REDUCTIONS = ("mean", "sum", "none", "batchmean")
 RAW, FROZEN, EXCLUDE, MEAN_S, MEAN_T, SECOND = 1, 2, 4, 8, 16, 32
 MOMENTS = 6  # lse, s, t, ss, st, tt
 
@@ -165,10 +163,7 @@ class Loss(nn.Module, metaclass=_PostInit):
         rows = call.check(
             self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask
         )
-        backend = backends.pick(student_logits)
-        program = self._double if student_logits.dtype == torch.float64 else self._single
-        args = call.arguments(self, program, rows, temperature)
-        weight, divisor = call.weighting(self, rows, num_items)
+        backend, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
         per_row, ignore = self.reduction == "none", self.ignore_index
         if backend.OPERATORS is None:
             factor = call.factor(weight, divisor, rows.labels, ignore, student_logits)
@@ -179,6 +174,56 @@ class Loss(nn.Module, metaclass=_PostInit):
             rows.student, rows.teacher, args, rows.labels, rows.mask, weight, divisor, program.code,
             backend.OPERATORS, rows.vocab, ignore, per_row,
         )  # fmt: skip
+
+    def _prepared(self, rows, num_items, temperature):
+        backend = backends.pick(rows.student)
+        program = self._double if rows.student.dtype == torch.float64 else self._single
+        args = call.arguments(self, program, rows, temperature)
+        return backend, program, args, *call.weighting(self, rows, num_items)
+
+    @torch.no_grad()
+    def value_and_grad(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        temperature: float | Tensor | None = None,
+        vocab_size: int | None = None,
+        vocab_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The reduced loss and its gradient by student_logits, in one pass and without a graph.
+
+            logits = model(tokens)
+            value, gradient = loss.value_and_grad(logits.detach(), teacher_logits, labels)
+            logits.backward(gradient)
+
+        Args:
+            out: where the gradient goes: a tensor of student_logits' shape, dtype and device, student_logits itself
+                included (its logits are then gone). Without it a new tensor.
+
+        Raises:
+            TypeError, ValueError: as in a call; `out` does not fit; the reduction is "none"; the loss standardises.
+        """
+        if self.reduction == "none" or self.standardize:
+            raise ValueError("value_and_grad needs a reduction other than 'none' and standardize=False")
+        rows = call.check(
+            self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask
+        )
+        if out is not None:
+            call.check_out(out, student_logits)
+        backend, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
+        if backend.OPERATORS is None:
+            with torch.enable_grad():
+                leaf = student_logits.detach().requires_grad_()
+                extra = dict(row_weight=row_weight, num_items=num_items, temperature=temperature)
+                value = self(leaf, teacher_logits, labels, vocab_size=vocab_size, vocab_mask=vocab_mask, **extra)
+                (gradient,) = torch.autograd.grad(value, leaf)
+            return value.detach(), gradient if out is None else out.copy_(gradient)
+        return value_and_grad(backend.OPERATORS, rows, args, weight, divisor, program.code, self.ignore_index, out)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_") and k not in _MODULE)
@@ -251,13 +296,3 @@ def _flags(point: Point, used: set[int], first: int, standardize: bool) -> int:
     if used & {first + 3, first + 4, first + 5} or (standardize and not point.raw):
         flags |= SECOND | MEAN_S | MEAN_T
     return flags
-
-
-def check_number(name: str, value, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf):
-    """A finite number in (above, inf) and [least, most]; a bool, a string or NaN raises."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    if not (math.isfinite(value) and value > above and least <= value <= most):
-        low = f"> {above:g}" if above > -math.inf else f">= {least:g}" if least > -math.inf else "finite"
-        raise ValueError(f"{name} must be {low}{f' and <= {most:g}' if most < math.inf else ''}, got {value!r}")
-    return value

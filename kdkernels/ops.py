@@ -13,6 +13,7 @@ A backend may have a fourth, the three in one pass over the rows:
 
     step(student, teacher?, labels?, mask?, args, program, weight (N or 1,)?, divisor, vocab, ignore_index)
         -> sum of weight / divisor * value (), coef (1, N, K + 1, 10), gradient of the student's logits
+    step_out(..., out) -> sum of weight / divisor * value (); the gradient goes to out
 
 All statistics are float64. `args` and `program` are described at `kdkernels.loss.Program`:
 args (1 or N, 3 + 2K) = [1/T_student, 1/T_teacher, T], K x (student, teacher coefficient);
@@ -65,6 +66,10 @@ def register(prefix: str) -> None:
             coef = student.new_empty((1, rows, points + 1, COEFS), dtype=torch.float64)
             return student.new_empty((), dtype=result_dtype(student)), coef, student.new_empty(student.shape)
 
+        @torch.library.register_fake(f"kdkernels::{prefix}step_out")
+        def _(student, *args):
+            return student.new_empty((), dtype=result_dtype(student))
+
     for name in names:
         torch.library.register_autograd(f"kdkernels::{prefix}{name}", _refuse)
 
@@ -89,7 +94,7 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, args, labels, mask, weight, divisor, program, operators, vocab, ignore, per_row):
-        reduce, rows, ctx.spread, step = operators
+        reduce, rows, ctx.spread, step, _ = operators
         wants, ctx.gradient = ctx.needs_input_grad, None
         s, t = three(student), None if teacher is None else three(teacher)
         half = student.dtype == torch.float16
@@ -131,3 +136,26 @@ def _scaled(gradient: Tensor, factor: float) -> Tensor | None:
         return gradient
     exact = gradient.dtype in (torch.float32, torch.float64) or abs(math.frexp(factor)[0]) == 0.5
     return gradient.mul_(factor) if exact else None
+
+
+def value_and_grad(operators, rows, args, weight, divisor, code, ignore, out):
+    """(sum of the weighted row losses, gradient of the student's logits), without a graph."""
+    reduce, finish, spread, _, step_out = operators
+    student = rows.student
+    s, t = three(student), None if rows.teacher is None else three(rows.teacher)
+    if step_out:
+        to = torch.empty_like(s, memory_format=torch.contiguous_format) if out is None else three(out)
+        to = to if to.is_contiguous() else torch.empty_like(s, memory_format=torch.contiguous_format)
+        value = step_out(s, t, rows.labels, rows.mask, args, code, weight, divisor, rows.vocab, ignore, to)
+    else:
+        stats = reduce(s, t, rows.labels, rows.mask, args, code, rows.vocab, ignore)
+        value, coef = finish(stats, args, code, 1)
+        grad = factor(weight, divisor, rows.labels, ignore, student)
+        value = apply_factor(value, grad, rows.labels, ignore).sum().to(result_dtype(student))
+        to = spread(grad, s, t, rows.labels, rows.mask, coef[0], rows.vocab, ignore, 0)
+    if out is None:
+        return value, to.view(student.shape)
+    if to.data_ptr() == out.data_ptr():
+        torch.autograd.graph.increment_version(out)
+        return value, out
+    return value, out.copy_(to.view(student.shape))

@@ -280,17 +280,20 @@ void step_rows(const Batch& x, const Shape& z, const Program& p, const Args& arg
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> step(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
-                                        const MaybeTensor& mask, const Tensor& args, const Tensor& program,
-                                        const MaybeTensor& weight, double divisor, int64_t vocab, int64_t ignore) {
+// (sum of the weighted values, coef); the gradient goes to `out`, which may be the student itself.
+std::tuple<Tensor, Tensor> step_to(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
+                                   const MaybeTensor& mask, const Tensor& args, const Tensor& program,
+                                   const MaybeTensor& weight, double divisor, int64_t vocab, int64_t ignore, Tensor& out,
+                                   bool fresh) {
   const Program p = program_of(program);
   const Batch x = batch(s, t, labels, mask, vocab, ignore);
+  STD_TORCH_CHECK(out.is_contiguous() && out.numel() == x.rows * s.size(2) && out.scalar_type() == s.scalar_type(),
+                  "kdkernels: out must be contiguous, of the student's shape and dtype");
   Tensor coef = torch::stable::new_empty(s, {1, x.rows, p.points() + 1, kCoefs}, ScalarType::Double);
-  Tensor out = torch::stable::new_empty(s, {s.size(0), s.size(1), s.size(2)});
   const std::vector<double> g = factors(x, weight, divisor);
   std::vector<double> value(x.rows);
   step_rows(x, Shape(x, p.points(), s.size(2), is_double(s, t, vocab)), p, Args(args, x.rows, p.points()), g.data(),
-            value.data(), coef.mutable_data_ptr<double>(), Gradient(out, x.s.size(), true));
+            value.data(), coef.mutable_data_ptr<double>(), Gradient(out, x.s.size(), fresh));
   double sum = 0;
   for (int64_t n = 0; n < x.rows; ++n)
     if (x.kept(n)) sum += g[n] * value[n];
@@ -298,7 +301,21 @@ std::tuple<Tensor, Tensor, Tensor> step(const Tensor& s, const MaybeTensor& t, c
   Tensor total = torch::stable::new_empty(s, {}, wide ? ScalarType::Double : ScalarType::Float);
   if (wide) *total.mutable_data_ptr<double>() = sum;
   else *total.mutable_data_ptr<float>() = float(sum);
+  return {total, coef};
+}
+
+std::tuple<Tensor, Tensor, Tensor> step(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
+                                        const MaybeTensor& mask, const Tensor& args, const Tensor& program,
+                                        const MaybeTensor& weight, double divisor, int64_t vocab, int64_t ignore) {
+  Tensor out = torch::stable::new_empty(s, {s.size(0), s.size(1), s.size(2)});
+  auto [total, coef] = step_to(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, true);
   return {total, coef, out};
+}
+
+Tensor step_out(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
+                const Tensor& args, const Tensor& program, const MaybeTensor& weight, double divisor, int64_t vocab,
+                int64_t ignore, Tensor out) {
+  return std::get<0>(step_to(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, false));
 }
 
 Tensor exp2_of(const Tensor& x) {
@@ -325,6 +342,8 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
         "SymInt vocab, int ignore_index, int side) -> Tensor");
   m.def("step(Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, "
         "Tensor? weight, float divisor, SymInt vocab, int ignore_index) -> (Tensor, Tensor, Tensor)");
+  m.def("step_out(Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, "
+        "Tensor? weight, float divisor, SymInt vocab, int ignore_index, Tensor(a!) out) -> Tensor");
   m.def("exp2(Tensor x) -> Tensor");
   m.def("isa() -> int");
 }
@@ -334,6 +353,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("rows", TORCH_BOX(&rows));
   m.impl("spread", TORCH_BOX(&spread));
   m.impl("step", TORCH_BOX(&step));
+  m.impl("step_out", TORCH_BOX(&step_out));
   m.impl("exp2", TORCH_BOX(&exp2_of));
 }
 

@@ -97,7 +97,7 @@ Moments tile_moments(const Tiles<R>& isa, Tile<R>& x, const Tilt& at, int flags,
     TileSums<R> sum = isa.sums(x.view, e, flags, special, x.scratch);
     // The bound may be far above the terms of a mixture: look for the true maximum, so that the weight of a class that
     // has nearly all is nearly exact; unless the row drowns the tile already.
-    const double enough = e.b != 0 && e.a != 0 ? 1e-3 : 1e-12;
+    const double enough = is_mixture(e.b, e.a) ? 1e-3 : 1e-12;
     if (!(sum.z > enough) && !(total.z > 0 && lse(total) > base - e.c / kLog2e + log(std::fmax(sum.z, 1e-36)) + 10)) {
       e.c = 0;
       const double top = isa.top(x.view, e);
@@ -211,6 +211,9 @@ void spread_part(const Tiles<R>& isa, const Batch& x, int64_t n, int K, const do
   Tile<R> tile;
   const int64_t label = x.labels ? x.labels[n] : -1;
   const bool kept = last[3] != 0, dead_row = last[0] != last[0];
+  // Where a class may have most of a point's weight the points can cancel: it is done once more, in double.
+  bool heavy = false;
+  for (int k = 0; k < K; ++k) heavy |= coef[k * kCoefs] > -3;
   for (; first < end; first += kTile) {
     const int count = int(std::min<int64_t>(end - first, kTile));
     const int live = kept ? int(std::clamp<int64_t>(x.vocab - first, 0, count)) : 0;
@@ -234,6 +237,16 @@ void spread_part(const Tiles<R>& isa, const Batch& x, int64_t n, int K, const do
     if (!written) std::fill(d, d + live, dead_row ? std::numeric_limits<R>::quiet_NaN() : R(0));
     std::fill(d + live, d + count, R(0));
     if (label >= first && label < first + live) d[label - first] += R(last[0] * g);
+    if (live && heavy && !dead_row)
+      for (const bool by_t : {false, true}) {
+        const R* at = by_t ? tile.view.t : tile.view.s;
+        if ((by_t && !x.t.data) || double(by_t ? tile.t_max : tile.s_max) != last[1 + by_t]) continue;
+        const int64_t i = std::find(at, at + live, R(last[1 + by_t])) - at;
+        if (i == live) continue;
+        const R s = tile.view.s[i], t = tile.view.t[i], s_max = R(last[1]), t_max = R(last[2]);
+        const Deviation exact{double(s) - s_max, double(t) - t_max}, rounded{double(s - s_max), double(t - t_max)};
+        d[i] = R(g * slope_at(coef, K, exact, rounded, label == first + i));
+      }
     isa.store(own.type, d, count, out + own.size() * first, stream);
   }
 }

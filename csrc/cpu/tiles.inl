@@ -113,18 +113,19 @@ template <typename R> static void weights(const View<R>& x, const Exponent& e, R
   exp2_split(w, x.n);
 }
 
-template <typename R> static TileSums<R> careful_sums(const View<R>& x, const R* w, bool second) {
-  double z = 0, s = 0, t = 0, ss = 0, st = 0, tt = 0;  // u^2 will cancel against the squared mean
+// E: the precision of u and v (see slope_at); the sums are in double, u^2 will cancel against the squared mean.
+template <typename E, typename R> static TileSums<R> careful_sums(const View<R>& x, const R* w, bool second) {
+  double z = 0, s = 0, t = 0, ss = 0, st = 0, tt = 0;
 #pragma omp simd reduction(+ : z, s, t)
   for (int i = 0; i < x.n; ++i) {
     z += w[i];
-    s += w[i] == 0 ? 0. : w[i] * (double(x.s[i]) - x.s_pivot);
-    t += w[i] == 0 ? 0. : w[i] * (double(x.t[i]) - x.t_pivot);
+    s += w[i] == 0 ? 0. : w[i] * double(E(x.s[i]) - x.s_pivot);
+    t += w[i] == 0 ? 0. : w[i] * double(E(x.t[i]) - x.t_pivot);
   }
   if (second)
 #pragma omp simd reduction(+ : ss, st, tt)
     for (int i = 0; i < x.n; ++i) {
-      const double u = w[i] == 0 ? 0. : double(x.s[i]) - x.s_pivot, v = w[i] == 0 ? 0. : double(x.t[i]) - x.t_pivot;
+      const double u = w[i] == 0 ? 0. : E(x.s[i]) - x.s_pivot, v = w[i] == 0 ? 0. : E(x.t[i]) - x.t_pivot;
       ss += w[i] * u * u; st += w[i] * u * v; tt += w[i] * v * v;
     }
   return {z, s, t, ss, st, tt};
@@ -132,7 +133,7 @@ template <typename R> static TileSums<R> careful_sums(const View<R>& x, const R*
 
 // A single term with a positive coefficient is heaviest at the maximum and needs no double; others go through `mixed`.
 enum Kind { NEITHER, STUDENT, TEACHER, MIXED };
-INLINE Kind kind_of(const Exponent& e) { return e.b < 0 || e.a < 0 ? MIXED : Kind((e.b != 0) | (e.a != 0) << 1); }
+INLINE Kind kind_of(const Exponent& e) { return is_mixture(e.b, e.a) ? MIXED : Kind((e.b != 0) | (e.a != 0) << 1); }
 template <typename R> static void mix(const View<R>& x, const Exponent& e, R* out) {
   const Raw raw(x, e);
   R* low = out + kTile;
@@ -176,15 +177,15 @@ static TileSums<R> fast_sums(const View<R>& x, const Exponent& e, const R* mixed
 
 template <typename R>
 static TileSums<R> sums(const View<R>& x, const Exponent& e, int flags, bool special, R* scratch) {
+  const Kind kind = kind_of(e);
   if (special || (flags & SECOND)) {
     weights(x, e, scratch);
-    return careful_sums(x, scratch, flags & SECOND);
+    return kind == MIXED ? careful_sums<double>(x, scratch, flags & SECOND) : careful_sums<R>(x, scratch, flags & SECOND);
   }
-  const Kind kind = kind_of(e);
   if (kind == MIXED) mix(x, e, scratch);
   if (kind == MIXED && (flags & (MEAN_S | MEAN_T))) {
     exp2_split(scratch, x.n);
-    return careful_sums(x, scratch, false);
+    return careful_sums<double>(x, scratch, false);
   }
   switch (kind << 2 | ((flags & MEAN_S) != 0) << 1 | ((flags & MEAN_T) != 0)) {
 #define CASE(k) case k: return fast_sums<R, Kind((k) >> 2), ((k) >> 1 & 1) != 0, ((k) & 1) != 0>(x, e, scratch);

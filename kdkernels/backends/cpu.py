@@ -66,4 +66,5 @@ def _checked(launch):
     return checked
 
 
-OPERATORS = (_checked(_counted("reduce")), _counted("rows"), _counted("spread"), _checked(_counted("step")))
+OPERATORS = (_checked(_counted("reduce")), _counted("rows"), _counted("spread"), _checked(_counted("step")),
+             _checked(_counted("step_out")))  # fmt: skip

@@ -124,4 +124,4 @@ def spread(grad: Tensor, student: Tensor, teacher: Tensor | None, labels: Tensor
 
 
 register("triton_")
-OPERATORS = (reduce, rows, spread, None)
+OPERATORS = (reduce, rows, spread, None, None)
