@@ -41,7 +41,7 @@ struct Moments {
 };
 
 // What a row needs besides its K Moments.
-struct Row { double s_y, t_y, s_max, t_max, keep; };
+struct Row { double s_y, t_y, s_max, t_max, keep, special; };  // special: there are -inf logits
 
 // Coefficients of point k, of the scaled logits or, for a raw point, of the logits themselves.
 struct Tilt {
@@ -115,7 +115,7 @@ KD_HD void row_coefs(const Program& p, const double* args, const Moments* x, con
   const double* g = adj + 6 * K;
   const double label = side ? scaled(args[1], g[1]) : scaled(args[0], g[0]) + g[2];
   log_scale += side ? scaled(g[1], args[1] * row.t_y) : scaled(g[0], args[0] * row.s_y);
-  const double out[kCoefs] = {label + poison, row.s_max, row.t_max, row.keep, log_scale, 0, 0, 0, 0, 0};
+  const double out[kCoefs] = {label + poison, row.s_max, row.t_max, row.keep, log_scale, row.special, 0, 0, 0, 0};
   for (int j = 0; j < kCoefs; ++j) coef[j] = out[j];
 }
 

@@ -37,7 +37,8 @@ template <typename R> class Tile {
   alignas(64) R scratch[2 * kTile];
 
   // Classes [first, first + count) of row n. What needs no conversion is read where it is.
-  void load(const Tiles<R>& isa, const Batch& x, int64_t row, int64_t first, int count) {
+  // `look` for -inf and the maxima, or take it that there is none of the former and nobody wants the latter.
+  void load(const Tiles<R>& isa, const Batch& x, int64_t row, int64_t first, int count, bool look = true) {
     const bool same = x.s.type == own_type() && !x.mask, teacher = x.t.data;
     view.n = count;
     view.s = fetch(isa, x.s, row, first, same, u_);
@@ -48,6 +49,8 @@ template <typename R> class Tile {
     if (x.mask)
       for (int i = 0; i < count; ++i)
         if (!x.mask[first + i]) { u_[i] = dead; if (teacher) v_[i] = dead; }
+    special = false;
+    if (!look && !x.mask) return;
     special = isa.peak(view.s, count, &s_max);
     t_max = 0;
     if (teacher) special |= isa.peak(view.t, count, &t_max);
@@ -132,8 +135,10 @@ void reduce_segment(const Tiles<R>& isa, const Batch& x, int64_t n, int64_t segm
   const bool teacher = x.t.data;
   Tile<R> tile;
   R s_max = -INFINITY, t_max = -INFINITY;
+  bool special = false;
   for (int64_t first = segment * kSegment; first < end; first += kTile) {
     tile.load(isa, x, n, first, int(std::min<int64_t>(end - first, kTile)));
+    special |= tile.special;
     s_max = std::max(s_max, tile.s_max);
     t_max = std::max(t_max, tile.t_max);
     tile.view.s_pivot = s_max == -INFINITY ? 0 : s_max;  // of the segment so far: the moments merge without exponentials
@@ -147,7 +152,7 @@ void reduce_segment(const Tiles<R>& isa, const Batch& x, int64_t n, int64_t segm
       last[1] = teacher ? double(tile.view.t[label - first]) : last[0];
     }
   }
-  last[2] = s_max; last[3] = t_max; last[4] = 1;
+  last[2] = s_max; last[3] = t_max; last[4] = 1; last[5] = special;
 }
 
 inline void merge_segments(int K, double* stats, const double* part, bool holds_label) {
@@ -158,6 +163,7 @@ inline void merge_segments(int K, double* stats, const double* part, bool holds_
   if (holds_label) { last[0] = other[0]; last[1] = other[1]; }
   last[2] = std::max(last[2], other[2]);
   last[3] = std::max(last[3], other[3]);
+  last[5] = std::max(last[5], other[5]);
 }
 
 inline void finish_row(int K, double* stats) {
@@ -180,7 +186,7 @@ void reduce_row(const Tiles<R>& isa, const Batch& x, int64_t n, const Program& p
   finish_row(p.points(), stats);
 }
 
-inline Row row_of(const double* last) { return {last[0], last[1], last[2], last[3], last[4]}; }
+inline Row row_of(const double* last) { return {last[0], last[1], last[2], last[3], last[4], last[5]}; }
 
 // value and, for each side, coef (K + 1) x kCoefs; reg: 2 x registers() doubles of scratch.
 inline double value_and_coefs(const Program& p, const double* args, const double* stats, int sides, int64_t side_stride,
@@ -219,7 +225,7 @@ void spread_part(const Tiles<R>& isa, const Batch& x, int64_t n, int K, const do
     const int live = kept ? int(std::clamp<int64_t>(x.vocab - first, 0, count)) : 0;
     bool written = false;
     if (live && !dead_row) {
-      tile.load(isa, x, n, first, live);
+      tile.load(isa, x, n, first, live, heavy || last[5] != 0);
       tile.view.s_pivot = R(last[1]);
       tile.view.t_pivot = R(last[2]);
       for (int k = 0; k < K; ++k) {

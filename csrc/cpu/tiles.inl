@@ -53,7 +53,7 @@ template <typename R> static void store(Type type, const R* x, int n, void* out,
 template <typename R> static bool peak(const R* x, int n, R* max) {
   const R inf = R(INFINITY);
   Vec<R> hi = Vec<R>{} - inf, lo = Vec<R>{} + inf;
-  auto see = [&](Vec<R> v) { hi = v > hi ? v : hi; lo = v < lo ? v : lo; };
+  auto see = [&](Vec<R> v) { hi = max_<R>(v, hi); lo = min_<R>(v, lo); };
   int i = 0;
   for (; i + kLanes<R> <= n; i += kLanes<R>) see(load(x + i));
   if (i < n) see(load_some(x + i, n - i, x[i]));

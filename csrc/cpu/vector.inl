@@ -52,6 +52,27 @@ template <typename R> INLINE double total(const Vec<R> (&v)[kSums]) {
   return out;
 }
 
+// v > w ? v : w and v < w ? v : w (so a NaN in v is passed over), for which gcc would need -ffast-math to find the
+// instruction.
+template <typename R> INLINE Vec<R> max_(Vec<R> v, Vec<R> w) {
+#if defined(KD_AVX512)
+  if constexpr (sizeof(R) == 4) return _mm512_max_ps(v, w); else return _mm512_max_pd(v, w);
+#elif defined(KD_AVX2)
+  if constexpr (sizeof(R) == 4) return _mm256_max_ps(v, w); else return _mm256_max_pd(v, w);
+#else
+  return v > w ? v : w;
+#endif
+}
+template <typename R> INLINE Vec<R> min_(Vec<R> v, Vec<R> w) {
+#if defined(KD_AVX512)
+  if constexpr (sizeof(R) == 4) return _mm512_min_ps(v, w); else return _mm512_min_pd(v, w);
+#elif defined(KD_AVX2)
+  if constexpr (sizeof(R) == 4) return _mm256_min_ps(v, w); else return _mm256_min_pd(v, w);
+#else
+  return v < w ? v : w;
+#endif
+}
+
 // 2^x = 2^n 2^f with n = round(x), |f| <= 1/2 and 2^f by a minimax polynomial with p(0) = 1: relative error 2.6e-9 in
 // float and 1.8e-17 in double before rounding; after it at most 1.1 ulp, 1.4 ulp without fused multiply-add. 0 below the
 // smallest normal number, NaN for NaN; x <= 127 (1023) and x > -infinity are the caller's business: every weight is
@@ -84,23 +105,34 @@ template <typename R> INLINE Vec<R> polynomial(Vec<R> f) {
   }
 }
 
-// 2^(x + low), low within the rounding of x.
-template <typename R> INLINE Vec<R> exp2_(Vec<R> x, Vec<R> low = Vec<R>{}) {
-  constexpr R least = sizeof(R) == 4 ? R(-126) : R(-1022);
+template <typename R> constexpr R kLeast = sizeof(R) == 4 ? R(-126) : R(-1022);
+template <typename R> INLINE Vec<R> round_(Vec<R> x) {
 #ifdef KD_AVX512
-  if constexpr (sizeof(R) == 4) {
-    const Vec<R> n = _mm512_roundscale_ps(x, 8);
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_NLT_UQ), polynomial<R>(x - n + low), n);
-  } else {
-    const Vec<R> n = _mm512_roundscale_pd(x, 8);
-    return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(x, _mm512_set1_pd(least), _CMP_NLT_UQ), polynomial<R>(x - n + low), n);
-  }
+  if constexpr (sizeof(R) == 4) return _mm512_roundscale_ps(x, 8); else return _mm512_roundscale_pd(x, 8);
 #else
   constexpr R magic = sizeof(R) == 4 ? R(12582912) : R(6755399441055744.0);
-  const Vec<R> y = x < least ? Vec<R>{} + least : x;
-  const Vec<R> n = (y + magic) - magic;
-  return x < least ? Vec<R>{} : polynomial<R>(y - n + low) * power_of_two<R>(n);
+  return ((x < kLeast<R> ? Vec<R>{} + kLeast<R> : x) + magic) - magic;
 #endif
+}
+// p 2^n, 0 where x was too small.
+template <typename R> INLINE Vec<R> scale_(Vec<R> p, Vec<R> n, Vec<R> x) {
+#ifdef KD_AVX512
+  if constexpr (sizeof(R) == 4)
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(kLeast<R>), _CMP_NLT_UQ), p, n);
+  else
+    return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(x, _mm512_set1_pd(kLeast<R>), _CMP_NLT_UQ), p, n);
+#else
+  return x < kLeast<R> ? Vec<R>{} : p * power_of_two<R>(n);
+#endif
+}
+template <typename R> INLINE Vec<R> exp2_(Vec<R> x) {
+  const Vec<R> n = round_<R>(x);
+  return scale_<R>(polynomial<R>(x - n), n, x);
+}
+// 2^(x + low), low within the rounding of x.
+template <typename R> INLINE Vec<R> exp2_(Vec<R> x, Vec<R> low) {
+  const Vec<R> n = round_<R>(x);
+  return scale_<R>(polynomial<R>((x - n) + low), n, x);
 }
 
 INLINE float widen(uint16_t h, bool bf16) {
