@@ -43,6 +43,8 @@ template <typename R> class Tile {
     view.n = count;
     view.s = fetch(isa, x.s, row, first, same, u_);
     view.t = teacher ? fetch(isa, x.t, row, first, x.t.type == own_type() && !x.mask, v_) : v_;
+    view.s_next = x.s.row(row) + (first + count) * (view.s_bytes = x.s.size());
+    view.t_next = teacher ? x.t.row(row) + (first + count) * (view.t_bytes = x.t.size()) : view.s_next;
     if (!teacher && zeros_ < count) { std::fill(v_, v_ + kTile, R(0)); zeros_ = kTile; }
     if (teacher) zeros_ = 0;
     const R dead = -std::numeric_limits<R>::infinity();

@@ -12,6 +12,9 @@ template <typename R> struct View {
   const R *s, *t;
   int n;
   R s_pivot, t_pivot;
+  // The tile after this one, in memory, to be fetched meanwhile; bytes an entry.
+  const char *s_next, *t_next;
+  int s_bytes, t_bytes;
 };
 // The exponent b u + a v + c in units of log 2. Dead where both logits are -inf; a zero coefficient ignores its logit.
 struct Exponent { double b, a, c; };

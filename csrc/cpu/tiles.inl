@@ -159,6 +159,8 @@ static TileSums<R> fast_sums(const View<R>& x, const Exponent& e, const R* mixed
     if (T) t[k] += w * v;
   };
   auto full = [&](int k, int i) {
+    if (U) __builtin_prefetch(x.s_next + i * x.s_bytes);
+    if (V) __builtin_prefetch(x.t_next + i * x.t_bytes);
     const Vec<R> u = U ? load(x.s + i) - x.s_pivot : Vec<R>{}, v = V ? load(x.t + i) - x.t_pivot : Vec<R>{};
     add(k, u, v, weight<R, K>(u, v, mixed + i, e));
   };
@@ -216,6 +218,8 @@ static void fast_spread(const View<R>& x, const Exponent& e, const R* c, const R
   };
   int i = 0;
   for (; i + kLanes<R> <= x.n; i += kLanes<R>) {
+    if (U) __builtin_prefetch(x.s_next + i * x.s_bytes);
+    if (V) __builtin_prefetch(x.t_next + i * x.t_bytes);
     const Vec<R> u = U ? load(x.s + i) - x.s_pivot : Vec<R>{}, v = V ? load(x.t + i) - x.t_pivot : Vec<R>{};
     const Vec<R> d = slope(u, v, i);
     save(out + i, First ? d : load(out + i) + d);
