@@ -140,19 +140,20 @@ def _scaled(gradient: Tensor, factor: float) -> Tensor | None:
 
 def value_and_grad(operators, rows, args, weight, divisor, code, ignore, out):
     """(sum of the weighted row losses, gradient of the student's logits), without a graph."""
-    reduce, finish, spread, _, step_out = operators
-    student = rows.student
+    reduce, finish, spread, step, step_out = operators
+    student, labels, mask, vocab = rows.student, rows.labels, rows.mask, rows.vocab
     s, t = three(student), None if rows.teacher is None else three(rows.teacher)
-    if step_out:
-        to = torch.empty_like(s, memory_format=torch.contiguous_format) if out is None else three(out)
-        to = to if to.is_contiguous() else torch.empty_like(s, memory_format=torch.contiguous_format)
-        value = step_out(s, t, rows.labels, rows.mask, args, code, weight, divisor, rows.vocab, ignore, to)
+    to = None if out is None else three(out)
+    if step_out and to is not None and to.is_contiguous():
+        value = step_out(s, t, labels, mask, args, code, weight, divisor, vocab, ignore, to)
+    elif step:
+        value, _, to = step(s, t, labels, mask, args, code, weight, divisor, vocab, ignore)
     else:
-        stats = reduce(s, t, rows.labels, rows.mask, args, code, rows.vocab, ignore)
+        stats = reduce(s, t, labels, mask, args, code, vocab, ignore)
         value, coef = finish(stats, args, code, 1)
-        grad = factor(weight, divisor, rows.labels, ignore, student)
-        value = apply_factor(value, grad, rows.labels, ignore).sum().to(result_dtype(student))
-        to = spread(grad, s, t, rows.labels, rows.mask, coef[0], rows.vocab, ignore, 0)
+        grad = factor(weight, divisor, labels, ignore, student)
+        value = apply_factor(value, grad, labels, ignore).sum().to(result_dtype(student))
+        to = spread(grad, s, t, labels, mask, coef[0], vocab, ignore, 0)
     if out is None:
         return value, to.view(student.shape)
     if to.data_ptr() == out.data_ptr():
