@@ -221,7 +221,7 @@ void spread_part(const Tiles<R>& isa, const Batch& x, int64_t n, int K, const do
   const bool kept = last[3] != 0, dead_row = last[0] != last[0];
   // Where a class may have most of a point's weight the points can cancel: it is done once more, in double.
   bool heavy = false;
-  for (int k = 0; k < K; ++k) heavy |= coef[k * kCoefs] > -3;
+  for (int k = 0; k < K; ++k) heavy |= coef[k * kCoefs] > -0.7;  // log(1/2)
   for (; first < end; first += kTile) {
     const int count = int(std::min<int64_t>(end - first, kTile));
     const int live = kept ? int(std::clamp<int64_t>(x.vocab - first, 0, count)) : 0;

@@ -149,7 +149,9 @@ template <typename R, Kind K> INLINE Vec<R> weight(Vec<R> u, Vec<R> v, const R* 
 }
 
 template <typename R, Kind K, bool S, bool T>
-static TileSums<R> fast_sums(const View<R>& x, const Exponent& e, const R* mixed) {
+static TileSums<R> fast_sums(const View<R>& view, const Exponent& exponent, const R* mixed) {
+  const View<R> x = view;
+  const Exponent e = exponent;
   constexpr bool U = S || K == STUDENT, V = T || K == TEACHER;
   constexpr int L = kLanes<R>;
   Vec<R> z[kSums]{}, s[kSums]{}, t[kSums]{};
@@ -210,7 +212,10 @@ static void careful_spread(const View<R>& x, const R* w, const R* c, bool first,
 }
 
 template <typename R, Kind K, bool L, bool First>
-static void fast_spread(const View<R>& x, const Exponent& e, const R* c, const R* mixed, R* out) {
+static void fast_spread(const View<R>& view, const Exponent& exponent, const R* coefs, const R* mixed, R* out) {
+  const View<R> x = view;  // copies that a store to `out` cannot change
+  const Exponent e = exponent;
+  const R c[3] = {coefs[0], coefs[1], coefs[2]};
   constexpr bool U = L || K == STUDENT, V = L || K == TEACHER;
   auto slope = [&](Vec<R> u, Vec<R> v, int i) {
     const Vec<R> w = weight<R, K>(u, v, mixed + i, e);
