@@ -119,8 +119,8 @@ KD_HD void row_coefs(const Program& p, const double* args, const Moments* x, con
   for (int j = 0; j < kCoefs; ++j) coef[j] = out[j];
 }
 
-// The gradient at one class, in double: what the vectors of a backend compute, term by term. The means of a point of one
-// term are of `rounded` deviations (u, v), those of a mixture of `exact` ones; a mean and its deviations cancel.
+// The gradient at one class, in double: what the vectors of a backend compute, term by term. The means of a point of
+// one term are of `rounded` deviations (u, v), those of a mixture of `exact` ones; a mean and its deviations cancel.
 struct Deviation { double u, v; };
 KD_HD bool is_mixture(double b, double a) { return b < 0 || a < 0 || (b != 0 && a != 0); }
 KD_HD double slope_at(const double* coef, int K, Deviation exact, Deviation rounded, bool label) {
@@ -129,7 +129,8 @@ KD_HD double slope_at(const double* coef, int K, Deviation exact, Deviation roun
     if (label && coef[9] != 0) continue;
     const double* c = coef + 3;
     const auto [u, v] = is_mixture(coef[1], coef[2]) ? exact : rounded;
-    const double q = c[0] + scaled(c[1], u) + scaled(c[2], v) + scaled(c[3], u * u) + scaled(c[4], u * v) + scaled(c[5], v * v);
+    const double q = c[0] + scaled(c[1], u) + scaled(c[2], v) + scaled(c[3], u * u) + scaled(c[4], u * v) +
+                     scaled(c[5], v * v);
     if (q != 0) d += q * exp(scaled(coef[1], exact.u) + scaled(coef[2], exact.v) + coef[0]);
   }
   return d;

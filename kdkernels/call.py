@@ -171,6 +171,9 @@ def _mask(mask, student: Tensor, vocab: int) -> Tensor:
 def arguments(loss: Loss, program: Program, rows: Rows, temperature) -> Tensor:
     """Row arguments (1 or N, 3 + 2K): [1/T_student, 1/T_teacher, T] and the points' coefficients."""
     args = program.args
+    if len(args) > 1 and len(args) != rows.student.shape[:-1].numel():
+        raise ValueError(f"{type(loss).__name__} has {len(args)} rows of point coefficients, student_logits "
+                         f"{tuple(rows.student.shape)} another number of rows")  # fmt: skip
     if temperature is None and not loss.standardize:
         return args
     args = args.to(rows.student.device)

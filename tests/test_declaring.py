@@ -97,6 +97,38 @@ def test_any_number_of_points(K, backend):
     check(backend, points, lambda *m: sum((k + 1) * x.lse * x.s for k, x in enumerate(m)))
 
 
+class Tilted(kd.Loss):
+    """Log-partition at a point between the rows; `share` is a number, or one for each row."""
+
+    def __init__(self, share, **options):
+        super().__init__(**options)
+        self.share = share
+
+    def points(self):
+        return kd.Point(student=1), kd.Point(student=1 - self.share, teacher=self.share)
+
+    def value(self, q, m):
+        return (q.lse - m.lse) * m.s
+
+
+@on_every_backend
+def test_points_of_their_own_for_every_row(backend):
+    rows = batch(4, 9, seed=5).to(F32 if backend in ("triton", "cuda") else F64)
+    share, per_row = torch.tensor([0.2, 0.5, 1.0, 2.0]), torch.tensor([1.0, 2.0, 0.5, 3.0])
+    s = rows.s.clone().requires_grad_()
+    with only(backend):
+        got = Tilted(share, reduction="none")(s, rows.t, temperature=per_row)
+        got.sum().backward()
+        for i in range(4):
+            one = rows.s[i].clone().requires_grad_()
+            value = Tilted(share[i].item(), temperature=per_row[i].item())(one, rows.t[i])
+            value.backward()
+            torch.testing.assert_close(got[i], value)
+            torch.testing.assert_close(s.grad[i], one.grad)
+        with pytest.raises(ValueError, match="4 rows of point coefficients"):
+            Tilted(share)(rows.s[:3], rows.t[:3])
+
+
 FUNCTIONS = {
     "exp": lambda q, p: tape.exp(q.lse - p.lse),
     "expm1": lambda q, p: tape.expm1((q.lse - p.lse) / 100),

@@ -143,7 +143,8 @@ void reduce_segment(const Tiles<R>& isa, const Batch& x, int64_t n, int64_t segm
     special |= tile.special;
     s_max = std::max(s_max, tile.s_max);
     t_max = std::max(t_max, tile.t_max);
-    tile.view.s_pivot = s_max == -INFINITY ? 0 : s_max;  // of the segment so far: the moments merge without exponentials
+    // Pivots of the segment so far: the moments then merge without exponentials.
+    tile.view.s_pivot = s_max == -INFINITY ? 0 : s_max;
     tile.view.t_pivot = t_max == -INFINITY ? 0 : t_max;
     for (int k = 0; k < K; ++k) {
       const int flags = teacher ? p.flags(k) : p.flags(k) & ~MEAN_T;

@@ -28,7 +28,7 @@ template <typename R> struct Tiles {
   bool (*peak)(const R* x, int n, R* max);
   // max of the exponent over the live entries
   double (*top)(const View<R>&, const Exponent&);
-  // sums of w, w u, w v (and second moments), w = 2^exponent; `special`: the tile has -inf entries. x: 2 kTile of scratch.
+  // sums of w, w u, w v (and second moments), w = 2^exponent; `special`: the tile has -inf entries; x: scratch, 2 kTile
   TileSums<R> (*sums)(const View<R>&, const Exponent&, int flags, bool special, R* x);
   // out (+)= w (c0 + c1 u + c2 v + c3 u^2 + c4 u v + c5 v^2); `first` overwrites
   void (*spread)(const View<R>&, const Exponent&, const R* c, bool special, bool first, R* x, R* out);

@@ -184,7 +184,8 @@ static TileSums<R> sums(const View<R>& x, const Exponent& e, int flags, bool spe
   const Kind kind = kind_of(e);
   if (special || (flags & SECOND)) {
     weights(x, e, scratch);
-    return kind == MIXED ? careful_sums<double>(x, scratch, flags & SECOND) : careful_sums<R>(x, scratch, flags & SECOND);
+    const bool second = flags & SECOND;
+    return kind == MIXED ? careful_sums<double>(x, scratch, second) : careful_sums<R>(x, scratch, second);
   }
   if (kind == MIXED) mix(x, e, scratch);
   if (kind == MIXED && (flags & (MEAN_S | MEAN_T))) {
@@ -246,7 +247,8 @@ static void spread(const View<R>& x, const Exponent& e, const R* c, bool special
   const Kind kind = kind_of(e);
   if (kind == MIXED) mix(x, e, scratch);
   switch (kind << 2 | (c[1] != 0 || c[2] != 0) << 1 | first) {
-#define CASE(k) case k: return fast_spread<R, Kind((k) >> 2), ((k) >> 1 & 1) != 0, ((k) & 1) != 0>(x, e, c, scratch, out);
+#define CASE(k) \
+  case k: return fast_spread<R, Kind((k) >> 2), ((k) >> 1 & 1) != 0, ((k) & 1) != 0>(x, e, c, scratch, out);
     CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
     CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15)
 #undef CASE

@@ -74,9 +74,9 @@ template <typename R> INLINE Vec<R> min_(Vec<R> v, Vec<R> w) {
 }
 
 // 2^x = 2^n 2^f with n = round(x), |f| <= 1/2 and 2^f by a minimax polynomial with p(0) = 1: relative error 2.6e-9 in
-// float and 1.8e-17 in double before rounding; after it at most 1.1 ulp, 1.4 ulp without fused multiply-add. 0 below the
-// smallest normal number, NaN for NaN; x <= 127 (1023) and x > -infinity are the caller's business: every weight is
-// relative to a maximum.
+// float and 1.8e-17 in double before rounding; after it at most 1.1 ulp, 1.4 ulp without fused multiply-add. 0 below
+// the smallest normal number, NaN for NaN; x <= 127 (1023) and x > -infinity are the caller's business: every weight
+// is relative to a maximum.
 template <typename R> INLINE Vec<R> power_of_two(Vec<R> n) {
   const R shift = sizeof(R) == 4 ? R(12582912 + 127) : R(6755399441055744.0 + 1023);  // 1.5 2^23, 1.5 2^52: the low
   return Vec<R>(typename VectorOf<R>::bits(n + shift) << (sizeof(R) == 4 ? 23 : 52));  // bits of the sum are n + bias
