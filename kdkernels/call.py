@@ -64,13 +64,13 @@ def _logits(name: str, x) -> None:
         raise ValueError(f"{name} must have shape (..., V) with V >= 1, got {tuple(x.shape)}")
 
 
-def three(x: Tensor) -> Tensor:
-    """(..., V) -> (A, B, V) with unit stride in V; a copy only where the leading strides cannot be kept."""
+def dense(x: Tensor) -> Tensor:
+    """(..., V) -> (N, V) or (A, B, V) with unit stride in V; a copy only where the leading strides cannot be kept."""
     if x.stride(-1) != 1 and x.shape[-1] != 1:
         x = x.contiguous()
-    if x.dim() == 3:
+    if x.dim() in (2, 3):
         return x
-    return x.reshape(1, -1, x.shape[-1]) if x.dim() < 3 else x.reshape(-1, *x.shape[-2:])
+    return x.unsqueeze(0) if x.dim() == 1 else x.reshape(-1, *x.shape[-2:])
 
 
 def _like(name: str, x, student: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def check(loss: Loss, student, teacher, labels, row_weight, temperature, vocab_s
         labels = _like("labels", labels, student)
         if labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex():
             raise TypeError(f"labels must be integers, got {labels.dtype} of shape {tuple(labels.shape)}")
-        labels = labels.reshape(-1).to(torch.int64).contiguous()
+        labels = (labels if labels.dim() == 1 else labels.reshape(-1)).to(torch.int64).contiguous()
     if row_weight is not None:
         row_weight = _like("row_weight", row_weight, student)
         _no_gradient("row_weight", row_weight)

@@ -2,7 +2,7 @@
 
 Operators (`csrc/cpu/ops.cpp` has the schemas; every backend implements the same three):
 
-    reduce(student (A, B, W), teacher (A, B, W2)?, labels (N,)?, mask (V,)?, args, program, vocab, ignore_index)
+    reduce(student (N, W) or (A, B, W), teacher?, labels (N,)?, mask (V,)?, args, program, vocab, ignore_index)
         -> stats (N, K + 1, 7): [max, sum of exp(x - max), mean s, mean t, cov ss, st, tt] at each point, then
            [s_y, t_y, max s, max t, kept, whether there are -inf, 0]
     rows(stats, args, program, sides) -> value (N,), coef (sides, N, K + 1, 10)
@@ -27,7 +27,7 @@ import math
 import torch
 from torch import Tensor
 
-from .call import apply_factor, factor, result_dtype, three
+from .call import apply_factor, dense, factor, result_dtype
 
 STATS, COEFS = 7, 10
 
@@ -45,7 +45,7 @@ def register(prefix: str) -> None:
     @torch.library.register_fake(f"kdkernels::{prefix}reduce")
     def _(student, teacher, labels, mask, args, program, vocab, ignore_index):
         points = (args.shape[1] - 3) // 2
-        return student.new_empty((student.shape[0] * student.shape[1], points + 1, STATS), dtype=torch.float64)
+        return student.new_empty((student.shape[:-1].numel(), points + 1, STATS), dtype=torch.float64)
 
     @torch.library.register_fake(f"kdkernels::{prefix}rows")
     def _(stats, args, program, sides):
@@ -62,7 +62,7 @@ def register(prefix: str) -> None:
 
         @torch.library.register_fake(f"kdkernels::{prefix}step")
         def _(student, teacher, labels, mask, args, program, weight, divisor, vocab, ignore_index):
-            rows, points = student.shape[0] * student.shape[1], (args.shape[1] - 3) // 2
+            rows, points = student.shape[:-1].numel(), (args.shape[1] - 3) // 2
             coef = student.new_empty((1, rows, points + 1, COEFS), dtype=torch.float64)
             return student.new_empty((), dtype=result_dtype(student)), coef, student.new_empty(student.shape)
 
@@ -96,7 +96,7 @@ class RowLoss(torch.autograd.Function):
     def forward(ctx, student, teacher, args, labels, mask, weight, divisor, program, operators, vocab, ignore, per_row):
         reduce, rows, ctx.spread, step, _ = operators
         wants, ctx.gradient = ctx.needs_input_grad, None
-        s, t = three(student), None if teacher is None else three(teacher)
+        s, t = dense(student), None if teacher is None else dense(teacher)
         half = student.dtype == torch.float16
         if step and wants[0] and not (wants[1] or wants[2] or per_row or half or torch.compiler.is_compiling()):
             value, coef, ctx.gradient = step(s, t, labels, mask, args, program, weight, divisor, vocab, ignore)
@@ -106,17 +106,17 @@ class RowLoss(torch.autograd.Function):
             value = apply_factor(value, factor(weight, divisor, labels, ignore, student), labels, ignore)
             value = (value.view(student.shape[:-1]) if per_row else value.sum()).to(result_dtype(student))
         ctx.save_for_backward(student, teacher, args, labels, mask, weight, coef)
-        ctx.divisor, ctx.vocab, ctx.ignore = divisor, vocab, ignore
+        ctx.divisor, ctx.vocab, ctx.ignore, ctx.shape = divisor, vocab, ignore, student.shape
         return value
 
     @staticmethod
     def backward(ctx, grad):
         ready, ctx.gradient = ctx.gradient, None  # it is the caller's from here on, who may write to it
-        student, teacher, args, labels, mask, weight, coef = ctx.saved_tensors
         if ready is not None and not torch.is_grad_enabled() and (scaled := _scaled(ready, grad.item())) is not None:
-            return scaled.view(student.shape), *(None,) * 11
+            return scaled if scaled.shape == ctx.shape else scaled.view(ctx.shape), *(None,) * 11
+        student, teacher, args, labels, mask, weight, coef = ctx.saved_tensors
         grad = grad.reshape(-1).to(torch.float64) * factor(weight, ctx.divisor, labels, ctx.ignore, student)
-        s, t = three(student), None if teacher is None else three(teacher)
+        s, t = dense(student), None if teacher is None else dense(teacher)
         out: list[Tensor | None] = [None, None, None]
         for side in (0, 1):
             if ctx.needs_input_grad[side]:
@@ -142,8 +142,8 @@ def value_and_grad(operators, rows, args, weight, divisor, code, ignore, out):
     """(sum of the weighted row losses, gradient of the student's logits), without a graph."""
     reduce, finish, spread, step, step_out = operators
     student, labels, mask, vocab = rows.student, rows.labels, rows.mask, rows.vocab
-    s, t = three(student), None if rows.teacher is None else three(rows.teacher)
-    to = None if out is None else three(out)
+    s, t = dense(student), None if rows.teacher is None else dense(rows.teacher)
+    to = None if out is None else dense(out)
     if step_out and to is not None and to.is_contiguous():
         value = step_out(s, t, labels, mask, args, code, weight, divisor, vocab, ignore, to)
     elif step:

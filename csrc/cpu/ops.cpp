@@ -28,23 +28,32 @@ Type type_of(const Tensor& x) {
   }
 }
 
+// (N, W) or (A, B, W), W dense.
 Logits logits(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 3 && (x.size(2) <= 1 || x.stride(2) == 1), "kdkernels: logits must be (A, B, W), W dense");
-  const int64_t inner = x.size(1) ? x.size(1) : 1;
-  return {static_cast<const char*>(x.const_data_ptr()), type_of(x), inner, x.stride(0), x.stride(1)};
+  const int64_t d = x.dim();
+  STD_TORCH_CHECK((d == 2 || d == 3) && (x.size(d - 1) <= 1 || x.stride(d - 1) == 1),
+                  "kdkernels: logits must be (N, W) or (A, B, W), W dense");
+  const int64_t inner = x.size(d - 2) ? x.size(d - 2) : 1;
+  return {static_cast<const char*>(x.const_data_ptr()), type_of(x), inner, d == 3 ? x.stride(0) : 0, x.stride(d - 2)};
+}
+int64_t width_of(const Tensor& x) { return x.size(x.dim() - 1); }
+int64_t rows_of(const Tensor& x) { return x.dim() == 3 ? x.size(0) * x.size(1) : x.size(0); }
+Tensor empty_as(const Tensor& x) {
+  if (x.dim() == 2) return torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
 }
 
 Batch batch(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask, int64_t vocab,
             int64_t ignore) {
   Batch x;
   x.s = logits(s);
-  x.rows = s.size(0) * s.size(1);
+  x.rows = rows_of(s);
   x.vocab = vocab;
   x.ignore = ignore;
-  STD_TORCH_CHECK(vocab >= 1 && vocab <= s.size(2), "kdkernels: vocab must be in [1, W]");
+  STD_TORCH_CHECK(vocab >= 1 && vocab <= width_of(s), "kdkernels: vocab must be in [1, W]");
   if (t) {
     x.t = logits(*t);
-    STD_TORCH_CHECK(t->size(0) == s.size(0) && t->size(1) == s.size(1) && vocab <= t->size(2),
+    STD_TORCH_CHECK(rows_of(*t) == x.rows && vocab <= width_of(*t),
                     "kdkernels: teacher and student have different rows");
   }
   if (labels) {
@@ -119,9 +128,9 @@ Tensor spread(const Tensor& grad, const Tensor& s, const MaybeTensor& t, const M
   const Tensor& own = side ? *t : s;
   STD_TORCH_CHECK(coef.dim() == 3 && coef.size(0) == x.rows && coef.size(2) == kCoefs && coef.is_contiguous(),
                   "kdkernels: coef must be (N, K + 1, 10) contiguous");
-  Tensor out = torch::stable::new_empty(own, {own.size(0), own.size(1), own.size(2)});
-  const Gradient to(out.mutable_data_ptr(), x.rows, own.size(2) * (side ? x.t : x.s).size(), true);
-  spread_all(x, Shape(x, coef.size(1) - 1, own.size(2), is_double(s, t, vocab)), coef.const_data_ptr<double>(),
+  Tensor out = empty_as(own);
+  const Gradient to(out.mutable_data_ptr(), x.rows, width_of(own) * (side ? x.t : x.s).size(), true);
+  spread_all(x, Shape(x, coef.size(1) - 1, width_of(own), is_double(s, t, vocab)), coef.const_data_ptr<double>(),
              grad.const_data_ptr<double>(), step_of(grad, x.rows), int(side), to);
   return out;
 }
@@ -145,13 +154,13 @@ std::tuple<Tensor, Tensor> step_to(const Tensor& s, const MaybeTensor& t, const 
                                    Tensor& out, bool fresh) {
   const Program p = program_of(program);
   const Batch x = batch(s, t, labels, mask, vocab, ignore);
-  STD_TORCH_CHECK(out.is_contiguous() && out.numel() == x.rows * s.size(2) && out.scalar_type() == s.scalar_type(),
+  STD_TORCH_CHECK(out.is_contiguous() && out.numel() == x.rows * width_of(s) && out.scalar_type() == s.scalar_type(),
                   "kdkernels: out must be contiguous, of the student's shape and dtype");
   Tensor coef = torch::stable::new_empty(s, {1, x.rows, p.points() + 1, kCoefs}, ScalarType::Double);
   const std::vector<double> g = factors(x, weight, divisor);
   std::vector<double> value(x.rows);
-  const Gradient to(out.mutable_data_ptr(), x.rows, s.size(2) * x.s.size(), fresh);
-  step_rows(x, Shape(x, p.points(), s.size(2), is_double(s, t, vocab)), p, args_of(args, x.rows, p.points()), g.data(),
+  const Gradient to(out.mutable_data_ptr(), x.rows, width_of(s) * x.s.size(), fresh);
+  step_rows(x, Shape(x, p.points(), width_of(s), is_double(s, t, vocab)), p, args_of(args, x.rows, p.points()), g.data(),
             value.data(), coef.mutable_data_ptr<double>(), to);
   double sum = 0;
   for (int64_t n = 0; n < x.rows; ++n)
@@ -166,7 +175,7 @@ std::tuple<Tensor, Tensor> step_to(const Tensor& s, const MaybeTensor& t, const 
 std::tuple<Tensor, Tensor, Tensor> step(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
                                         const MaybeTensor& mask, const Tensor& args, const Tensor& program,
                                         const MaybeTensor& weight, double divisor, int64_t vocab, int64_t ignore) {
-  Tensor out = torch::stable::new_empty(s, {s.size(0), s.size(1), s.size(2)});
+  Tensor out = empty_as(s);
   auto [total, coef] = step_to(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, true);
   return {total, coef, out};
 }

@@ -62,15 +62,16 @@ template <typename R> class Tile {
     }
   }
 
-  // Runs f with the class left out of the tile, if it is there.
-  template <typename F> void without(int64_t i, F f) {
-    if (i < 0 || i >= view.n) return f(special);
-    if (view.s != u_) { std::copy(view.s, view.s + view.n, u_); view.s = u_; }
-    if (view.t != v_) { std::copy(view.t, view.t + view.n, v_); view.t = v_; }
-    const R a = u_[i], b = v_[i];
-    u_[i] = v_[i] = -std::numeric_limits<R>::infinity();
-    f(true);
-    u_[i] = a; v_[i] = b;
+  // f(view, its first class) of the tile, or of the two parts around class i if it is to be left out and there.
+  template <typename F> void parts(int64_t i, F f) const {
+    if (i < 0 || i >= view.n) return f(view, 0);
+    for (const auto& [from, n] : {std::pair{0, int(i)}, std::pair{int(i) + 1, view.n - int(i) - 1}}) {
+      if (n == 0) continue;
+      View<R> part = view;
+      part.s += from; part.t += from; part.n = n;
+      part.s_next += from * view.s_bytes; part.t_next += from * view.t_bytes;
+      f(part, from);
+    }
   }
 
  private:
@@ -89,35 +90,48 @@ template <typename R> class Tile {
 template <typename R>
 Moments tile_moments(const Tiles<R>& isa, Tile<R>& x, const Tilt& at, int flags, int64_t label, const Moments& total) {
   Moments out = Moments::empty();
-  x.without(flags & EXCLUDE ? label : -1, [&](bool special) {
-    // Both logits are <= 0 here: 0 is an upper bound unless a coefficient is negative.
-    Exponent e{at.b * kLog2e, at.a * kLog2e, 0};
-    if (e.b < 0 || e.a < 0) e.c = -isa.top(x.view, e);
-    const double base = scaled(at.b, double(x.view.s_pivot)) + scaled(at.a, double(x.view.t_pivot));
-    if (e.c == -INFINITY) {  // a negative power of an impossible class
-      out.m = INFINITY; out.z = 1;
-      return;
-    }
-    if (e.c == INFINITY) return;  // no class is left
-    TileSums<R> sum = isa.sums(x.view, e, flags, special, x.scratch);
-    // The bound may be far above the terms of a mixture: look for the true maximum, so that the weight of a class that
-    // has nearly all is nearly exact; unless the row drowns the tile already.
-    const double enough = is_mixture(e.b, e.a) ? 1e-3 : 1e-12;
-    if (!(sum.z > enough) && !(total.z > 0 && lse(total) > base - e.c / kLog2e + log(std::fmax(sum.z, 1e-36)) + 10)) {
-      e.c = 0;
-      const double top = isa.top(x.view, e);
-      if (top == -INFINITY && sum.z == 0) return;
-      e.c = top == -INFINITY ? 0 : -top;
-      sum = isa.sums(x.view, e, flags, special, x.scratch);
-    }
-    if (sum.z == 0) return;
-    const double z = sum.z, du = sum.s / z, dv = sum.t / z;
-    out.m = base - e.c / kLog2e;
-    out.z = z;
-    if (flags & (MEAN_S | SECOND)) out.s = x.view.s_pivot + du;
-    if (flags & (MEAN_T | SECOND)) out.t = x.view.t_pivot + dv;
-    if (flags & SECOND) { out.ss = sum.ss / z - du * du; out.st = sum.st / z - du * dv; out.tt = sum.tt / z - dv * dv; }
-  });
+  // Both logits are <= 0 here: 0 is an upper bound unless a coefficient is negative.
+  Exponent e{at.b * kLog2e, at.a * kLog2e, 0};
+  const int64_t skip = flags & EXCLUDE ? label : -1;
+  const auto top = [&] {
+    double hi = -INFINITY;
+    x.parts(skip, [&](const View<R>& part, int) { hi = std::fmax(hi, isa.top(part, e)); });
+    return hi;
+  };
+  const auto sums = [&] {
+    TileSums<R> all{};
+    x.parts(skip, [&](const View<R>& part, int) {
+      const TileSums<R> sum = isa.sums(part, e, flags, x.special, x.scratch);
+      all.z += sum.z; all.s += sum.s; all.t += sum.t;
+      all.ss += sum.ss; all.st += sum.st; all.tt += sum.tt;
+    });
+    return all;
+  };
+  if (e.b < 0 || e.a < 0) e.c = -top();
+  const double base = scaled(at.b, double(x.view.s_pivot)) + scaled(at.a, double(x.view.t_pivot));
+  if (e.c == -INFINITY) {  // a negative power of an impossible class
+    out.m = INFINITY; out.z = 1;
+    return out;
+  }
+  if (e.c == INFINITY) return out;  // no class is left
+  TileSums<R> sum = sums();
+  // The bound may be far above the terms of a mixture: look for the true maximum, so that the weight of a class that
+  // has nearly all is nearly exact; unless the row drowns the tile already.
+  const double enough = is_mixture(e.b, e.a) ? 1e-3 : 1e-12;
+  if (!(sum.z > enough) && !(total.z > 0 && lse(total) > base - e.c / kLog2e + log(std::fmax(sum.z, 1e-36)) + 10)) {
+    e.c = 0;
+    const double hi = top();
+    if (hi == -INFINITY && sum.z == 0) return out;
+    e.c = hi == -INFINITY ? 0 : -hi;
+    sum = sums();
+  }
+  if (sum.z == 0) return out;
+  const double z = sum.z, du = sum.s / z, dv = sum.t / z;
+  out.m = base - e.c / kLog2e;
+  out.z = z;
+  if (flags & (MEAN_S | SECOND)) out.s = x.view.s_pivot + du;
+  if (flags & (MEAN_T | SECOND)) out.t = x.view.t_pivot + dv;
+  if (flags & SECOND) { out.ss = sum.ss / z - du * du; out.st = sum.st / z - du * dv; out.tt = sum.tt / z - dv * dv; }
   return out;
 }
 
@@ -237,8 +251,11 @@ void spread_part(const Tiles<R>& isa, const Batch& x, int64_t n, int K, const do
         bool any = false;
         for (int j = 0; j < 6; ++j) { cg[j] = R(c[3 + j] * g); any |= cg[j] != 0; }
         if (!any) continue;
-        tile.without(c[9] != 0 ? label - first : -1, [&](bool special) {
-          isa.spread(tile.view, {c[1] * kLog2e, c[2] * kLog2e, c[0] * kLog2e}, cg, special, !written, tile.scratch, d);
+        const int64_t skip = c[9] != 0 ? label - first : -1;
+        if (!written && skip >= 0 && skip < live) d[skip] = 0;
+        tile.parts(skip, [&](const View<R>& part, int from) {
+          const Exponent e{c[1] * kLog2e, c[2] * kLog2e, c[0] * kLog2e};
+          isa.spread(part, e, cg, tile.special, !written, tile.scratch, d + from);
         });
         written = true;
       }

@@ -230,11 +230,11 @@ static void fast_spread(const View<R>& view, const Exponent& exponent, const R* 
     const Vec<R> d = slope(u, v, i);
     save(out + i, First ? d : load(out + i) + d);
   }
-  if (const int n = x.n - i) {  // out has room for a whole vector
+  if (const int n = x.n - i) {
     const Vec<R> u = U ? load_some(x.s + i, n, x.s_pivot) - x.s_pivot : Vec<R>{};
     const Vec<R> v = V ? load_some(x.t + i, n, x.t_pivot) - x.t_pivot : Vec<R>{};
     const Vec<R> d = slope(u, v, i);
-    save(out + i, First ? d : load(out + i) + d);
+    save_some<R>(out + i, n, First ? d : load_some(out + i, n, R(0)) + d);
   }
 }
 

@@ -30,16 +30,28 @@ template <typename R> INLINE Vec<R> load(const R* p) {
   return v;
 }
 template <typename R> INLINE void save(R* p, Vec<R> v) { __builtin_memcpy(p, &v, kBytes); }
-// The first n < kLanes entries, then `fill`.
+// The first n < kLanes entries, then `fill`; and the first n lanes of v to p.
 template <typename R> INLINE Vec<R> load_some(const R* p, int n, R fill) {
+#ifdef KD_AVX512
+  if constexpr (sizeof(R) == 4) return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), __mmask16((1u << n) - 1), p);
+  else return _mm512_mask_loadu_pd(_mm512_set1_pd(fill), __mmask8((1u << n) - 1), p);
+#else
   R part[kLanes<R>];
   for (int i = 0; i < kLanes<R>; ++i) part[i] = i < n ? p[i] : fill;
   return load(part);
+#endif
+}
+template <typename R> INLINE void save_some(R* p, int n, Vec<R> v) {
+#ifdef KD_AVX512
+  if constexpr (sizeof(R) == 4) _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v);
+  else _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), v);
+#else
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+#endif
 }
 template <typename R> INLINE Vec<R> some(Vec<R> v, int n) {  // 0 from lane n on
-  R part[kLanes<R>];
-  save(part, v);
-  for (int i = n; i < kLanes<R>; ++i) part[i] = 0;
+  R part[kLanes<R>]{};
+  save_some<R>(part, n, v);
   return load(part);
 }
 // Several accumulators: short sums then hardly round, and long ones do not wait for each other.

@@ -59,7 +59,8 @@ def _launch(name: str, device: torch.device):
 def _rows(x: Tensor | None, other: Tensor):
     """A tensor and its leading strides, 0 where there is one row only: what a kernel is compiled for varies less."""
     x = other if x is None else x
-    return x, x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0
+    outer = x.stride(0) if x.dim() == 3 and x.shape[0] > 1 else 0
+    return x, outer, x.stride(-2) if x.shape[-2] > 1 else 0
 
 
 def _config(width: int, *multiples: int) -> dict:
@@ -73,7 +74,7 @@ def reduce(student: Tensor, teacher: Tensor | None, labels: Tensor | None, mask:
            program: Tensor, vocab: int, ignore_index: int) -> Tensor:  # fmt: skip
     """Statistics (N, K + 1, 7) of student (A, B, W) and teacher (A, B, W2); NaN where a row holds NaN or +inf."""
     (s, s_a, s_b), (t, t_a, t_b) = _rows(student, student), _rows(teacher, student)
-    B, K, N = s.shape[1], int(program[0]), s.shape[0] * s.shape[1]
+    B, K, N = s.shape[-2], int(program[0]), s.shape[:-1].numel()
     stats = student.new_zeros((N, K + 1, STATS), dtype=torch.float64)
     second = any(int(flags) & 32 for flags in program[4 : 4 + K])
     args = args.to(s.device).contiguous()
@@ -112,10 +113,10 @@ def spread(grad: Tensor, student: Tensor, teacher: Tensor | None, labels: Tensor
     own = t if side else s
     # The interpreter truncates when it stores bfloat16, where hardware rounds.
     out = torch.empty(own.shape, dtype=torch.float32 if INTERPRETED else own.dtype, device=s.device)
-    (A, B, W), config, K = out.shape, _config(out.shape[2], vocab), coef.shape[1] - 1
+    B, W, N, config, K = *out.shape[-2:], out.shape[:-1].numel(), _config(out.shape[-1], vocab), coef.shape[1] - 1
     if out.numel():
         with _launch("spread", s.device):
-            spread_kernel[(A * B, triton.cdiv(W, config["BLOCK"]))](
+            spread_kernel[(N, triton.cdiv(W, config["BLOCK"]))](
                 grad, s, t, s if labels is None else labels.contiguous(), s if mask is None else mask.view(torch.uint8),
                 coef.contiguous(), out, s_a, s_b, t_a, t_b, B, vocab, W, grad.stride(0) * (len(grad) > 1), K,
                 teacher is not None, labels is not None, mask is not None, **config,
