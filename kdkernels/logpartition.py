@@ -14,6 +14,11 @@ from . import tape
 from .call import check_number
 from .loss import Label, Loss, Moment, Point
 
+__all__ = [
+    "AlphaBetaLoss", "BrierLoss", "DKDLoss", "ForwardKLLoss", "HellingerLoss", "KDLoss", "LogitMSELoss", "RenyiLoss",
+    "ReverseKLLoss", "TAIDLoss", "TTMLoss", "WTTMLoss", "power_sum", "power_transform",
+]  # fmt: skip
+
 Q, P = Point(student=1), Point(teacher=1)
 
 
