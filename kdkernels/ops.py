@@ -12,7 +12,7 @@ Operators (`csrc/cpu/ops.cpp` has the schemas; every backend implements the same
 A backend may have a fourth, the three in one pass over the rows:
 
     step(student, teacher?, labels?, mask?, args, program, weight (N or 1,)?, divisor, vocab, ignore_index)
-        -> sum of weight / divisor * value (), coef (1, N, K + 1, 10), gradient of the student's logits
+        -> sum of weight / divisor * value (), gradient of the student's logits
     step_out(..., out) -> sum of weight / divisor * value (); the gradient goes to out
 
 All statistics are float64. `args` and `program` are described at `kdkernels.loss.Program`:
@@ -61,10 +61,8 @@ def register(prefix: str) -> None:
         names.append("step")
 
         @torch.library.register_fake(f"kdkernels::{prefix}step")
-        def _(student, teacher, labels, mask, args, program, weight, divisor, vocab, ignore_index):
-            rows, points = student.shape[:-1].numel(), (args.shape[1] - 3) // 2
-            coef = student.new_empty((1, rows, points + 1, COEFS), dtype=torch.float64)
-            return student.new_empty((), dtype=result_dtype(student)), coef, student.new_empty(student.shape)
+        def _(student, *args):
+            return student.new_empty((), dtype=result_dtype(student)), student.new_empty(student.shape)
 
         @torch.library.register_fake(f"kdkernels::{prefix}step_out")
         def _(student, *args):
@@ -94,18 +92,18 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, args, labels, mask, weight, divisor, program, operators, vocab, ignore, per_row):
-        reduce, rows, ctx.spread, step, _ = operators
-        wants, ctx.gradient = ctx.needs_input_grad, None
+        reduce, rows, _, step, _ = ctx.operators = operators
+        wants, ctx.gradient, coef = ctx.needs_input_grad, None, None
         s, t = dense(student), None if teacher is None else dense(teacher)
         half = student.dtype == torch.float16
         if step and wants[0] and not (wants[1] or wants[2] or per_row or half or torch.compiler.is_compiling()):
-            value, coef, ctx.gradient = step(s, t, labels, mask, args, program, weight, divisor, vocab, ignore)
+            value, ctx.gradient = step(s, t, labels, mask, args, program, weight, divisor, vocab, ignore)
         else:
             stats = reduce(s, t, labels, mask, args, program, vocab, ignore)
             value, coef = rows(stats, args, program, 2 if wants[1] else 1)
             value = apply_factor(value, factor(weight, divisor, labels, ignore, student), labels, ignore)
             value = (value.view(student.shape[:-1]) if per_row else value.sum()).to(result_dtype(student))
-        ctx.save_for_backward(student, teacher, args, labels, mask, weight, coef)
+        ctx.save_for_backward(student, teacher, args, labels, mask, weight, coef, program)
         ctx.divisor, ctx.vocab, ctx.ignore, ctx.shape = divisor, vocab, ignore, student.shape
         return value
 
@@ -114,14 +112,17 @@ class RowLoss(torch.autograd.Function):
         ready, ctx.gradient = ctx.gradient, None  # it is the caller's from here on, who may write to it
         if ready is not None and not torch.is_grad_enabled() and (scaled := _scaled(ready, grad.item())) is not None:
             return scaled if scaled.shape == ctx.shape else scaled.view(ctx.shape), *(None,) * 11
-        student, teacher, args, labels, mask, weight, coef = ctx.saved_tensors
+        student, teacher, args, labels, mask, weight, coef, program = ctx.saved_tensors
+        reduce, rows, spread, *_ = ctx.operators
         grad = grad.reshape(-1).to(torch.float64) * factor(weight, ctx.divisor, labels, ctx.ignore, student)
         s, t = dense(student), None if teacher is None else dense(teacher)
+        if coef is None:  # the gradient was made by `step`, and is wanted again
+            coef = rows(reduce(s, t, labels, mask, args, program, ctx.vocab, ctx.ignore), args, program, 1)[1]
         out: list[Tensor | None] = [None, None, None]
         for side in (0, 1):
             if ctx.needs_input_grad[side]:
                 inputs = (grad, s, t, labels, mask, coef[side], ctx.vocab, ctx.ignore, side)
-                slope = _Spread.apply(ctx.spread, *inputs) if torch.is_grad_enabled() else ctx.spread(*inputs)
+                slope = _Spread.apply(spread, *inputs) if torch.is_grad_enabled() else spread(*inputs)
                 out[side] = slope.view(student.shape if side == 0 else teacher.shape)
         if ctx.needs_input_grad[2]:  # the scales 1/T of standardised rows: d value / d log scale stands in coef
             slopes = coef[:, :, -1, 4].transpose(0, 1) * grad[:, None]
@@ -147,7 +148,7 @@ def value_and_grad(operators, rows, args, weight, divisor, code, ignore, out):
     if step_out and to is not None and to.is_contiguous():
         value = step_out(s, t, labels, mask, args, code, weight, divisor, vocab, ignore, to)
     elif step:
-        value, _, to = step(s, t, labels, mask, args, code, weight, divisor, vocab, ignore)
+        value, to = step(s, t, labels, mask, args, code, weight, divisor, vocab, ignore)
     else:
         stats = reduce(s, t, labels, mask, args, code, vocab, ignore)
         value, coef = finish(stats, args, code, 1)

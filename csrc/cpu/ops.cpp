@@ -147,8 +147,8 @@ std::vector<double> factors(const Batch& x, const MaybeTensor& weight, double di
   return out;
 }
 
-// (sum of the weighted values, coef); the gradient goes to `out`, which may be the student itself.
-std::tuple<Tensor, Tensor> step_to(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
+// The sum of the weighted values; the gradient goes to `out`, which may be the student itself.
+Tensor step_to(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
                                    const MaybeTensor& mask, const Tensor& args, const Tensor& program,
                                    const MaybeTensor& weight, double divisor, int64_t vocab, int64_t ignore,
                                    Tensor& out, bool fresh) {
@@ -156,12 +156,11 @@ std::tuple<Tensor, Tensor> step_to(const Tensor& s, const MaybeTensor& t, const 
   const Batch x = batch(s, t, labels, mask, vocab, ignore);
   STD_TORCH_CHECK(out.is_contiguous() && out.numel() == x.rows * width_of(s) && out.scalar_type() == s.scalar_type(),
                   "kdkernels: out must be contiguous, of the student's shape and dtype");
-  Tensor coef = torch::stable::new_empty(s, {1, x.rows, p.points() + 1, kCoefs}, ScalarType::Double);
   const std::vector<double> g = factors(x, weight, divisor);
-  std::vector<double> value(x.rows);
+  const Shape z(x, p.points(), width_of(s), is_double(s, t, vocab));
+  std::vector<double> value(x.rows), coef(z.split ? x.rows * z.coefs() : 0);
   const Gradient to(out.mutable_data_ptr(), x.rows, width_of(s) * x.s.size(), fresh);
-  step_rows(x, Shape(x, p.points(), width_of(s), is_double(s, t, vocab)), p, args_of(args, x.rows, p.points()), g.data(),
-            value.data(), coef.mutable_data_ptr<double>(), to);
+  step_rows(x, z, p, args_of(args, x.rows, p.points()), g.data(), value.data(), coef.data(), to);
   double sum = 0;
   for (int64_t n = 0; n < x.rows; ++n)
     if (x.kept(n)) sum += g[n] * value[n];
@@ -169,21 +168,21 @@ std::tuple<Tensor, Tensor> step_to(const Tensor& s, const MaybeTensor& t, const 
   Tensor total = torch::stable::new_empty(s, {}, wide ? ScalarType::Double : ScalarType::Float);
   if (wide) *total.mutable_data_ptr<double>() = sum;
   else *total.mutable_data_ptr<float>() = float(sum);
-  return {total, coef};
+  return total;
 }
 
-std::tuple<Tensor, Tensor, Tensor> step(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
-                                        const MaybeTensor& mask, const Tensor& args, const Tensor& program,
-                                        const MaybeTensor& weight, double divisor, int64_t vocab, int64_t ignore) {
+std::tuple<Tensor, Tensor> step(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
+                                const MaybeTensor& mask, const Tensor& args, const Tensor& program,
+                                const MaybeTensor& weight, double divisor, int64_t vocab, int64_t ignore) {
   Tensor out = empty_as(s);
-  auto [total, coef] = step_to(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, true);
-  return {total, coef, out};
+  Tensor total = step_to(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, true);
+  return {total, out};
 }
 
 Tensor step_out(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
                 const Tensor& args, const Tensor& program, const MaybeTensor& weight, double divisor, int64_t vocab,
                 int64_t ignore, Tensor out) {
-  return std::get<0>(step_to(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, false));
+  return step_to(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, false);
 }
 
 Tensor exp2_of(const Tensor& x) {
@@ -210,7 +209,7 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
   m.def("spread(Tensor grad, Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor coef, "
         "SymInt vocab, int ignore_index, int side) -> Tensor");
   m.def("step(Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, "
-        "Tensor? weight, float divisor, SymInt vocab, int ignore_index) -> (Tensor, Tensor, Tensor)");
+        "Tensor? weight, float divisor, SymInt vocab, int ignore_index) -> (Tensor, Tensor)");
   m.def("step_out(Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, "
         "Tensor? weight, float divisor, SymInt vocab, int ignore_index, Tensor(a!) out) -> Tensor");
   m.def("exp2(Tensor x) -> Tensor");

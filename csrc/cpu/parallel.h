@@ -132,7 +132,8 @@ inline void spread_all(const Batch& x, const Shape& z, const double* coef, const
   });
 }
 
-// reduce, rows and spread to the student in one go: a row's gradient is written while the row is in cache.
+// reduce, rows and spread to the student in one go: a row's gradient is written while the row is in cache. coef: room
+// for all rows if they are split.
 inline void step_rows(const Batch& x, const Shape& z, const Program& p, const Args& args, const double* g,
                       double* value, double* coef, const Gradient& to) {
   if (z.split) {
@@ -144,10 +145,9 @@ inline void step_rows(const Batch& x, const Shape& z, const Program& p, const Ar
     return spread_all(x, z, coef, g, 1, 0, to);
   }
   torch::stable::parallel_for(0, x.rows, grain(x.vocab), [&](int64_t lo, int64_t hi) {
-    std::vector<double> scratch(2 * p.registers() + 2 * z.stats());
-    double *stats = scratch.data() + 2 * p.registers(), *part = stats + z.stats();
+    std::vector<double> scratch(2 * p.registers() + 2 * z.stats() + z.coefs());
+    double *stats = scratch.data() + 2 * p.registers(), *part = stats + z.stats(), *c = part + z.stats();
     for (int64_t n = lo; n < hi; ++n) {
-      double* c = coef + n * z.coefs();
       auto row = [&](const auto& isa) {
         reduce_row(isa, x, n, p, args[n], stats, part);
         value[n] = value_and_coefs(p, args[n], stats, 1, 0, scratch.data(), c);
