@@ -71,7 +71,8 @@ struct Raw {
       : b(e.b), a(e.a), c(e.c - e.b * x.s_pivot - (e.a != 0 ? e.a * x.t_pivot : 0.)) {}
   template <typename R> INLINE_MEMBER double operator()(R s, R t) const {
     const double x = (b != 0 ? b * s : 0.) + ((a != 0 ? a * t : 0.) + c);
-    return (s == -R(INFINITY)) & (t == -R(INFINITY)) ? -INFINITY : x;
+    const bool dead = (s == -R(INFINITY)) & (t == -R(INFINITY));
+    return dead ? -INFINITY : x;
   }
 };
 
