@@ -114,7 +114,7 @@ class WTTMLoss(TTMLoss):
     def points(self):
         return Q, Point(teacher=self.gamma), P, *([Point()] if self.normalize_weight else [])
 
-    def value(self, q, h, p, classes=None):
+    def value(self, q, h, p, classes=None):  # type: ignore[override]  # one point more than its base
         log_weight = h.lse - self.gamma * p.lse
         if classes is not None:
             log_weight = log_weight - (1 - self.gamma) * classes.lse

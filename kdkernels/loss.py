@@ -122,7 +122,7 @@ class Loss(nn.Module, metaclass=_PostInit):
         """The points of the log-partition this loss looks at."""
         raise NotImplementedError(f"{type(self).__name__} must declare points()")
 
-    def value(self, *moments: Moment, label: Label | None = None):
+    def value(self, *moments: Any, **label: Any) -> Any:
         """The loss of a row from its moments (and `label` where `needs_labels`), in torch-like arithmetic."""
         raise NotImplementedError(f"{type(self).__name__} must declare value()")
 
@@ -243,9 +243,9 @@ class Loss(nn.Module, metaclass=_PostInit):
 
     def row_value(self, moments: list[Moment], label: Label, raw_label, temperature):
         """Value of a row: distillation and cross-entropy terms, on tensors or traced values."""
-        extra = len(self._student_points())
-        own, extra = moments[: len(moments) - extra], moments[len(moments) - extra :]
-        total = 0.0
+        count = len(moments) - len(self._student_points())
+        own, extra = moments[:count], moments[count:]
+        total: Any = 0.0
         if self.kd_weight:
             total = self.value(*own, **({"label": label} if self.needs_labels else {}))
             total = total * self.kd_weight if self.kd_weight != 1 else total

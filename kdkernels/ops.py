@@ -126,8 +126,9 @@ class RowLoss(torch.autograd.Function):
                 out[side] = slope.view(student.shape if side == 0 else teacher.shape)
         if ctx.needs_input_grad[2]:  # the scales 1/T of standardised rows: d value / d log scale stands in coef
             slopes = coef[:, :, -1, 4].transpose(0, 1) * grad[:, None]
-            out[2] = torch.zeros_like(args)
-            out[2][:, : len(coef)] = slopes / args[:, : len(coef)]
+            by_args = torch.zeros_like(args)
+            by_args[:, : len(coef)] = slopes / args[:, : len(coef)]
+            out[2] = by_args
         return (*out, *(None,) * 9)
 
 

@@ -147,11 +147,11 @@ def logaddexp(x: Value, y: Value) -> Value:
 
 def times(weight: Value, x: Value) -> Value:
     """weight * x, and 0 where the weight is 0 whatever x is, infinite included (0 log 0 = 0)."""
-    if isinstance(weight, Expr) or isinstance(x, Expr):
-        tape = weight.tape if isinstance(weight, Expr) else x.tape
-        return tape.emit(Op.TIMES, weight, x)
+    for value in (weight, x):
+        if isinstance(value, Expr):
+            return value.tape.emit(Op.TIMES, weight, x)
     weight = torch.as_tensor(weight)
-    return weight * torch.where(weight == 0, 0.0, x)
+    return weight * torch.where(weight == 0, 0.0, torch.as_tensor(x))
 
 
 def where(condition: Value, x: Value, y: Value) -> Value:

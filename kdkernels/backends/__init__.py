@@ -58,11 +58,11 @@ def available_backends() -> dict[str, str]:
     return {name: module if isinstance(module, str) else "ok" for name, module in found.items()}
 
 
-def _checked(name: str) -> str:
+def _checked(name: str) -> ModuleType:
     module = _load(name)
     if isinstance(module, str):
         raise BackendUnavailable(f"backend {name!r} is not available: {module}")
-    return name
+    return module
 
 
 @contextlib.contextmanager
@@ -76,7 +76,8 @@ def use_backend(name: str):
         ValueError: there is no backend of that name.
         BackendUnavailable: a RuntimeError: it cannot run here; the message says why.
     """
-    before, _choice.name = _choice.name, _checked(name)
+    _checked(name)
+    before, _choice.name = _choice.name, name
     try:
         yield
     finally:
@@ -96,12 +97,13 @@ def pick(student: Tensor) -> ModuleType:
     if name is not None:
         if name not in NAMES:
             raise BackendUnavailable(f"KDKERNELS_BACKEND must be one of {', '.join(NAMES)}, got {name!r}")
-        module = _load(_checked(name))
+        module = _checked(name)
         if device not in module.DEVICES and "any" not in module.DEVICES:
             raise ValueError(f"backend {name!r} runs on {' or '.join(module.DEVICES)}, student_logits are on {device}")
         if student.dtype == torch.float64 and not module.FLOAT64:
             raise TypeError(f"backend {name!r} computes in float32 and student_logits are float64; use 'reference'")
         return module
+    candidates: tuple[str, ...]
     if device == "cpu":
         candidates = ("cpu",)
     elif student.dtype == torch.float64:
@@ -109,7 +111,7 @@ def pick(student: Tensor) -> ModuleType:
     else:
         candidates = ("cuda", "triton") if device == "cuda" else ("triton",)
     for candidate in candidates:
-        module = _load(candidate)
-        if not isinstance(module, str):
-            return module
-    return _load("reference")
+        found = _load(candidate)
+        if not isinstance(found, str):
+            return found
+    return _checked("reference")

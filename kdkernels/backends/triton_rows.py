@@ -112,9 +112,9 @@ def _load_inputs(stats, args, program, tape, N, K, sy, ty, use):
         alone = ((flags & 4) != 0) & (tl.abs(_times(b, sy) + _times(a, ty)) < INF)
         bad = bad | ((lse == -INF) & (alone == 0))
     at, ss, ts = tape + 6 * K * N, tl.load(args, mask=use, other=1.0), tl.load(args + 1, mask=use, other=1.0)
-    x = (sy * ss, ty * ts, sy, tl.load(args + 2, mask=use, other=1.0))
+    rest = (sy * ss, ty * ts, sy, tl.load(args + 2, mask=use, other=1.0))
     for j in tl.static_range(4):
-        tl.store(at + j * N, x[j], mask=use)
+        tl.store(at + j * N, rest[j], mask=use)
     tl.debug_barrier()
     return bad
 
