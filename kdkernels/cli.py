@@ -165,7 +165,7 @@ def run_doctor(options):
     print("backends")
     for name, state in kd.available_backends().items():
         print(f"  {name:<10} {state}")
-        if state != "ok" and name in ADVICE:
+        if state != "ok" and name in ADVICE and not state.startswith("no such kernels"):
             print(f"  {'':<10} -> {ADVICE[name]}")
 
 

@@ -24,9 +24,15 @@ template <typename T> static void copy_out(const T* x, int n, T* out, bool strea
 #ifdef __SSE2__
   if (stream) {
     while (i < n && uintptr_t(out + i) % 64) { out[i] = x[i]; ++i; }
-    for (constexpr int step = 16 / sizeof(T); i + 64 / int(sizeof(T)) <= n;)
-      for (int j = 0; j < 4; ++j, i += step)
-        _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i)));
+    for (constexpr int step = 64 / sizeof(T); i + step <= n; i += step) {
+#ifdef KD_AVX512
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(x + i));
+#else
+      const __m128i* from = reinterpret_cast<const __m128i*>(x + i);
+      __m128i* to = reinterpret_cast<__m128i*>(out + i);
+      for (int j = 0; j < 4; ++j) _mm_stream_si128(to + j, _mm_loadu_si128(from + j));
+#endif
+    }
   }
 #endif
   for (; i < n; ++i) out[i] = x[i];

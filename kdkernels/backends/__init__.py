@@ -41,6 +41,9 @@ def _load(name: str) -> ModuleType | str:
         try:
             module = importlib.import_module(f"{__name__}.{name}")
             _modules[name] = module.unavailable() or module
+        except ModuleNotFoundError as error:
+            missing = "no such kernels in this version of kdkernels"
+            _modules[name] = missing if error.name == f"{__name__}.{name}" else f"needs the module {error.name}"
         except (ImportError, OSError) as error:
             _modules[name] = f"{type(error).__name__}: {error}"
     return _modules[name]
