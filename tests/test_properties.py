@@ -50,7 +50,8 @@ def narrowest(rows) -> float:
 
 def cases(rows, backend, among=CASES):
     """The losses that are defined on rows this narrow: one class has no deviation, two equal logits have none."""
-    among = [c for c in among if c in SAMPLE] if backend == "triton" else among
+    if backend == "triton":  # a third of them each time, in turn
+        among = [c for i, c in enumerate(SAMPLE) if c in among and (i + int(rows.y.sum())) % 3 == 0]
     flat = narrowest(rows) < 0.1
     return [c for c in among if not (flat and c.setting("standardize", False))]
 
