@@ -105,8 +105,12 @@ def run_distill(options):
     typed |= {name: str(Path(typed[name]).absolute()) for name in ("tokenizer", "cache") if typed.get(name)}
     typed |= {"text": [str(Path(p).absolute()) for p in typed["text"]]} if "text" in typed else {}
 
+    import torch
+
+    from .backends import pick
     from .trainer.distill import distill, read_run
 
+    pick(torch.empty(1, 1))  # a backend that cannot run is to be said before an hour of training, not after
     if "resume" in options:
         if "out" in typed:
             raise UserError("--out and --resume exclude each other: a resumed run stays in its folder")
