@@ -193,7 +193,7 @@ def arguments(loss: Loss, program: Program, rows: Rows, temperature) -> Tensor:
 
 def _inverse_deviation(logits: Tensor, rows: Rows) -> Tensor:
     """(N,) float64: 1 / standard deviation of each row of logits (..., W) over its live classes, differentiable."""
-    from .logpartition import inverse_deviation
+    from .functional import inverse_deviation
 
     labels = None if rows.labels is None else rows.labels.view(logits.shape[:-1])
     scale = inverse_deviation(logits, labels=labels, vocab_size=rows.vocab, vocab_mask=rows.mask)

@@ -16,7 +16,7 @@ from .loss import Label, Loss, Moment, Point
 
 __all__ = [
     "AlphaBetaLoss", "BrierLoss", "DKDLoss", "ForwardKLLoss", "HellingerLoss", "KDLoss", "LogitMSELoss", "RenyiLoss",
-    "ReverseKLLoss", "TAIDLoss", "TTMLoss", "WTTMLoss", "power_sum", "power_transform",
+    "ReverseKLLoss", "TAIDLoss", "TTMLoss", "WTTMLoss",
 ]  # fmt: skip
 
 Q, P = Point(student=1), Point(teacher=1)
@@ -312,48 +312,3 @@ class TAIDLoss(Loss):
         if self.tau < 1:
             negative_entropy = negative_entropy + (1 - self.tau) * u.s
         return tape.detach(negative_entropy) - u.s + q.lse
-
-
-class _PowerSum(Loss):
-    needs_teacher = False
-
-    def __init__(self, gamma: float, **options):
-        super().__init__(**options)
-        self.gamma = check_number("gamma", gamma, least=0)
-
-    def points(self):
-        return Q, Point(student=self.gamma)
-
-    def value(self, q, h):
-        return tape.exp(h.lse - self.gamma * q.lse)
-
-
-def power_sum(logits: Tensor, gamma: float) -> Tensor:
-    """sum_i softmax(logits)_i^gamma, (..., V) -> (...), differentiable: WTTM's weight. [Zheng & Yang 2024, eq. 9]"""
-    return _PowerSum(gamma, reduction="none")(logits)
-
-
-def power_transform(logits: Tensor, gamma: float) -> Tensor:
-    """softmax(gamma * logits), (..., V) -> (..., V): p_i^gamma / sum_j p_j^gamma. [Zheng & Yang 2024, eq. 9]"""
-    check_number("gamma", gamma, least=0)
-    return torch.softmax(gamma * logits, -1)
-
-
-class _InverseDeviation(Loss):
-    needs_teacher = False
-
-    def points(self):
-        return (Point(),)
-
-    def value(self, u):
-        count = tape.exp(u.lse)
-        spread = tape.where(u.ss > 0, u.ss * count / (count - 1), 1.0)
-        return 1 / tape.sqrt(spread)
-
-
-_INVERSE_DEVIATION = _InverseDeviation(reduction="none")  # made here: torch.compile traces its calls only
-
-
-def inverse_deviation(logits: Tensor, **call) -> Tensor:
-    """1 / (unbiased standard deviation) of each row; 1 for a constant row. float64."""
-    return _INVERSE_DEVIATION(logits, **call)

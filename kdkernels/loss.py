@@ -216,7 +216,7 @@ class Loss(nn.Module, metaclass=_PostInit):
         if out is not None:
             call.check_out(out, student_logits)
         backend, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
-        if backend.OPERATORS is None:
+        if backend.OPERATORS is None or backend.OPERATORS[-1] is None:
             with torch.enable_grad():
                 leaf = student_logits.detach().requires_grad_()
                 extra = dict(row_weight=row_weight, num_items=num_items, temperature=temperature)

@@ -141,24 +141,17 @@ def _scaled(gradient: Tensor, factor: float) -> Tensor | None:
 
 
 def value_and_grad(operators, rows, args, weight, divisor, code, ignore, out):
-    """(sum of the weighted row losses, gradient of the student's logits), without a graph."""
-    reduce, finish, spread, step, step_out = operators
-    student, labels, mask, vocab = rows.student, rows.labels, rows.mask, rows.vocab
-    s, t = dense(student), None if rows.teacher is None else dense(rows.teacher)
+    """(sum of the weighted row losses, gradient of the student's logits), without a graph, by `step`."""
+    *_, step, step_out = operators
+    student, teacher = dense(rows.student), None if rows.teacher is None else dense(rows.teacher)
+    inputs = (student, teacher, rows.labels, rows.mask, args, code, weight, divisor, rows.vocab, ignore)
     to = None if out is None else dense(out)
-    if step_out and to is not None and to.is_contiguous():
-        value = step_out(s, t, labels, mask, args, code, weight, divisor, vocab, ignore, to)
-    elif step:
-        value, to = step(s, t, labels, mask, args, code, weight, divisor, vocab, ignore)
-    else:
-        stats = reduce(s, t, labels, mask, args, code, vocab, ignore)
-        value, coef = finish(stats, args, code, 1)
-        grad = factor(weight, divisor, labels, ignore, student)
-        value = apply_factor(value, grad, labels, ignore).sum().to(result_dtype(student))
-        to = spread(grad, s, t, labels, mask, coef[0], vocab, ignore, 0)
-    if out is None:
-        return value, to.view(student.shape)
-    if to.data_ptr() == out.data_ptr():
-        torch.autograd.graph.increment_version(out)
-        return value, out
-    return value, out.copy_(to.view(student.shape))
+    if to is None or not to.is_contiguous():
+        value, gradient = step(*inputs)
+        gradient = gradient.view(rows.student.shape)
+        return value, gradient if out is None else out.copy_(gradient)
+    value = step_out(*inputs, to)
+    if to.data_ptr() != out.data_ptr():
+        return value, out.copy_(to.view(out.shape))
+    torch.autograd.graph.increment_version(out)
+    return value, out

@@ -44,7 +44,6 @@ def pytest_on(isa, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent)
 
 
-@pytest.mark.skipif("KDKERNELS_ISA" in os.environ, reason="already on one instruction set")
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     done = pytest_on(isa, "test_cpu.py", "test_losses.py", "-k", "exponential or accurate or agrees and cpu")

@@ -98,7 +98,7 @@ Tensor reduce(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, 
   const Batch x = batch(s, t, labels, mask, vocab, ignore);
   const Args row_args = args_of(args, x.rows, p.points());
   Tensor stats = torch::stable::new_empty(s, {x.rows, p.points() + 1, kStats}, ScalarType::Double);
-  reduce_all(x, Shape(x, p.points(), vocab, is_double(s, t, vocab)), p, row_args, stats.mutable_data_ptr<double>());
+  reduce_all(x, Shape(x.rows, p.points(), vocab, is_double(s, t, vocab)), p, row_args, stats.mutable_data_ptr<double>());
   return stats;
 }
 
@@ -107,10 +107,8 @@ std::tuple<Tensor, Tensor> rows(const Tensor& stats, const Tensor& args, const T
   const int64_t N = stats.size(0), K1 = p.points() + 1;
   STD_TORCH_CHECK(stats.dim() == 3 && stats.size(1) == K1 && stats.size(2) == kStats && stats.is_contiguous(),
                   "kdkernels: stats must be (N, K + 1, 7) contiguous");
-  Batch x;
-  x.rows = N;
   Tensor value = torch::stable::new_empty(stats, {N}), coef = torch::stable::new_empty(stats, {sides, N, K1, kCoefs});
-  rows_all(Shape(x, K1 - 1, 1, true), p, args_of(args, N, p.points()), stats.const_data_ptr<double>(), sides,
+  rows_all(Shape(N, K1 - 1, 1, true), p, args_of(args, N, p.points()), stats.const_data_ptr<double>(), sides,
            value.mutable_data_ptr<double>(), coef.mutable_data_ptr<double>());
   return {value, coef};
 }
@@ -130,7 +128,7 @@ Tensor spread(const Tensor& grad, const Tensor& s, const MaybeTensor& t, const M
                   "kdkernels: coef must be (N, K + 1, 10) contiguous");
   Tensor out = empty_as(own);
   const Gradient to(out.mutable_data_ptr(), x.rows, width_of(own) * (side ? x.t : x.s).size(), true);
-  spread_all(x, Shape(x, coef.size(1) - 1, width_of(own), is_double(s, t, vocab)), coef.const_data_ptr<double>(),
+  spread_all(x, Shape(x.rows, coef.size(1) - 1, width_of(own), is_double(s, t, vocab)), coef.const_data_ptr<double>(),
              grad.const_data_ptr<double>(), step_of(grad, x.rows), int(side), to);
   return out;
 }
@@ -148,16 +146,15 @@ std::vector<double> factors(const Batch& x, const MaybeTensor& weight, double di
 }
 
 // The sum of the weighted values; the gradient goes to `out`, which may be the student itself.
-Tensor step_to(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
-                                   const MaybeTensor& mask, const Tensor& args, const Tensor& program,
-                                   const MaybeTensor& weight, double divisor, int64_t vocab, int64_t ignore,
-                                   Tensor& out, bool fresh) {
+Tensor step_to(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
+               const Tensor& args, const Tensor& program, const MaybeTensor& weight, double divisor, int64_t vocab,
+               int64_t ignore, Tensor& out, bool fresh) {
   const Program p = program_of(program);
   const Batch x = batch(s, t, labels, mask, vocab, ignore);
   STD_TORCH_CHECK(out.is_contiguous() && out.numel() == x.rows * width_of(s) && out.scalar_type() == s.scalar_type(),
                   "kdkernels: out must be contiguous, of the student's shape and dtype");
   const std::vector<double> g = factors(x, weight, divisor);
-  const Shape z(x, p.points(), width_of(s), is_double(s, t, vocab));
+  const Shape z(x.rows, p.points(), width_of(s), is_double(s, t, vocab));
   std::vector<double> value(x.rows), coef(z.split ? x.rows * z.coefs() : 0);
   const Gradient to(out.mutable_data_ptr(), x.rows, width_of(s) * x.s.size(), fresh);
   step_rows(x, z, p, args_of(args, x.rows, p.points()), g.data(), value.data(), coef.data(), to);

@@ -58,9 +58,9 @@ constexpr int64_t kNarrow = 32;
 struct Shape {
   int64_t rows, K, width, segments;
   bool wide, split;
-  Shape(const Batch& x, int64_t points, int64_t width, bool wide)
-      : rows(x.rows), K(points), width(width), segments(kd::segments(width)), wide(wide),
-        split(x.rows < kFewRows && segments > 1) {}
+  Shape(int64_t rows, int64_t points, int64_t width, bool wide)
+      : rows(rows), K(points), width(width), segments(kd::segments(width)), wide(wide),
+        split(rows < kFewRows && segments > 1) {}
   int64_t stats() const { return (K + 1) * kStats; }
   int64_t coefs() const { return (K + 1) * kCoefs; }
 };
@@ -122,7 +122,7 @@ struct Gradient {
 };
 
 inline void spread_all(const Batch& x, const Shape& z, const double* coef, const double* grad, int64_t step, int side,
-                const Gradient& to) {
+                       const Gradient& to) {
   each(z, x.vocab, [&](int64_t n, int64_t i) {
     const int64_t first = z.split ? i * kSegment : 0, end = z.split ? std::min(z.width, first + kSegment) : z.width;
     char* out = to.data + n * to.row;

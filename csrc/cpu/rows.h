@@ -39,10 +39,10 @@ template <typename R> class Tile {
   // Classes [first, first + count) of row n. What needs no conversion is read where it is.
   // `look` for -inf and the maxima, or take it that there is none of the former and nobody wants the latter.
   void load(const Tiles<R>& isa, const Batch& x, int64_t row, int64_t first, int count, bool look = true) {
-    const bool same = x.s.type == own_type() && !x.mask, teacher = x.t.data;
+    const bool teacher = x.t.data;
     view.n = count;
-    view.s = fetch(isa, x.s, row, first, same, u_);
-    view.t = teacher ? fetch(isa, x.t, row, first, x.t.type == own_type() && !x.mask, v_) : v_;
+    view.s = fetch(isa, x.s, row, first, x.mask, u_);
+    view.t = teacher ? fetch(isa, x.t, row, first, x.mask, v_) : v_;
     view.s_next = x.s.row(row) + (first + count) * (view.s_bytes = x.s.size());
     view.t_next = teacher ? x.t.row(row) + (first + count) * (view.t_bytes = x.t.size()) : view.s_next;
     if (!teacher && zeros_ < count) { std::fill(v_, v_ + kTile, R(0)); zeros_ = kTile; }
@@ -76,9 +76,9 @@ template <typename R> class Tile {
 
  private:
   static constexpr Type own_type() { return sizeof(R) == 4 ? Type::f32 : Type::f64; }
-  const R* fetch(const Tiles<R>& isa, const Logits& x, int64_t row, int64_t first, bool in_place, R* copy) {
+  const R* fetch(const Tiles<R>& isa, const Logits& x, int64_t row, int64_t first, bool to_change, R* copy) {
     const char* at = x.row(row) + x.size() * first;
-    if (in_place && uintptr_t(at) % sizeof(R) == 0) return reinterpret_cast<const R*>(at);
+    if (x.type == own_type() && !to_change && uintptr_t(at) % sizeof(R) == 0) return reinterpret_cast<const R*>(at);
     isa.widen(x.type, at, view.n, copy);
     return copy;
   }
@@ -145,6 +145,7 @@ void reduce_segment(const Tiles<R>& isa, const Batch& x, int64_t n, int64_t segm
                     const double* args, double* stats) {
   const int K = p.points();
   double* last = stats + K * kStats;
+  std::fill(last, last + kStats, 0.);
   Moments* total = reinterpret_cast<Moments*>(stats);
   for (int k = 0; k < K; ++k) total[k] = Moments::empty();
   const int64_t label = x.labels ? x.labels[n] : -1, end = std::min(x.vocab, (segment + 1) * kSegment);
@@ -191,13 +192,12 @@ inline void finish_row(int K, double* stats) {
 template <typename R>
 void reduce_row(const Tiles<R>& isa, const Batch& x, int64_t n, const Program& p, const double* args, double* stats,
                 double* part) {
-  const int width = (p.points() + 1) * kStats;
-  std::fill(stats, stats + width, 0.);
-  if (!x.kept(n)) return;
+  if (!x.kept(n)) {
+    std::fill(stats, stats + (p.points() + 1) * kStats, 0.);
+    return;
+  }
   for (int64_t i = 0; i < segments(x.vocab); ++i) {
-    double* to = i ? part : stats;
-    std::fill(to, to + width, 0.);
-    reduce_segment(isa, x, n, i, p, args, to);
+    reduce_segment(isa, x, n, i, p, args, i ? part : stats);
     if (i) merge_segments(p.points(), stats, part, x.labels && x.labels[n] / kSegment == i);
   }
   finish_row(p.points(), stats);
