@@ -131,7 +131,8 @@ KD_HD double slope_at(const double* coef, int K, Deviation exact, Deviation roun
     const auto [u, v] = is_mixture(coef[1], coef[2]) ? exact : rounded;
     const double q = c[0] + scaled(c[1], u) + scaled(c[2], v) + scaled(c[3], u * u) + scaled(c[4], u * v) +
                      scaled(c[5], v * v);
-    if (q != 0) d += q * exp(scaled(coef[1], exact.u) + scaled(coef[2], exact.v) + coef[0]);
+    const double w = exp(scaled(coef[1], exact.u) + scaled(coef[2], exact.v) + coef[0]);
+    if (w != 0) d += scaled(w, q);
   }
   return d;
 }

@@ -13,7 +13,7 @@ from textbook import CASES
 
 import kdkernels as kd
 
-ISAS = ("0", "1", "2")  # baseline, AVX2, AVX-512; one that the processor lacks falls back to the next lower
+ISAS = ("0", "1", "2", "3")  # baseline, AVX2, AVX-512, the same with bfloat16; one that the processor lacks falls back to the next lower
 CASE = {str(case): case for case in CASES}
 NAMES = ["KDLoss-alpha=0.3-temperature=3.0", "WTTMLoss-gamma=0.5", "AlphaBetaLoss-alpha=0.2-beta=0.7",
          "DKDLoss-alpha=1.0-beta=8.0", "TAIDLoss-tau=0.4", "LogitMSELoss"]  # fmt: skip
@@ -23,7 +23,7 @@ some_cases = pytest.mark.parametrize("case", [CASE[name] for name in NAMES], ids
 def test_the_exponential_is_good_to_an_ulp():
     """1.1 units in the last place with fused multiply-add, 1.4 without: all bfloat16 inputs, dense float32 and float64.
 
-    0 below the smallest normal number, NaN for NaN.
+    Below the smallest normal number 0 or gradual underflow, NaN for NaN.
     """
     every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(BF16).float()
     dense = torch.linspace(-126, 1, 4_000_003)
@@ -33,9 +33,9 @@ def test_the_exponential_is_good_to_an_ulp():
         inside = x >= (-126 if got.dtype == np.float32 else -1022)
         ulps = np.abs(got[inside] - want[inside]) / np.spacing(want[inside].astype(got.dtype))
         assert ulps.max() <= 1.4, (got.dtype, ulps.max(), x[inside][ulps.argmax()])
-    low = torch.tensor([-127.0, -1e4, -1e30, torch.nan, 0.0])
-    assert torch.ops.kdkernels.exp2(low)[:3].eq(0).all() and torch.ops.kdkernels.exp2(low)[3].isnan()
-    assert torch.ops.kdkernels.exp2(low)[4] == 1
+    low = torch.ops.kdkernels.exp2(torch.tensor([-127.0, -1e4, -1e30, torch.nan, 0.0]))
+    assert low[0] in (0, 2.0**-127)
+    assert low[1:3].eq(0).all() and low[3].isnan() and low[4] == 1
 
 
 def pytest_on(isa, *arguments):

@@ -18,22 +18,23 @@ inline int detected() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return 2;
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
   return 0;
 }
-// KDKERNELS_ISA=0|1|2 lowers it (baseline, AVX2, AVX-512), for tests.
+// KDKERNELS_ISA=0|1|2|3 lowers it (baseline, AVX2, AVX-512, the same with bfloat16), for tests.
 inline int instruction_set() {
   static const int chosen = [] {
     const char* asked = std::getenv("KDKERNELS_ISA");
-    return asked && asked[0] >= '0' && asked[0] <= '2' ? std::min(asked[0] - '0', detected()) : detected();
+    return asked && asked[0] >= '0' && asked[0] <= '3' ? std::min(asked[0] - '0', detected()) : detected();
   }();
   return chosen;
 }
 template <typename R> const Tiles<R>& tiles();
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PICK(t) static const auto& x = *std::array{&base::t, &avx2::t, &avx512::t}[instruction_set()]; return x
+#define PICK(t) static const auto& x = *std::array{&base::t, &avx2::t, &avx512::t, &avx512_bf16::t}[instruction_set()]; return x
 #else
 #define PICK(t) return base::t
 #endif

@@ -10,8 +10,6 @@
 
 namespace kd {
 
-constexpr double kLog2e = 1.4426950408889634;
-
 // Logits (A, B, W) with unit stride along W; row n is (n / B, n % B).
 struct Logits {
   const char* data = nullptr;
@@ -33,29 +31,34 @@ template <typename R> class Tile {
  public:
   View<R> view{};
   R s_max = 0, t_max = 0;  // over the finite entries; -inf if there is none
-  bool special = false;    // there are -inf entries
+  bool special = false;    // there are special entries
   alignas(64) R scratch[2 * kTile];
 
-  // Classes [first, first + count) of row n. What needs no conversion is read where it is.
+  // Classes [first, first + count) of row n, where they are in memory.
+  void find(const Batch& x, int64_t row, int64_t first, int count) {
+    view.n = count;
+    view.s_next = x.s.row(row) + (first + count) * (view.s_bytes = x.s.size());
+    view.t_next = x.t.data ? x.t.row(row) + (first + count) * (view.t_bytes = x.t.size()) : view.s_next;
+  }
+
+  // The same, loaded. What needs no conversion is read where it is.
   // `look` for -inf and the maxima, or take it that there is none of the former and nobody wants the latter.
   void load(const Tiles<R>& isa, const Batch& x, int64_t row, int64_t first, int count, bool look = true) {
     const bool teacher = x.t.data;
-    view.n = count;
-    view.s = fetch(isa, x.s, row, first, x.mask, u_);
-    view.t = teacher ? fetch(isa, x.t, row, first, x.mask, v_) : v_;
-    view.s_next = x.s.row(row) + (first + count) * (view.s_bytes = x.s.size());
-    view.t_next = teacher ? x.t.row(row) + (first + count) * (view.t_bytes = x.t.size()) : view.s_next;
+    find(x, row, first, count);
+    special = false;
+    t_max = 0;
+    view.s = fetch(isa, x.s, row, first, x.mask, look, u_, &s_max);
+    view.t = teacher ? fetch(isa, x.t, row, first, x.mask, look, v_, &t_max) : v_;
     if (!teacher && zeros_ < count) { std::fill(v_, v_ + kTile, R(0)); zeros_ = kTile; }
     if (teacher) zeros_ = 0;
     const R dead = -std::numeric_limits<R>::infinity();
-    if (x.mask)
+    if (x.mask) {
       for (int i = 0; i < count; ++i)
         if (!x.mask[first + i]) { u_[i] = dead; if (teacher) v_[i] = dead; }
-    special = false;
-    if (!look && !x.mask) return;
-    special = isa.peak(view.s, count, &s_max);
-    t_max = 0;
-    if (teacher) special |= isa.peak(view.t, count, &t_max);
+      special = isa.peak(u_, count, &s_max);
+      if (teacher) special |= isa.peak(v_, count, &t_max);
+    }
     if (special && !teacher) {
       for (int i = 0; i < count; ++i) v_[i] = view.s[i] == dead ? dead : R(0);
       zeros_ = 0;
@@ -76,19 +79,26 @@ template <typename R> class Tile {
 
  private:
   static constexpr Type own_type() { return sizeof(R) == 4 ? Type::f32 : Type::f64; }
-  const R* fetch(const Tiles<R>& isa, const Logits& x, int64_t row, int64_t first, bool to_change, R* copy) {
+  const R* fetch(const Tiles<R>& isa, const Logits& x, int64_t row, int64_t first, bool to_change, bool look, R* copy,
+                 R* max) {
     const char* at = x.row(row) + x.size() * first;
-    if (x.type == own_type() && !to_change && uintptr_t(at) % sizeof(R) == 0) return reinterpret_cast<const R*>(at);
-    isa.widen(x.type, at, view.n, copy);
+    if (x.type == own_type() && !to_change && uintptr_t(at) % sizeof(R) == 0) {
+      const R* here = reinterpret_cast<const R*>(at);
+      special |= look && isa.peak(here, view.n, max);
+      return here;
+    }
+    special |= isa.widen(x.type, at, view.n, copy, max);
     return copy;
   }
   alignas(64) R u_[kTile], v_[kTile];
   int zeros_ = 0;
 };
 
-// Moments of one tile at one point; `label` is relative to the tile, `total` what the row has so far.
+// Moments of one tile at one point; `label` is relative to the tile, `total` what the row has so far, `ready` the sums
+// if they are known.
 template <typename R>
-Moments tile_moments(const Tiles<R>& isa, Tile<R>& x, const Tilt& at, int flags, int64_t label, const Moments& total) {
+Moments tile_moments(const Tiles<R>& isa, Tile<R>& x, const Tilt& at, int flags, int64_t label, const Moments& total,
+                     const TileSums<R>* ready) {
   Moments out = Moments::empty();
   // Both logits are <= 0 here: 0 is an upper bound unless a coefficient is negative.
   Exponent e{at.b * kLog2e, at.a * kLog2e, 0};
@@ -114,7 +124,7 @@ Moments tile_moments(const Tiles<R>& isa, Tile<R>& x, const Tilt& at, int flags,
     return out;
   }
   if (e.c == INFINITY) return out;  // no class is left
-  TileSums<R> sum = sums();
+  TileSums<R> sum = ready ? *ready : sums();
   // The bound may be far above the terms of a mixture: look for the true maximum, so that the weight of a class that
   // has nearly all is nearly exact; unless the row drowns the tile already.
   const double enough = is_mixture(e.b, e.a) ? 1e-3 : 1e-12;
@@ -161,9 +171,18 @@ void reduce_segment(const Tiles<R>& isa, const Batch& x, int64_t n, int64_t segm
     // Pivots of the segment so far: the moments then merge without exponentials.
     tile.view.s_pivot = s_max == -INFINITY ? 0 : s_max;
     tile.view.t_pivot = t_max == -INFINITY ? 0 : t_max;
+    TileSums<R> two[2]{};
+    bool ready = false;
+    if (teacher && K >= 2 && !tile.special) {
+      const Tilt q(p, args, 0), h(p, args, 1);
+      const Exponent e[2] = {{q.b * kLog2e, q.a * kLog2e, 0}, {h.b * kLog2e, h.a * kLog2e, 0}};
+      const int flags[2] = {p.flags(0), p.flags(1)};
+      ready = isa.pair(tile.view, e, flags, two);
+    }
     for (int k = 0; k < K; ++k) {
       const int flags = teacher ? p.flags(k) : p.flags(k) & ~MEAN_T;
-      total[k].merge(tile_moments(isa, tile, Tilt(p, args, k), flags, label - first, total[k]));
+      const TileSums<R>* sums = ready && k < 2 ? two + k : nullptr;
+      total[k].merge(tile_moments(isa, tile, Tilt(p, args, k), flags, label - first, total[k], sums));
     }
     if (label >= first && label < first + tile.view.n) {
       last[0] = tile.view.s[label - first];
@@ -235,32 +254,37 @@ void spread_part(const Tiles<R>& isa, const Batch& x, int64_t n, int K, const do
   const int64_t label = x.labels ? x.labels[n] : -1;
   const bool kept = last[3] != 0, dead_row = last[0] != last[0];
   // Where a class may have most of a point's weight the points can cancel: it is done once more, in double.
-  bool heavy = false;
-  for (int k = 0; k < K; ++k) heavy |= coef[k * kCoefs] > -0.7;  // log(1/2)
+  bool heavy = false, excludes = false;
+  for (int k = 0; k < K; ++k) {
+    heavy |= coef[k * kCoefs] > -0.7;  // log(1/2)
+    excludes |= coef[k * kCoefs + 9] != 0;
+  }
+  const bool ordinary = kept && !dead_row && !heavy && !x.mask && last[5] == 0 && (!x.t.data || x.t.type == x.s.type);
   for (; first < end; first += kTile) {
     const int count = int(std::min<int64_t>(end - first, kTile));
+    if (ordinary && first + count <= x.vocab && !(label >= first && label < first + count)) {
+      tile.find(x, n, first, count);
+      tile.view.s_pivot = R(last[1]);
+      tile.view.t_pivot = R(last[2]);
+      if (isa.through(own.type, tile.view, coef, K, g, stream, out + own.size() * first)) continue;
+    }
     const int live = kept ? int(std::clamp<int64_t>(x.vocab - first, 0, count)) : 0;
-    bool written = false;
     if (live && !dead_row) {
       tile.load(isa, x, n, first, live, heavy || last[5] != 0);
       tile.view.s_pivot = R(last[1]);
       tile.view.t_pivot = R(last[2]);
-      for (int k = 0; k < K; ++k) {
-        const double* c = coef + k * kCoefs;
-        R cg[6];
-        bool any = false;
-        for (int j = 0; j < 6; ++j) { cg[j] = R(c[3 + j] * g); any |= cg[j] != 0; }
-        if (!any) continue;
-        const int64_t skip = c[9] != 0 ? label - first : -1;
-        if (!written && skip >= 0 && skip < live) d[skip] = 0;
-        tile.parts(skip, [&](const View<R>& part, int from) {
-          const Exponent e{c[1] * kLog2e, c[2] * kLog2e, c[0] * kLog2e};
-          isa.spread(part, e, cg, tile.special, !written, tile.scratch, d + from);
-        });
-        written = true;
+      if (excludes && label >= first && label < first + live) {
+        std::fill(d, d + live, R(0));
+        for (int k = 0; k < K; ++k)
+          tile.parts(coef[k * kCoefs + 9] != 0 ? label - first : -1, [&](const View<R>& part, int from) {
+            isa.spread(part, coef + k * kCoefs, 1, g, tile.special, false, tile.scratch, d + from);
+          });
+      } else {
+        isa.spread(tile.view, coef, K, g, tile.special, true, tile.scratch, d);
       }
+    } else {
+      std::fill(d, d + live, dead_row ? std::numeric_limits<R>::quiet_NaN() : R(0));
     }
-    if (!written) std::fill(d, d + live, dead_row ? std::numeric_limits<R>::quiet_NaN() : R(0));
     std::fill(d + live, d + count, R(0));
     if (label >= first && label < first + live) d[label - first] += R(last[0] * g);
     if (live && heavy && !dead_row)

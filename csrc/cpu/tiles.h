@@ -4,12 +4,15 @@
 
 namespace kd {
 
+constexpr double kLog2e = 1.4426950408889634;
 constexpr int kTile = 2048;  // both logits and the gradient of a tile stay in L1
 enum class Type { f64, f32, f16, bf16 };
 
-// A tile of logits; u = s - s_pivot and v = t - t_pivot are what the kernels work on.
-template <typename R> struct View {
-  const R *s, *t;
+constexpr float kHuge = 1e6f;  // beyond it, -inf included, an entry is special: what is a mask cancels with nothing
+
+// A tile of logits; u = s - s_pivot and v = t - t_pivot are what the kernels work on. Src: what is in memory.
+template <typename R, typename Src = R> struct View {
+  const Src *s, *t;
   int n;
   R s_pivot, t_pivot;
   // The tile after this one, in memory, to be fetched meanwhile; bytes an entry.
@@ -21,22 +24,28 @@ struct Exponent { double b, a, c; };
 template <typename R> struct TileSums { double z, s, t, ss, st, tt; };
 
 template <typename R> struct Tiles {
-  void (*widen)(Type, const void* x, int n, R* out);
+  // A copy of x and, as `peak` does, a look at it.
+  bool (*widen)(Type, const void* x, int n, R* out, R* max);
   // `stream`: past the caches, for an output that is larger than they are.
   void (*store)(Type, const R* x, int n, void* out, bool stream);
-  // max over the finite entries (-inf if there is none); true if an entry is -inf
+  // max over the finite entries (-inf if there is none); true if an entry is special
   bool (*peak)(const R* x, int n, R* max);
   // max of the exponent over the live entries
   double (*top)(const View<R>&, const Exponent&);
-  // sums of w, w u, w v (and second moments), w = 2^exponent; `special`: the tile has -inf entries; x: scratch, 2 kTile
+  // sums of w, w u, w v (and second moments), w = 2^exponent; x: scratch, 2 kTile
   TileSums<R> (*sums)(const View<R>&, const Exponent&, int flags, bool special, R* x);
-  // out (+)= w (c0 + c1 u + c2 v + c3 u^2 + c4 u v + c5 v^2); `first` overwrites
-  void (*spread)(const View<R>&, const Exponent&, const R* c, bool special, bool first, R* x, R* out);
+  // of two points at once, the student's and the teacher's, if they are that and nothing is special; else false
+  bool (*pair)(const View<R>&, const Exponent*, const int* flags, TileSums<R>*);
+  // out (+)= the gradient's terms at K points (coef: K x kCoefs) times g, labels left aside; `first` overwrites
+  void (*spread)(const View<R>&, const double* coef, int K, double g, bool special, bool first, R* x, R* out);
+  // the same from memory to memory, nothing special and no label, if types and points allow; else false
+  bool (*through)(Type, const View<R>&, const double* coef, int K, double g, bool stream, void* out);
   void (*exp2)(const R* x, int n, R* out);
 };
 
 namespace base { extern const Tiles<float> f32; extern const Tiles<double> f64; }
 namespace avx2 { extern const Tiles<float> f32; extern const Tiles<double> f64; }
 namespace avx512 { extern const Tiles<float> f32; extern const Tiles<double> f64; }
+namespace avx512_bf16 { extern const Tiles<float> f32; extern const Tiles<double> f64; }
 
 }  // namespace kd

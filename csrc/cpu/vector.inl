@@ -1,6 +1,8 @@
 // Vectors of one instruction set in gcc's vector extensions, and the exponential that every kernel uses.
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+#define EACH(n) _Pragma("GCC unroll 8") for (int k = 0; k < (n); ++k)
 
 #if defined(KD_AVX512)
 constexpr int kBytes = 64;
@@ -49,6 +51,16 @@ template <typename R> INLINE void save_some(R* p, int n, Vec<R> v) {
   for (int i = 0; i < n; ++i) p[i] = v[i];
 #endif
 }
+// Past the caches, to a line's start.
+template <typename R> INLINE void save_past(R* p, Vec<R> v) {
+#if defined(KD_AVX512)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), __m512i(v));
+#elif defined(KD_AVX2)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), __m256i(v));
+#else
+  save(p, v);
+#endif
+}
 template <typename R> INLINE Vec<R> some(Vec<R> v, int n) {  // 0 from lane n on
   R part[kLanes<R>]{};
   save_some<R>(part, n, v);
@@ -56,7 +68,7 @@ template <typename R> INLINE Vec<R> some(Vec<R> v, int n) {  // 0 from lane n on
 }
 // Several accumulators: short sums then hardly round, and long ones do not wait for each other.
 constexpr int kSums = kBytes >= 32 ? 4 : 8;
-template <typename R> INLINE double total(const Vec<R> (&v)[kSums]) {
+template <typename R, int N> INLINE double total(const Vec<R> (&v)[N]) {
   typename VectorOf<R>::wide sum{};
   for (const Vec<R>& x : v) sum += __builtin_convertvector(x, typename VectorOf<R>::wide);
   double out = 0;
@@ -86,35 +98,30 @@ template <typename R> INLINE Vec<R> min_(Vec<R> v, Vec<R> w) {
 }
 
 // 2^x = 2^n 2^f with n = round(x), |f| <= 1/2 and 2^f by a minimax polynomial with p(0) = 1: relative error 2.6e-9 in
-// float and 1.8e-17 in double before rounding; after it at most 1.1 ulp, 1.4 ulp without fused multiply-add. 0 below
-// the smallest normal number, NaN for NaN; x <= 127 (1023) and x > -infinity are the caller's business: every weight
+// float and 1.8e-17 in double before rounding; after it at most 1.1 ulp, 1.4 ulp without fused multiply-add. Below the
+// smallest normal number 0 or gradual underflow, NaN for NaN; x <= 127 (1023) and x > -infinity are the caller's business: every weight
 // is relative to a maximum.
 template <typename R> INLINE Vec<R> power_of_two(Vec<R> n) {
   const R shift = sizeof(R) == 4 ? R(12582912 + 127) : R(6755399441055744.0 + 1023);  // 1.5 2^23, 1.5 2^52: the low
   return Vec<R>(typename VectorOf<R>::bits(n + shift) << (sizeof(R) == 4 ? 23 : 52));  // bits of the sum are n + bias
 }
 
-template <typename R> INLINE Vec<R> polynomial(Vec<R> f) {
-  if constexpr (sizeof(R) == 4) {
-    Vec<R> p = f * 1.5594678e-4f + 1.3406644e-3f;
-    p = p * f + 9.6176930e-3f;
-    p = p * f + 5.5503106e-2f;
-    p = p * f + 2.4022653e-1f;
-    p = p * f + 6.9314721e-1f;
-    return p * f + 1.f;
-  } else {
-    Vec<R> p = f * 4.078071929588336665e-10 + 7.0725704128144235096e-9;
-    p = p * f + 1.0180647659234138888e-7;
-    p = p * f + 1.3215442675329822143e-6;
-    p = p * f + 1.5252727385193868197e-5;
-    p = p * f + 1.540353044157213033e-4;
-    p = p * f + 1.3333558153439964747e-3;
-    p = p * f + 9.6181291076070023796e-3;
-    p = p * f + 5.5504108664790394552e-2;
-    p = p * f + 2.4022650695910098007e-1;
-    p = p * f + 6.9314718055994569675e-1;
-    return p * f + 1.;
-  }
+template <typename R> struct Polynomial;
+template <> struct Polynomial<float> {
+  static constexpr float c[] = {1.5594678e-4f, 1.3406644e-3f, 9.6176930e-3f, 5.5503106e-2f,
+                                2.4022653e-1f, 6.9314721e-1f, 1.f};
+};
+template <> struct Polynomial<double> {
+  static constexpr double c[] = {
+      4.078071929588336665e-10, 7.0725704128144235096e-9, 1.0180647659234138888e-7, 1.3215442675329822143e-6,
+      1.5252727385193868197e-5, 1.540353044157213033e-4,  1.3333558153439964747e-3, 9.6181291076070023796e-3,
+      5.5504108664790394552e-2, 2.4022650695910098007e-1, 6.9314718055994569675e-1, 1.};
+};
+// Side by side for G vectors: none waits for its own last step.
+template <typename R, int G> INLINE void polynomial(const Vec<R> (&f)[G], Vec<R> (&p)[G]) {
+  constexpr auto& c = Polynomial<R>::c;
+  EACH(G) p[k] = f[k] * c[0] + c[1];
+  _Pragma("GCC unroll 16") for (unsigned j = 2; j < sizeof(c) / sizeof(R); ++j) EACH(G) p[k] = p[k] * f[k] + c[j];
 }
 
 template <typename R> constexpr R kLeast = sizeof(R) == 4 ? R(-126) : R(-1022);
@@ -126,62 +133,64 @@ template <typename R> INLINE Vec<R> round_(Vec<R> x) {
   return ((x < kLeast<R> ? Vec<R>{} + kLeast<R> : x) + magic) - magic;
 #endif
 }
-// p 2^n, 0 where x was too small.
+// p 2^n; where x was too small 0, or what gradual underflow makes of it.
 template <typename R> INLINE Vec<R> scale_(Vec<R> p, Vec<R> n, Vec<R> x) {
 #ifdef KD_AVX512
-  if constexpr (sizeof(R) == 4)
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(kLeast<R>), _CMP_NLT_UQ), p, n);
-  else
-    return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(x, _mm512_set1_pd(kLeast<R>), _CMP_NLT_UQ), p, n);
+  if constexpr (sizeof(R) == 4) return _mm512_scalef_ps(p, n); else return _mm512_scalef_pd(p, n);
 #else
   return x < kLeast<R> ? Vec<R>{} : p * power_of_two<R>(n);
 #endif
 }
+// x becomes 2^x.
+template <typename R, int G> INLINE void exp2_(Vec<R> (&x)[G]) {
+  Vec<R> n[G], f[G], p[G];
+  EACH(G) n[k] = round_<R>(x[k]);
+  EACH(G) f[k] = x[k] - n[k];
+  polynomial<R, G>(f, p);
+  EACH(G) x[k] = scale_<R>(p[k], n[k], x[k]);
+}
 template <typename R> INLINE Vec<R> exp2_(Vec<R> x) {
-  const Vec<R> n = round_<R>(x);
-  return scale_<R>(polynomial<R>(x - n), n, x);
+  Vec<R> one[1] = {x};
+  exp2_<R, 1>(one);
+  return one[0];
 }
 // 2^(x + low), low within the rounding of x.
 template <typename R> INLINE Vec<R> exp2_(Vec<R> x, Vec<R> low) {
-  const Vec<R> n = round_<R>(x);
-  return scale_<R>(polynomial<R>((x - n) + low), n, x);
+  const Vec<R> n = round_<R>(x), f[1] = {(x - n) + low};
+  Vec<R> p[1];
+  polynomial<R, 1>(f, p);
+  return scale_<R>(p[0], n, x);
 }
 
-INLINE float widen(uint16_t h, bool bf16) {
-  uint32_t w = uint32_t(h) << 16;
-  float f;
-  if (!bf16) {  // IEEE half: shift the exponent into place, rescale by 2^112; subnormals come out right
-    const uint32_t sign = w & 0x80000000u, rest = (w & 0x7fff0000u) >> 3;
-    __builtin_memcpy(&f, &rest, 4);
-    f *= 5.192296858534828e33f;
-    uint32_t u;
-    __builtin_memcpy(&u, &f, 4);
-    u = (h & 0x7c00) == 0x7c00 ? (rest | 0x7f800000u) : u;
-    u |= sign;
-    __builtin_memcpy(&f, &u, 4);
-    return f;
-  }
-  __builtin_memcpy(&f, &w, 4);
-  return f;
+// 2^(b s + a t + c), the exponent in double.
+INLINE Vec<double> wide(const float* x) {
+#if defined(KD_AVX512)
+  return _mm512_cvtps_pd(_mm256_loadu_ps(x));
+#elif defined(KD_AVX2)
+  return _mm256_cvtps_pd(_mm_loadu_ps(x));
+#else
+  return Vec<double>{x[0], x[1]};
+#endif
 }
-
-INLINE uint16_t to_bf16(float x) {
-  uint32_t u;
-  __builtin_memcpy(&u, &x, 4);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return uint16_t(x != x ? 0x7fc0u : rounded);
+INLINE Vec<float> join(Vec<double> x, Vec<double> y) {
+#if defined(KD_AVX512)
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(x)), _mm512_cvtpd_ps(y), 1);
+#elif defined(KD_AVX2)
+  return _mm256_set_m128(_mm256_cvtpd_ps(y), _mm256_cvtpd_ps(x));
+#else
+  return Vec<float>{float(x[0]), float(x[1]), float(y[0]), float(y[1])};
+#endif
 }
-INLINE uint16_t to_half(float x) {  // round to nearest even
-  uint32_t u;
-  __builtin_memcpy(&u, &x, 4);
-  const uint32_t sign = (u >> 16) & 0x8000u;
-  u &= 0x7fffffffu;
-  float magnitude;
-  __builtin_memcpy(&magnitude, &u, 4);
-  const float denormal = magnitude + 0.5f;  // aligns the half's subnormal bits
-  uint32_t d;
-  __builtin_memcpy(&d, &denormal, 4);
-  const uint32_t small = d - 0x3f000000u, normal = (u + 0xc8000fffu + ((u >> 13) & 1u)) >> 13;
-  const uint32_t big = u > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  return uint16_t(sign | (u >= 0x47800000u ? big : u < 0x38800000u ? small : normal));
+INLINE Vec<double> exp2_of_sum(const double* s, const double* t, double b, double a, double c) {
+  return exp2_<double>(load(s) * b + (load(t) * a + c));
+}
+INLINE Vec<float> exp2_of_sum(const float* s, const float* t, double b, double a, double c) {
+  constexpr int H = kLanes<double>;
+  Vec<double> y[2], n[2];
+  EACH(2) y[k] = wide(s + k * H) * b + (wide(t + k * H) * a + c);
+  EACH(2) n[k] = round_<double>(y[k]);
+  const Vec<float> whole = join(n[0], n[1]), f[1] = {join(y[0] - n[0], y[1] - n[1])};
+  Vec<float> p[1];
+  polynomial<float, 1>(f, p);
+  return scale_<float>(p[0], whole, whole);
 }
