@@ -94,56 +94,77 @@ template <typename R> class Tile {
   int zeros_ = 0;
 };
 
-// Moments of one tile at one point; `label` is relative to the tile, `total` what the row has so far, `ready` the sums
-// if they are known.
-template <typename R>
-Moments tile_moments(const Tiles<R>& isa, Tile<R>& x, const Tilt& at, int flags, int64_t label, const Moments& total,
-                     const TileSums<R>* ready) {
-  Moments out = Moments::empty();
-  // Both logits are <= 0 here: 0 is an upper bound unless a coefficient is negative.
-  Exponent e{at.b * kLog2e, at.a * kLog2e, 0};
-  const int64_t skip = flags & EXCLUDE ? label : -1;
-  const auto top = [&] {
-    double hi = -INFINITY;
-    x.parts(skip, [&](const View<R>& part, int) { hi = std::fmax(hi, isa.top(part, e)); });
-    return hi;
-  };
-  const auto sums = [&] {
+// A segment's Moments at one point, tile by tile. Sums of tiles with the same pivots are added up as they are.
+template <typename R> class PointSum {
+ public:
+  PointSum(const Tilt& at, int flags) : at_(at), flags_(flags), e_{at.b * kLog2e, at.a * kLog2e, 0} {}
+
+  // `label` is relative to the tile; `ready`: the tile's sums, if they are known.
+  void add(const Tiles<R>& isa, Tile<R>& x, int64_t label, const TileSums<R>* ready) {
+    if (x.view.s_pivot != s_pivot_ || x.view.t_pivot != t_pivot_) {
+      close();
+      s_pivot_ = x.view.s_pivot;
+      t_pivot_ = x.view.t_pivot;
+    }
+    const int64_t skip = flags_ & EXCLUDE ? label : -1;
+    // Both logits are <= 0 here: 0 is an upper bound unless a coefficient is negative. It may be far above the terms of
+    // a mixture: look for the true maximum then, so that the weight of a class that has nearly all is nearly exact;
+    // unless the row drowns the tile already.
+    const bool bounded = e_.b >= 0 && e_.a >= 0;
+    if (bounded) {
+      const TileSums<R> sum = ready ? *ready : sums(isa, x, skip, 0);
+      if (sum.z > (is_mixture(e_.b, e_.a) ? 1e-3 : 1e-12) || sum.z * 2e4 < open_.z || sum.z != sum.z) {
+        open_.z += sum.z; open_.s += sum.s; open_.t += sum.t;
+        open_.ss += sum.ss; open_.st += sum.st; open_.tt += sum.tt;
+        return;
+      }
+    }
+    double top = -INFINITY;
+    x.parts(skip, [&](const View<R>& part, int) { top = std::fmax(top, isa.top(part, e_)); });
+    if (top == INFINITY && !bounded) {  // a negative power of an impossible class
+      total_.merge({INFINITY, 1, 0, 0, 0, 0, 0});
+    } else {
+      const double constant = std::isfinite(top) ? -top : 0;
+      total_.merge(moments(sums(isa, x, skip, constant), constant));
+    }
+  }
+
+  const Exponent& exponent() const { return e_; }
+  const Moments& close() {
+    if (open_.z != 0) total_.merge(moments(open_, 0));
+    open_ = {};
+    return total_;
+  }
+
+ private:
+  TileSums<R> sums(const Tiles<R>& isa, Tile<R>& x, int64_t skip, double constant) const {
+    const Exponent e{e_.b, e_.a, constant};
     TileSums<R> all{};
     x.parts(skip, [&](const View<R>& part, int) {
-      const TileSums<R> sum = isa.sums(part, e, flags, x.special, x.scratch);
+      const TileSums<R> sum = isa.sums(part, e, flags_, x.special, x.scratch);
       all.z += sum.z; all.s += sum.s; all.t += sum.t;
       all.ss += sum.ss; all.st += sum.st; all.tt += sum.tt;
     });
     return all;
-  };
-  if (e.b < 0 || e.a < 0) e.c = -top();
-  const double base = scaled(at.b, double(x.view.s_pivot)) + scaled(at.a, double(x.view.t_pivot));
-  if (e.c == -INFINITY) {  // a negative power of an impossible class
-    out.m = INFINITY; out.z = 1;
+  }
+
+  Moments moments(const TileSums<R>& sum, double constant) const {
+    if (sum.z == 0) return Moments::empty();
+    const double z = sum.z, du = sum.s / z, dv = sum.t / z;
+    Moments out{scaled(at_.b, s_pivot_) + scaled(at_.a, t_pivot_) - constant / kLog2e, z, 0, 0, 0, 0, 0};
+    if (flags_ & (MEAN_S | SECOND)) out.s = s_pivot_ + du;
+    if (flags_ & (MEAN_T | SECOND)) out.t = t_pivot_ + dv;
+    if (flags_ & SECOND) { out.ss = sum.ss / z - du * du; out.st = sum.st / z - du * dv; out.tt = sum.tt / z - dv * dv; }
     return out;
   }
-  if (e.c == INFINITY) return out;  // no class is left
-  TileSums<R> sum = ready ? *ready : sums();
-  // The bound may be far above the terms of a mixture: look for the true maximum, so that the weight of a class that
-  // has nearly all is nearly exact; unless the row drowns the tile already.
-  const double enough = is_mixture(e.b, e.a) ? 1e-3 : 1e-12;
-  if (!(sum.z > enough) && !(total.z > 0 && lse(total) > base - e.c / kLog2e + log(std::fmax(sum.z, 1e-36)) + 10)) {
-    e.c = 0;
-    const double hi = top();
-    if (hi == -INFINITY && sum.z == 0) return out;
-    e.c = hi == -INFINITY ? 0 : -hi;
-    sum = sums();
-  }
-  if (sum.z == 0) return out;
-  const double z = sum.z, du = sum.s / z, dv = sum.t / z;
-  out.m = base - e.c / kLog2e;
-  out.z = z;
-  if (flags & (MEAN_S | SECOND)) out.s = x.view.s_pivot + du;
-  if (flags & (MEAN_T | SECOND)) out.t = x.view.t_pivot + dv;
-  if (flags & SECOND) { out.ss = sum.ss / z - du * du; out.st = sum.st / z - du * dv; out.tt = sum.tt / z - dv * dv; }
-  return out;
-}
+
+  Tilt at_;
+  int flags_;
+  Exponent e_;
+  double s_pivot_ = 0, t_pivot_ = 0;
+  TileSums<R> open_{};
+  Moments total_ = Moments::empty();
+};
 
 // A row is the sum of its segments, in order, whoever computes them: the same bits for any number of threads.
 constexpr int64_t kSegment = 8 * kTile;
@@ -156,10 +177,15 @@ void reduce_segment(const Tiles<R>& isa, const Batch& x, int64_t n, int64_t segm
   const int K = p.points();
   double* last = stats + K * kStats;
   std::fill(last, last + kStats, 0.);
-  Moments* total = reinterpret_cast<Moments*>(stats);
-  for (int k = 0; k < K; ++k) total[k] = Moments::empty();
   const int64_t label = x.labels ? x.labels[n] : -1, end = std::min(x.vocab, (segment + 1) * kSegment);
   const bool teacher = x.t.data;
+  std::vector<PointSum<R>> points;
+  points.reserve(K);
+  for (int k = 0; k < K; ++k)
+    points.emplace_back(Tilt(p, args, k), teacher ? p.flags(k) : p.flags(k) & ~MEAN_T);
+  const bool two = teacher && K > 1;
+  const Exponent e[2] = {two ? points[0].exponent() : Exponent{}, two ? points[1].exponent() : Exponent{}};
+  const int flags[2] = {two ? p.flags(0) : 0, two ? p.flags(1) : 0};
   Tile<R> tile;
   R s_max = -INFINITY, t_max = -INFINITY;
   bool special = false;
@@ -168,27 +194,18 @@ void reduce_segment(const Tiles<R>& isa, const Batch& x, int64_t n, int64_t segm
     special |= tile.special;
     s_max = std::max(s_max, tile.s_max);
     t_max = std::max(t_max, tile.t_max);
-    // Pivots of the segment so far: the moments then merge without exponentials.
+    // Pivots of the segment so far: the sums then add up without exponentials.
     tile.view.s_pivot = s_max == -INFINITY ? 0 : s_max;
     tile.view.t_pivot = t_max == -INFINITY ? 0 : t_max;
-    TileSums<R> two[2]{};
-    bool ready = false;
-    if (teacher && K >= 2 && !tile.special) {
-      const Tilt q(p, args, 0), h(p, args, 1);
-      const Exponent e[2] = {{q.b * kLog2e, q.a * kLog2e, 0}, {h.b * kLog2e, h.a * kLog2e, 0}};
-      const int flags[2] = {p.flags(0), p.flags(1)};
-      ready = isa.pair(tile.view, e, flags, two);
-    }
-    for (int k = 0; k < K; ++k) {
-      const int flags = teacher ? p.flags(k) : p.flags(k) & ~MEAN_T;
-      const TileSums<R>* sums = ready && k < 2 ? two + k : nullptr;
-      total[k].merge(tile_moments(isa, tile, Tilt(p, args, k), flags, label - first, total[k], sums));
-    }
+    TileSums<R> sums[2]{};
+    const bool ready = two && !tile.special && isa.pair(tile.view, e, flags, sums);
+    for (int k = 0; k < K; ++k) points[k].add(isa, tile, label - first, ready && k < 2 ? sums + k : nullptr);
     if (label >= first && label < first + tile.view.n) {
       last[0] = tile.view.s[label - first];
       last[1] = teacher ? double(tile.view.t[label - first]) : last[0];
     }
   }
+  for (int k = 0; k < K; ++k) reinterpret_cast<Moments*>(stats)[k] = points[k].close();
   last[2] = s_max; last[3] = t_max; last[4] = 1; last[5] = special;
 }
 
