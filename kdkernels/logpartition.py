@@ -22,9 +22,9 @@ __all__ = [
 Q, P = Point(student=1), Point(teacher=1)
 
 
-def _kl(q: Moment, p: Moment):
-    """KL(p || q): the Bregman divergence of the log-partition."""
-    return q.lse - p.lse + p.t - p.s
+def _kl(q: Moment, p: Moment, gamma: float = 1):
+    """KL(p || q), the Bregman divergence of the log-partition; p = softmax(gamma t)."""
+    return q.lse - p.lse + gamma * p.t - p.s
 
 
 class ForwardKLLoss(Loss):
@@ -90,7 +90,7 @@ class TTMLoss(Loss):
         return Q, Point(teacher=self.gamma)
 
     def value(self, q, h):
-        return q.lse - h.lse + self.gamma * h.t - h.s
+        return _kl(q, h, self.gamma)
 
     def minimizer(self, teacher_logits, labels=None):
         return self.gamma * super().minimizer(teacher_logits)
@@ -122,13 +122,51 @@ class WTTMLoss(TTMLoss):
         return (tape.detach(weight) if self.detach_weight else weight) * super().value(q, h)
 
 
+# Quadrature where a divided difference would lose its digits: (position, weight) of Gauss and Legendre on [0, 1] and
+# (barycentric coordinates, weight) of Radon on a triangle, both exact for polynomials of degree 5.
+_GAUSS = (((5 - 15**0.5) / 10, 5 / 18 + 0.0), (0.5, 8 / 18), ((5 + 15**0.5) / 10, 5 / 18))
+_RADON = (
+    ((1 / 3, 1 / 3, 1 / 3), 9 / 40),
+    *(
+        (corner, (155 + sign * 15**0.5) / 1200)
+        for sign in (-1, 1)
+        for x in [(6 + sign * 15**0.5) / 21]
+        for corner in ((x, x, 1 - 2 * x), (x, 1 - 2 * x, x), (1 - 2 * x, x, x))
+    ),
+)
+
+
+def _reach(resolution: float) -> float:
+    """Where the quadrature takes over: 1e-3 in float64, else 1e-2."""
+    return resolution ** (1 / 8) / 10
+
+
+# Quadrature in place of a difference quotient of close arguments, exact for polynomials of degree 5: (position, weight)
+# of Gauss and Legendre on [0, 1], (barycentric coordinates, weight) of Radon on a triangle.
+_GAUSS = ((0.5 - 0.15**0.5, 5 / 18), (0.5, 8 / 18), (0.5 + 0.15**0.5, 5 / 18))
+_RADON = [((1 / 3, 1 / 3, 1 / 3), 9 / 40)]
+for _root in (15**0.5, -(15**0.5)):
+    _x, _weight = (6 + _root) / 21, (155 + _root) / 1200
+    _RADON += [(at, _weight) for at in ((_x, _x, 1 - 2 * _x), (_x, 1 - 2 * _x, _x), (1 - 2 * _x, _x, _x))]
+
+
+def _close(x: float, y: float, resolution: float) -> bool:
+    """Within 7e-4 (7e-3 where elements are float32) quadrature is nearer than the quotient."""
+    return abs(x - y) < resolution ** (1 / 8) / 15
+
+
+def _derivative(m: Moment, q: Moment, p: Moment):
+    """Mean of log p - log q; like numbers are subtracted first: near p = q that is exact."""
+    return (m.t - m.s) - (p.lse - q.lse)
+
+
 class AlphaBetaLoss(Loss):
     """-sum_i [p_i^a q_i^b - a/(a+b) p_i^(a+b) - b/(a+b) q_i^(a+b)] / (a b). [Cichocki et al. 2011; Wang et al. 2025]
 
     With its limits at a = 0, b = 0, a + b = 0 and a = b = 0. (1, 0) is KL(p || q), (0, 1) KL(q || p),
     (1, 1) half the squared distance, (1/2, 1/2) four times the squared Hellinger distance.
-    A parameter within the square root (cube root for a = b = 0) of the statistics' resolution of a limit takes the
-    limit (1e-16 in float64, else 1e-8): closer to it the difference quotient loses more than that.
+    It is the divided difference f[0, a, a + b] of f(x) = sum_i p_i^x q_i^(a + b - x); quadrature of f' or f'' stands
+    for the quotients of arguments that are close or equal.
 
     Args:
         alpha, beta: any finite numbers; the paper's language models use 0.2 and 0.7.
@@ -138,78 +176,86 @@ class AlphaBetaLoss(Loss):
         super().__init__(**options)
         self.alpha, self.beta = check_number("alpha", alpha), check_number("beta", beta)
 
-    def _limit(self) -> tuple[bool, bool, bool]:
-        near, origin = self.resolution ** (1 / 2), self.resolution ** (1 / 3)
-        if abs(self.alpha) < origin and abs(self.beta) < origin:  # a difference quotient of second order
-            return True, True, True
-        return abs(self.alpha) < near, abs(self.beta) < near, abs(self.alpha + self.beta) < near
+    def _arguments(self) -> tuple[tuple[float, float, float], int, list[tuple[float, float]]]:
+        """(x, y, z) with those that are close in front, how many are, and (argument, weight) of the quadrature."""
+        a, c = self.alpha, self.alpha + self.beta
+        orders = ((a, c, 0.0), (0.0, a, c), (0.0, c, a))
+        close = [order for order in orders if _close(*order[:2], self.resolution)]
+        if not close:
+            return orders[0], 0, []
+        x, y, _ = corners = close[0]
+        if len(close) == 1:
+            return corners, 2, [(x + (y - x) * at, weight) for at, weight in _GAUSS]
+        return corners, 3, [(sum(l * v for l, v in zip(at, corners, strict=True)), weight) for at, weight in _RADON]
+
+    def _at(self, x: float) -> Point:
+        return Point(student=self.alpha + self.beta - x, teacher=x)
 
     def points(self):
-        a, b = self.alpha, self.beta
-        match self._limit():
-            case (True, True, _):
-                return Q, P, Point()
-            case (True, _, _):
-                return Q, P, Point(student=b), Point(teacher=b)
-            case (_, True, _):
-                return Q, P, Point(teacher=a), Point(student=a)
-            case (_, _, True):
-                return Q, P, Point(student=-a, teacher=a), Point()
-        return Q, P, Point(student=b, teacher=a), Point(student=a + b), Point(teacher=a + b)
+        corners, _, nodes = self._arguments()
+        return tuple(dict.fromkeys([Q, P, *map(self._at, [*corners, *(x for x, _ in nodes)])]))  # each once
 
-    def value(self, q, p, *rest):
-        a, b = self.alpha, self.beta
-        match self._limit():
-            case (True, True, _):
-                (u,) = rest
-                bias = u.t - u.s - (p.lse - q.lse)
-                both = tape.where(u.s > -math.inf, tape.where(u.t > -math.inf, bias * bias, math.inf), math.inf)
-                return tape.exp(u.lse) * (u.tt - 2 * u.st + u.ss + both) / 2
-            case (True, _, _):
-                return _tilted(b, rest[0], rest[1], q.lse, p.lse, rest[0].s - rest[0].t)
-            case (_, True, _):
-                return _tilted(a, rest[0], rest[1], p.lse, q.lse, rest[0].t - rest[0].s)
-            case (_, _, True):
-                m, u = rest
-                shift = p.lse - q.lse
-                excess = tape.expm1((m.lse - u.lse) - a * shift)  # mean of (p/q)^a - 1
-                return tape.exp(u.lse) * (excess + a * ((u.s - u.t) + shift)) / a**2
-        m, qq, pp = rest
-        c = a + b
-        log_cross = m.lse - a * p.lse - b * q.lse  # the other two sums relative to it: they cancel near q = p
-        teacher = tape.expm1(pp.lse - c * p.lse - log_cross) / (b * c)
-        student = tape.expm1(qq.lse - c * q.lse - log_cross) / (a * c)
-        return tape.exp(log_cross) * (teacher + student)
+    def value(self, *moments):
+        (x, y, z), close, nodes = self._arguments()
+        a, b, c = self.alpha, self.beta, self.alpha + self.beta
+        found = dict(zip(self.points(), moments, strict=True))
+        q, p = found[Q], found[P]
 
+        def log_f(x):
+            return found[self._at(x)].lse - x * p.lse - (c - x) * q.lse
 
-def _tilted(b: float, x: Moment, y: Moment, own_lse, other_lse, difference):
-    """1/b^2 sum_i [x_i^b log(x_i^b / y_i^b) - x_i^b + y_i^b] from the moments at b times the logits of x and of y."""
-    shift = own_lse - other_lse  # differences of like numbers first: near x = y they are exact
-    excess = tape.expm1((y.lse - x.lse) + b * shift)
-    return tape.exp(x.lse - b * own_lse) * (b * (difference - shift) + excess) / b**2
+        def second(m):
+            bias = _derivative(m, q, p)
+            both = tape.where(m.s > -math.inf, tape.where(m.t > -math.inf, bias * bias, math.inf), math.inf)
+            return m.tt - 2 * m.st + m.ss + both
+
+        if close == 2:
+            first = sum(w * tape.exp(log_f(at)) * _derivative(found[self._at(at)], q, p) for at, w in nodes)
+            value = (first - tape.exp(log_f(y)) * tape.expm1(log_f(z) - log_f(y)) / (z - y)) / (x - z)
+        elif close == 3:
+            value = sum(w * tape.exp(log_f(at)) * second(found[self._at(at)]) for at, w in nodes) / 2
+        if close and 0 in (a, b, c):
+            return value
+        cross = log_f(a)  # the other two relative to it: they cancel near q = p
+        quotients = tape.exp(cross) * (tape.expm1(log_f(c) - cross) / (b * c) + tape.expm1(log_f(0.0) - cross) / (a * c))
+        if not close:
+            return quotients
+        smooth = value  # f is not, where a class is impossible in one row alone
+        smooth = tape.where(found[self._at(c)].s > -math.inf, smooth, quotients)
+        return tape.where(found[self._at(0.0)].t > -math.inf, smooth, quotients)
 
 
 class RenyiLoss(Loss):
     """log(sum_i p_i^alpha q_i^(1 - alpha)) / (alpha - 1): a Jensen gap of the log-partition. [Renyi 1961]
 
     Args:
-        alpha: order > 0; 1 is KL(p || q).
+        alpha: order > 0; 1 is KL(p || q). Near 1, quadrature of the derivative stands for the quotient.
     """
 
     def __init__(self, alpha: float = 0.5, **options):
         super().__init__(**options)
         self.alpha = check_number("alpha", alpha, above=0)
 
-    def _is_kl(self) -> bool:
-        return abs(self.alpha - 1) < math.sqrt(self.resolution)
+    def _nodes(self) -> dict[Point, float]:
+        if self.alpha == 1:
+            return {P: 1.0}
+        orders = {1 + (self.alpha - 1) * at: weight for at, weight in _GAUSS}
+        return {Point(student=1 - order, teacher=order): weight for order, weight in orders.items()}
 
     def points(self):
-        return (Q, P) if self._is_kl() else (Q, P, Point(student=1 - self.alpha, teacher=self.alpha))
+        near = _close(self.alpha, 1, self.resolution)
+        own = Point(student=1 - self.alpha, teacher=self.alpha)
+        return tuple(dict.fromkeys([Q, P, own, *(self._nodes() if near else ())]))
 
-    def value(self, q, p, m=None):
-        if m is None:
-            return _kl(q, p)
-        return (m.lse - self.alpha * p.lse - (1 - self.alpha) * q.lse) / (self.alpha - 1)
+    def value(self, q, p, *rest):
+        found = dict(zip(self.points(), (q, p, *rest), strict=True))
+        smooth = sum(w * _derivative(found[at], q, p) for at, w in self._nodes().items() if at in found)
+        if self.alpha == 1:
+            return smooth
+        quotient = (rest[0].lse - self.alpha * p.lse - (1 - self.alpha) * q.lse) / (self.alpha - 1)
+        if not _close(self.alpha, 1, self.resolution):
+            return quotient
+        return tape.where(p.s > -math.inf, smooth, quotient)
 
 
 class HellingerLoss(Loss):

@@ -177,7 +177,8 @@ class Loss(nn.Module, metaclass=_PostInit):
 
     def _prepared(self, rows, num_items, temperature):
         backend = backends.pick(rows.student)
-        program = self._double if rows.student.dtype == torch.float64 else self._single
+        double = rows.student.dtype == torch.float64 or backend.OPERATORS is None  # the reference is, always
+        program = self._double if double else self._single
         args = call.arguments(self, program, rows, temperature)
         return backend, program, args, *call.weighting(self, rows, num_items)
 
