@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
@@ -19,15 +20,19 @@ PATHS = ("text", "tokenizer", "out", "cache")
 # Constructor arguments of losses that are common enough for a flag of their own; --set reaches the rest.
 SHORT_FORMS = "gamma alpha beta tau temperature teacher_temperature kd_weight ce_weight".split()
 
-HELP = {"temperature": "the student's temperature, and the teacher's unless given (default for TTM and WTTM: 1/gamma, "
-        "with a teacher temperature of 1, so that the loss is least where student and teacher agree)"}  # fmt: skip
+HELP = {
+    "loss": "a loss of the catalogue by its short name or its class: wttm, WTTMLoss (see `kdkernels losses`)",
+    "temperature": "the student's temperature, and the teacher's unless given (default for TTM and WTTM: 1/gamma, with "
+    "a teacher temperature of 1, so that the loss is least where student and teacher agree)",
+}
 
 
 def main(arguments=None):
-    """-> the exit status: 0, or 2 with a line on stderr for something the user can put right."""
+    """-> the exit status: 0, 1 from a doctor who found something, or 2 with a line on stderr for something the user
+    can put right."""
     options = parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (UserError, BackendUnavailable) as error:
         print(f"kdkernels: error: {error}", file=sys.stderr)
         return 2
@@ -37,7 +42,6 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("kdkernels: interrupted; `--resume RUN_DIR` goes on from the last checkpoint", file=sys.stderr)
         return 130
-    return 0
 
 
 def parser():
@@ -46,7 +50,7 @@ def parser():
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_distill(commands)
     one = commands.add_parser(
-        "losses", help="the catalogue: name, formula, paper, points", description=run_losses.__doc__
+        "losses", help="the catalogue: name, formula, paper, needs, points", description=run_losses.__doc__
     )
     one.set_defaults(run=run_losses)
     one = commands.add_parser("doctor", help="what works on this machine, and what to do about the rest",
@@ -86,9 +90,8 @@ def add_distill(commands):
         note = "" if default in ("", []) else f" (default: {' '.join(map(str, default)) if several else default})"
         kind, count = (typing.get_args(kind)[0], {"nargs": "+"}) if several else (kind, {})
         shown = "PATH" if kind is str and field.name in PATHS else kind.__name__.upper()
-        groups[name].add_argument(
-            flag(field.name), type=kind, metavar=shown, help=field.metadata["help"] + note, **count
-        )
+        help = HELP.get(field.name, field.metadata["help"]) + note
+        groups[name].add_argument(flag(field.name), type=kind, metavar=shown, help=help, **count)
     for name in SHORT_FORMS:
         groups["loss"].add_argument(
             flag(name), type=float, metavar="FLOAT", help=HELP.get(name, f"the loss's {name}, if it has one")
@@ -105,19 +108,34 @@ def run_distill(options):
     typed |= {name: str(Path(typed[name]).absolute()) for name in ("tokenizer", "cache") if typed.get(name)}
     typed |= {"text": [str(Path(p).absolute()) for p in typed["text"]]} if "text" in typed else {}
 
+    from .trainer.distill import distill
+
+    cfg = settled(options, QUICK | typed if "quick" in options else typed)
+    distill(cfg, resume="resume" in options)
+
+
+def settled(options, typed):
+    """-> the Config of a run whose loss and backend exist: to be said before an hour of training, not after."""
     import torch
 
     from .backends import pick
-    from .trainer.distill import distill, read_run
+    from .trainer.distill import read_run
+    from .trainer.losses import make_loss, resolve
 
-    pick(torch.empty(1, 1))  # a backend that cannot run is to be said before an hour of training, not after
-    if "resume" in options:
-        if "out" in typed:
-            raise UserError("--out and --resume exclude each other: a resumed run stays in its folder")
-        return distill(read_run(options.resume, QUICK | typed if "quick" in options else typed), resume=True)
-    cfg = Config(**(QUICK | typed if "quick" in options else typed))
+    resume = "resume" in options
+    if resume and "out" in typed:
+        raise UserError("--out and --resume exclude each other: a resumed run stays in its folder")
+    try:
+        cfg = read_run(options.resume, typed) if resume else Config(**typed)
+        make_loss(cfg.loss, cfg.loss_options)  # as it was typed: messages about what was typed
+        loss = make_loss(cfg.loss, resolve(cfg.loss, cfg.loss_options))
+        pick(torch.empty(1, 1, device="cuda" if cfg.device.startswith("cuda") and torch.cuda.is_available() else "cpu"))
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if loss.reduction == "none":
+        raise UserError('--set reduction="none": training needs one number; use "mean", "sum" or "batchmean"')
     cfg.out = cfg.out or str(Path("runs") / f"{cfg.loss}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return distill(cfg)
+    return cfg
 
 
 def assignment(text):
@@ -126,29 +144,82 @@ def assignment(text):
     try:
         return name.strip().replace("-", "_"), json.loads(value if equals else "")
     except ValueError:
-        raise UserError(f"--set {text}: expected NAME=VALUE with a number, true, false or null") from None
+        raise UserError(f'--set {text}: expected NAME=VALUE with a number, true, false, null or "text"') from None
 
 
 def run_losses(options):
-    """List every loss of the catalogue: its name, formula, paper and the points of the log-partition it needs."""
+    """List every loss of the catalogue: its short name for `--loss`, the class with its own options, the formula, the
+    paper, what it needs beside the student's logits, and its points of the log-partition in the logits s and t."""
     import kdkernels as kd
 
-    from .trainer.losses import describe
-    from .trainer.report import print_table
+    from .trainer.losses import describe, options_of, short
 
-    rows = [describe(cls) for cls in kd.catalogue().values()]
-    print_table("losses", ["name", "formula", "paper", "points"], rows)
+    rows = []
+    for name, cls in kd.catalogue().items():
+        _, formula, paper, _ = describe(cls)
+        points = ", ".join(map(spelled_point, cls().points()))
+        rows.append([short(name), constructor(cls), needs(cls), formula, paper, points])
+    shared = ", ".join(f"{name}={value!r}" for name, value in options_of(kd.Loss).items())
+    foot = f"Every loss also takes {shared} (KDLoss: alpha in place of kd_weight and ce_weight)."
+    columns = ["--loss", "class", "needs", "formula", "paper", "points"]
+    print_catalogue(columns, rows, f"{foot} With a ce_weight it needs labels.")
+
+
+def constructor(cls):
+    """'RenyiLoss(alpha=0.5)': the options of its own, and those of every loss for which it has another default."""
+    import kdkernels as kd
+
+    from .trainer.losses import options_of
+
+    shared, order = options_of(kd.Loss), [*inspect.signature(cls.__init__).parameters]
+    own = {name: value for name, value in options_of(cls).items() if name not in shared or shared[name] != value}
+    return f"{cls.__name__}({', '.join(f'{name}={own[name]!r}' for name in sorted(own, key=order.index))})"
+
+
+def needs(cls):
+    return ", ".join(["teacher"] * cls.needs_teacher + ["labels"] * bool(cls.needs_labels or cls().ce_weight))
+
+
+def spelled_point(point):
+    """Point(student=0.5, teacher=1) -> '0.5 s + t'."""
+    scales = {"s": point.student, "t": point.teacher}
+    terms = [name if scale == 1 else f"{scale:.3g} {name}" for name, scale in scales.items() if scale]
+    notes = {"constant": point.frozen, "without the label": point.exclude_label, "at T = 1": point.raw}
+    noted = ", ".join(note for note, holds in notes.items() if holds)
+    return (" + ".join(terms) or "0") + (f" ({noted})" if noted else "")
+
+
+def print_catalogue(columns, rows, foot):
+    """A table as wide as the terminal, or as COLUMNS says; without rich (it comes with the train extra) plain lines."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        print(*("\n  ".join(row) for row in [columns, *rows]), foot, sep="\n")
+        return
+    console, table = Console(), Table(box=None, padding=(0, 2, 1, 0))
+    if console.width < 120:  # no room for six columns: the last three lie below each other
+        columns, rows = [*columns[:3], ", ".join(columns[3:])], [[*row[:3], "\n".join(row[3:])] for row in rows]
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+    console.print(Text(foot))
 
 
 ADVICE = {
     "cpu": "reinstall with a C++ compiler and ninja: pip install --no-build-isolation .",
-    "triton": "pip install triton (Linux); without a GPU it runs in its interpreter: TRITON_INTERPRET=1",
+    "triton": "TRITON_INTERPRET=1 runs it in its interpreter, without a GPU and slowly",
     "cuda": "needs a CUDA build of torch, nvcc and an NVIDIA GPU when kdkernels is built",
 }
+MISSING = {"triton": "pip install 'kdkernels[triton]' (Linux)"}
 
 
 def run_doctor(options):
-    """Say which backends run here and why the others do not, with versions, devices, instruction set and threads."""
+    """Say which backends run here and why the others do not, with versions, devices, instruction set and threads.
+    The exit status is 1 if KDKERNELS_BACKEND names a backend that cannot run here."""
     import torch
 
     import kdkernels as kd
@@ -165,12 +236,17 @@ def run_doctor(options):
         print(f"gpu {index}      {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
     libraries = sorted(p for p in Path(kd.__file__).parent.rglob("*") if p.suffix in (".so", ".pyd", ".dylib"))
     print(f"libraries  {', '.join(map(str, libraries)) or 'none built'}")
-    print(f"forced     KDKERNELS_BACKEND={os.environ.get('KDKERNELS_BACKEND', '')}")
+    states, forced = kd.available_backends(), os.environ.get("KDKERNELS_BACKEND")
+    state = states.get(forced, f"there is no such backend; known: {', '.join(states)}") if forced else "ok"
+    refused = "" if state == "ok" else f", and every loss raises: {state}"
+    print(f"forced     {f'KDKERNELS_BACKEND={forced}{refused}' if forced else 'none'}")
     print("backends")
-    for name, state in kd.available_backends().items():
+    for name, state in states.items():
         print(f"  {name:<10} {state}")
-        if state != "ok" and name in ADVICE and not state.startswith("no such kernels"):
-            print(f"  {'':<10} -> {ADVICE[name]}")
+        advice = MISSING.get(name) if state.startswith("needs the module") else ADVICE.get(name)
+        if state != "ok" and advice and not state.startswith("no such kernels"):
+            print(f"  {'':<10} -> {advice}")
+    return 1 if refused else 0
 
 
 def installed(name):

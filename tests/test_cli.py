@@ -35,7 +35,7 @@ def test_help_and_version(capsys):
 
 @pytest.mark.parametrize("name", ["cuda", "nonesuch"])
 def test_a_backend_that_cannot_run(name, tmp_path):
-    """One line that says why, and `doctor` still answers."""
+    """One line that says why; `doctor` answers, says the same and ends with status 1."""
     if kd.available_backends().get(name) == "ok":
         pytest.xfail(f"{name} runs here")
     environment = {**os.environ, "KDKERNELS_BACKEND": name}
@@ -43,7 +43,8 @@ def test_a_backend_that_cannot_run(name, tmp_path):
     quick = [*run, "distill", "--quick", "--out", str(tmp_path / "run"), "--cache", str(tmp_path)]
     failed = subprocess.run(quick, env=environment, capture_output=True, text=True, check=False)
     assert failed.returncode == 2 and name in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
-    assert subprocess.run([*run, "doctor"], env=environment, capture_output=True, check=False).returncode == 0
+    doctor = subprocess.run([*run, "doctor"], env=environment, capture_output=True, text=True, check=False)
+    assert doctor.returncode == 1 and f"KDKERNELS_BACKEND={name}, and every loss raises" in doctor.stdout, doctor.stdout
 
 
 def test_unknown_flag(capsys):
@@ -52,20 +53,58 @@ def test_unknown_flag(capsys):
     assert end.value.code == 2 and "--gama" in capsys.readouterr().err
 
 
-def test_doctor(capsys):
+def test_doctor(capsys, monkeypatch):
+    monkeypatch.delenv("KDKERNELS_BACKEND", raising=False)
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     for name, state in kd.available_backends().items():
         assert f"{name:<10} {state}" in shown
-    assert "instruction set" in shown and "threads" in shown
+    assert "instruction set" in shown and "threads" in shown and "forced     none\n" in shown
+    monkeypatch.setenv("KDKERNELS_BACKEND", "reference")
+    assert main(["doctor"]) == 0
+    assert "forced     KDKERNELS_BACKEND=reference\n" in capsys.readouterr().out
 
 
-def test_losses(capsys):
+@pytest.mark.parametrize(
+    "state, installs", [("no GPU", False), ("needs the module triton", True), ("no such kernels", False), ("ok", False)]
+)
+def test_doctor_advises_to_install_triton_only_where_it_is_missing(state, installs, capsys, monkeypatch):
+    monkeypatch.setattr(kd, "available_backends", lambda: {"triton": state})
+    monkeypatch.delenv("KDKERNELS_BACKEND", raising=False)
+    assert main(["doctor"]) == 0
+    assert ("pip install 'kdkernels[triton]'" in capsys.readouterr().out) == installs
+
+
+@pytest.mark.parametrize("columns", [80, 120, 200])
+def test_losses(columns, capsys, monkeypatch):
+    from kdkernels.trainer.losses import short
+
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert main(["losses"]) == 0
     shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= columns
+    first = {line.split()[0] for line in shown.splitlines() if line.strip()}
     for name, cls in kd.catalogue().items():
-        assert name in shown
+        assert f"{name}(" in shown and short(name) in first
         assert cls.__doc__.split()[0] in shown
+    for words in ("tau=0.4", "t_squared=True)", "teacher, labels", "0.5 s + 0.5 t", "Renyi 1961", "ignore_index=-100"):
+        assert words in " ".join(shown.split())
+    assert "Point(" not in shown
+
+
+def test_losses_without_rich(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert main(["losses"]) == 0
+    shown = capsys.readouterr().out
+    assert "renyi\n  RenyiLoss(alpha=0.5)\n  teacher\n" in shown and "Every loss also takes" in shown
+
+
+def test_points_as_they_are_spelled():
+    from kdkernels.cli import spelled_point
+
+    assert spelled_point(kd.Point(student=0.5, teacher=1)) == "0.5 s + t"
+    assert spelled_point(kd.Point(student=-0.25, frozen=True)) == "-0.25 s (constant)"
+    assert spelled_point(kd.Point(exclude_label=True, raw=True)) == "0 (without the label, at T = 1)"
 
 
 def test_unknown_loss_and_option(capsys):
@@ -74,6 +113,35 @@ def test_unknown_loss_and_option(capsys):
     message = fails(capsys, "distill", "--loss", "renyi", "--gamma", "0.5")
     assert "'gamma'" in message and "alpha" in message and "ce_weight" in message
     assert "--set alpha" in fails(capsys, "distill", "--set", "alpha")
+    assert '"text"' in fails(capsys, "distill", "--set", "reduction=none")
+
+
+@pytest.mark.parametrize("option, words", [
+    ('reduction="none"', '"mean", "sum" or "batchmean"'), ('reduction="median"', "reduction must be"),
+    ('gamma="x"', "gamma must be a number"), ("gamma=-1", "gamma must be > 0"), ("gamma=1e-320", "temperature must be"),
+    ("temperature=[1]", "temperature must be a number"), ('ignore_index="a"', "ignore_index must be an int"),
+])  # fmt: skip
+def test_a_loss_that_cannot_be_built_or_trained_with(option, words, capsys):
+    message = fails(capsys, "distill", "--loss", "WTTMLoss", "--set", option)
+    assert words in message and message.count("\n") == 1
+
+
+def test_errors_of_the_training_are_not_swallowed(monkeypatch, tmp_path):
+    from kdkernels.trainer import distill
+
+    def broken(cfg, resume):
+        raise ValueError("in the training")
+
+    monkeypatch.setattr(distill, "distill", broken)
+    with pytest.raises(ValueError, match="in the training"):
+        main(["distill", "--loss", "WTTMLoss", "--out", str(tmp_path / "run")])
+
+
+def test_distill_names_both_spellings_of_a_loss(capsys):
+    with pytest.raises(SystemExit):
+        main(["distill", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "by its short name or its class: wttm, WTTMLoss" in shown
 
 
 def test_every_loss_has_a_short_name():
