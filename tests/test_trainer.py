@@ -1,15 +1,15 @@
 """The trainer end to end on a tiny model: results, kill and resume, damage, cache."""
 
 import json
+import multiprocessing
 import os
-import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
-import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,17 @@ TINY = (
     "--teacher-steps 60 --teacher-lr 1e-2 --steps 30 --lr 3e-3 --eval-every 15 --checkpoint-every 5 "
     "--curve-tokens 256 --val-tokens 2048"
 ).split()
+
+KILLS = [
+    "teacher 3",  # before the first checkpoint
+    "teacher 33",  # between two
+    "student 0",  # during the first measurement
+    "student 3",  # after it, before the first checkpoint
+    "student 12",  # between two
+    "checkpoint.safetensors 3",  # written, not yet in its place
+    "ce.safetensors 1",  # after the last checkpoint, the final table not yet written
+    "results.json 1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +68,63 @@ def run(*arguments, **options):
     return subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, **options)
 
 
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    """call(*arguments, kill="") -> exit status, output. A process of its own, without the seconds that importing takes:
+    it is forked from one that has only imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["kdkernels.trainer.distill", "transformers.models.llama.modeling_llama", "matplotlib.pyplot", "rich", "pytest"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    log = tmp_path_factory.mktemp("forked") / "log"
+
+    def call(*arguments, kill=""):
+        process = context.Process(target=child, args=([*map(str, arguments)], log, kill))
+        process.start()
+        process.join(60)
+        process.kill()  # nothing happens to one that has ended
+        process.join()
+        return process.exitcode, log.read_text()
+
+    return call
+
+
+def child(arguments, log, kill):
+    from kdkernels.cli import main
+
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if kill:
+        arm(*kill.split())
+    sys.exit(main(["distill", *arguments]))
+
+
+def arm(what, number):
+    """Die of SIGKILL when a stage has half a step's record on disk, or before a file takes its place that often."""
+    from kdkernels.trainer import checkpoint
+
+    write, replace, places = checkpoint.Journal.write, os.replace, []
+
+    def write_half(journal, **record):
+        write(journal, **record)
+        if (record["stage"], record["step"]) == (what, int(number)):
+            os.truncate(journal.path, journal.path.stat().st_size - 20)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def replace_late(source, target):
+        places.append(Path(target).name)
+        if places[-1] == what and places.count(what) == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    checkpoint.Journal.write, os.replace = write_half, replace_late
+
+
 def fresh(place, out, cache):
     places = {"--text": place / "text", "--tokenizer": place / "tokenizer.json", "--out": out, "--cache": cache}
     return [*TINY, *(part for pair in places.items() for part in pair)]
@@ -83,7 +151,7 @@ def test_results(whole):
     folder, shown = whole
     table = table_of(folder)
     teacher, start, ce, distilled = table.values()
-    assert list(table)[-1] == "distilled, WTTMLoss"
+    assert list(table)[-1] == "distilled: WTTM (gamma 0.5, T 2, teacher T 1)"
     assert "WTTMLoss(gamma=0.5, temperature=2, teacher_temperature=1)" in shown
     assert teacher["kl"] == 0 and teacher["agreement"] == 1 and teacher["acceptance"] == pytest.approx(1, abs=1e-5)
     for figures in (start, ce, distilled):
@@ -104,46 +172,44 @@ def test_journal(whole):
     assert [r["step"] for r in found if "held_out" in r] == [0, 15, 30]
 
 
-@pytest.mark.parametrize("stage, steps", [("teacher", 60), ("student", 30)])
-def test_kill_and_resume(place, whole, stage, steps, tmp_path):
-    """Killed at a random step, the last journal line cut short: the resumed run ends in the same bytes."""
+@pytest.mark.parametrize("kill", KILLS)
+def test_kill_and_resume(place, whole, forked, kill, tmp_path):
+    """The resumed run ends in the same bytes, wherever it was killed."""
     out, cache = tmp_path / "out", tmp_path / "cache"
-    if stage == "student":  # the teacher is not what is tested: take the finished one
+    teacher_too = kill.startswith("teacher")
+    if not teacher_too:  # the teacher is not what is tested: take the finished one
         shutil.copytree(place / "cache", cache)
-    at = random.randrange(2, steps - 2)
-    kill_at_step(command(*fresh(place, out, cache)), out / "metrics.jsonl", stage, at)
-    assert not (out / "results.json").exists(), f"finished before it could be killed at {stage} step {at}"
-    with open(out / "metrics.jsonl", "a") as journal:
-        journal.write('{"stage": "student", "st')
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    (out / f".checkpoint.safetensors.{gone.pid}.tmp").write_bytes(b"half")
+        [teacher] = cache.glob("teacher-*")
+        teacher.with_suffix(".partial.safetensors").write_bytes(b"of a run killed before it could remove this")
+    status, shown = forked(*fresh(place, out, cache), kill=kill)
+    assert status == -signal.SIGKILL, shown
 
-    done = run("--resume", out)
-    assert done.returncode == 0, done.stdout + done.stderr
-    reference = place / "whole"
-    for name in ("ce.safetensors", "distilled.safetensors"):
-        assert (out / name).read_bytes() == (reference / name).read_bytes(), f"{name}, killed at {stage} step {at}"
-    assert table_of(out) == table_of(reference)
+    status, shown = forked("--resume", out)
+    assert status == 0, shown
+    for name in ("checkpoint.safetensors", "ce.safetensors", "distilled.safetensors"):
+        assert (out / name).read_bytes() == (whole[0] / name).read_bytes(), name
+    assert table_of(out) == table_of(whole[0])
+    stages = {"teacher", "student"} if teacher_too else {"student"}
+    assert records(out) == [r for r in records(whole[0]) if r["stage"] in stages]
+    assert contents(cache) == contents(place / "cache")
     assert not list(out.glob(".*"))
-    mine, theirs = ([r for r in records(f) if r["stage"] in (stage, "student")] for f in (out, reference))
-    assert mine == theirs
 
 
-def kill_at_step(arguments, journal, stage, step):
-    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        wanted = f'"stage": "{stage}", "step": {step},'
-        while not (journal.exists() and wanted in journal.read_text()):
-            assert process.poll() is None and time.monotonic() < deadline, f"never reached {stage} step {step}"
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_damaged_checkpoint_and_cached_teacher(place, whole, tmp_path):
+def test_resume_with_another_cache(place, whole, forked, tmp_path):
+    """The teacher is trained again; its records still stand before the students'."""
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    (out / "results.json").unlink()
+    status, shown = forked("--resume", out, "--cache", tmp_path / "cache")
+    assert status == 0, shown
+    assert records(out) == records(whole[0]) and table_of(out) == table_of(whole[0])
+
+
+def test_damaged_checkpoint_and_cached_teacher(place, whole, forked, tmp_path):
     """One run on the cached teacher, stopped by a checkpoint with a flipped bit."""
     out = tmp_path / "out"
     shutil.copytree(whole[0], out)
@@ -154,15 +220,15 @@ def test_damaged_checkpoint_and_cached_teacher(place, whole, tmp_path):
     raw[-5] ^= 1
     path.write_bytes(raw)
     before = {p.name: p.stat().st_mtime_ns for p in (place / "cache").iterdir()}
-    done = run("--resume", out)
-    assert done.returncode == 2 and str(path) in done.stderr and "damaged" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "teacher: 1/" not in done.stdout  # not trained again
+    status, shown = forked("--resume", out)
+    assert status == 2 and str(path) in shown and "damaged" in shown
+    assert "Traceback" not in shown
+    assert "teacher: 1/" not in shown  # not trained again
     assert {p.name: p.stat().st_mtime_ns for p in (place / "cache").iterdir()} == before
 
     path.write_bytes(raw[: len(raw) // 2])
-    done = run("--resume", out)
-    assert done.returncode == 2 and str(path) in done.stderr and "damaged" in done.stderr
+    status, shown = forked("--resume", out)
+    assert status == 2 and str(path) in shown and "damaged" in shown
 
 
 def test_finished_run_shows_its_table(whole):

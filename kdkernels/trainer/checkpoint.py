@@ -112,7 +112,8 @@ class Journal:
         """All records; a last line cut short by a kill is left out."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
+        # A machine that lost power may leave any bytes in the last line: undecodable ones must not stop the reading.
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         found = []
         for number, line in enumerate(lines, 1):
             try:
@@ -123,11 +124,16 @@ class Journal:
         return found
 
     def rewind(self, stage, step):
-        """Forget what `stage` wrote after `step`: the resumed run writes it again."""
+        """Forget what the resumed run writes again: all of `stage` after `step`, and its step 0 if it starts there.
+
+        The rest of `stage` goes to the end: a teacher trained anew, its cache gone, still stands before the students.
+        """
         self.close()
-        kept = [r for r in self.records() if r["stage"] != stage or r["step"] <= step]
+        found = self.records()
+        others = [r for r in found if r["stage"] != stage]
+        kept = [r for r in found if r["stage"] == stage and r["step"] <= step] if step else []
         with replacing(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in others + kept), encoding="utf-8")
 
     def write(self, **record):
         self.file = self.file or self.path.open("a", encoding="utf-8")

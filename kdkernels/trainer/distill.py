@@ -31,7 +31,7 @@ from .config import PLACES, TEACHER_FIELDS, Config, UserError, check, flag
 from .data import Corpus
 from .evaluate import evaluate
 from .loop import Learner, Stage, fit
-from .losses import make_loss, resolve
+from .losses import call, label, make_loss, resolve
 
 FORMAT = "kdkernels-run-1"
 
@@ -63,7 +63,7 @@ def distill(cfg, resume=False):
     students = {name: learner.model for name, learner in learners.items()}
     print(
         f"teacher: {models.count(teacher):,} parameters, {cfg.layers} layers; students: {models.count(ce):,}, "
-        f"layers {cfg.keep_layers} of the teacher; {corpus.vocab_size:,} tokens; {spelled(loss, cfg.loss_options)}",
+        f"layers {cfg.keep_layers} of the teacher; {corpus.vocab_size:,} tokens; {call(loss, cfg.loss_options)}",
         flush=True,
     )
     points = corpus.held_out(cfg.curve_tokens)
@@ -73,7 +73,7 @@ def distill(cfg, resume=False):
         fit(stage, learners, corpus, cfg, journal, bar, teacher, lambda: evaluate(students, teacher, *points))
 
     start = models.cut_student(cfg, teacher)
-    name = f"distilled, {type(loss).__name__}"
+    name = f"distilled: {label(loss, cfg.loss_options)}"
     compared = {"teacher": teacher, "student at the start": start, "cross-entropy only": ce, name: distilled}
     table = evaluate(compared, teacher, *corpus.held_out(cfg.val_tokens))
 
@@ -96,11 +96,6 @@ def export(out, students):
         checkpoint.save_tensors(out / f"{name}.safetensors", models.weights_of(model), model=configuration)
 
 
-def spelled(loss, options):
-    shown = (f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in options.items())
-    return f"{type(loss).__name__}({', '.join(shown)})"
-
-
 def trained_teacher(cfg, corpus, journal):
     """-> the teacher in evaluation mode and its checksum: from the cache, or trained (and resumed) there."""
     wanted = {name: getattr(cfg, name) for name in TEACHER_FIELDS} | {"text": corpus.key}
@@ -114,7 +109,7 @@ def trained_teacher(cfg, corpus, journal):
         with report.progress("teacher", "tok/s") as bar:
             fit(stage, learners, corpus, cfg, journal, bar)
         checkpoint.save_tensors(path, models.weights_of(teacher), teacher=wanted)
-        partial.unlink(missing_ok=True)
+    partial.unlink(missing_ok=True)  # also what a run killed between these two lines left
     tensors, header = checkpoint.load_tensors(path)
     models.fill(teacher, tensors)
     return teacher.eval().requires_grad_(False), header["crc32"]

@@ -7,6 +7,8 @@ import kdkernels as kd
 
 from .config import UserError
 
+SYMBOLS = {"temperature": "T", "teacher_temperature": "teacher T"}
+
 
 def short(name):
     """'WTTMLoss', 'wttm', 'forward-kl' -> 'wttm', 'wttm', 'forwardkl'."""
@@ -59,6 +61,21 @@ def make_loss(name, options):
         return cls(**options)
     except (TypeError, ValueError) as error:
         raise UserError(f"{cls.__name__}: {error}") from None
+
+
+def plain(value):
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def call(loss, options):
+    """'WTTMLoss(gamma=0.5, temperature=2, teacher_temperature=1)': what to write to get this loss."""
+    return f"{type(loss).__name__}({', '.join(f'{name}={plain(value)}' for name, value in options.items())})"
+
+
+def label(loss, options):
+    """'WTTM (gamma 0.5, T 2, teacher T 1)': the loss in the table and in the legend of the curves."""
+    shown = ", ".join(f"{SYMBOLS.get(name, name)} {plain(value)}" for name, value in options.items())
+    return type(loss).__name__.removesuffix("Loss") + (f" ({shown})" if shown else "")
 
 
 def describe(cls):

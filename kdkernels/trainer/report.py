@@ -103,7 +103,8 @@ def draw_curves(records, path, names, teacher_ce):
     for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        axis.legend()
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    # One legend below all: the label of a loss with its settings would hide the curves of a single plot.
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="lower center", ncols=3)
     figure.savefig(path, dpi=110, format="png")
     pyplot.close(figure)
