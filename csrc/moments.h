@@ -11,7 +11,6 @@ namespace kd {
 constexpr int kStats = 7, kCoefs = 10;
 enum Flags { RAW = 1, FROZEN = 2, EXCLUDE = 4, MEAN_S = 8, MEAN_T = 16, SECOND = 32 };
 
-KD_HD double finite_or_zero(double x) { return x - x == 0 ? x : 0; }
 // c * x where a zero coefficient ignores its x, infinite or not.
 KD_HD double scaled(double c, double x) { return c == 0 ? 0 : c * x; }
 
@@ -58,7 +57,8 @@ struct Tilt {
 
 KD_HD double lse(const Moments& x) { return x.z == 0 ? -INFINITY : x.m + log(x.z); }
 
-// Value of the row; reg: registers() doubles. NaN where a point has no class left to sum over.
+// Value of the row; reg: registers() doubles. NaN where a point has no class left to sum over, unless it is a mixture:
+// two rows may have no class in common.
 KD_HD double row_value(const Program& p, const double* args, const Moments* x, const Row& row, double* reg) {
   const int K = p.points();
   const bool label = row.s_y > -INFINITY || row.t_y > -INFINITY;  // a class of the row, not a deleted one
@@ -72,7 +72,8 @@ KD_HD double row_value(const Program& p, const double* args, const Moments* x, c
     in[3] = infinite ? 0 : at.r * at.r * x[k].ss;
     in[4] = infinite ? 0 : at.r * at.rt * x[k].st;
     in[5] = infinite ? 0 : at.rt * at.rt * x[k].tt;
-    nothing |= x[k].z == 0 && !((p.flags(k) & EXCLUDE) && label && at(row.s_y, row.t_y) > -INFINITY);
+    const bool apart = at.b != 0 && at.a != 0 && !(p.flags(k) & FROZEN);
+    nothing |= x[k].z == 0 && !apart && !((p.flags(k) & EXCLUDE) && label && at(row.s_y, row.t_y) > -INFINITY);
   }
   double* in = reg + 6 * K;
   in[0] = scaled(args[0], row.s_y); in[1] = scaled(args[1], row.t_y); in[2] = row.s_y; in[3] = args[2];
@@ -108,7 +109,7 @@ KD_HD void row_coefs(const Program& p, const double* args, const Moments* x, con
     c0 += scaled(c1, d) + scaled(c2, e) + scaled(c3, d * d) + scaled(c4, d * e) + scaled(c5, e * e);
     c1 += 2 * scaled(c3, d) + scaled(c4, e);
     c2 += scaled(c4, d) + 2 * scaled(c5, e);
-    const double lam = at(row.s_max, row.t_max) - lse(o);
+    const double lam = o.z == 0 ? -INFINITY : at(row.s_max, row.t_max) - lse(o);
     const double out[kCoefs] = {lam, at.b, at.a, c0 + poison, c1, c2, c3, c4, c5, double((p.flags(k) & EXCLUDE) != 0)};
     for (int j = 0; j < kCoefs; ++j) coef[j] = out[j];
   }

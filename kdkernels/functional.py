@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import tape
-from .call import check_number
+from . import call, tape
 from .logpartition import Q
 from .loss import Loss, Point
 
@@ -16,7 +15,7 @@ class _PowerSum(Loss):
 
     def __init__(self, gamma: float, **options):
         super().__init__(**options)
-        self.gamma = check_number("gamma", gamma, least=0)
+        self.gamma = call.check_number("gamma", gamma, least=0)
 
     def points(self):
         return Q, Point(student=self.gamma)
@@ -32,8 +31,9 @@ def power_sum(logits: Tensor, gamma: float) -> Tensor:
 
 def power_transform(logits: Tensor, gamma: float) -> Tensor:
     """softmax(gamma * logits), (..., V) -> (..., V): p_i^gamma / sum_j p_j^gamma. [Zheng & Yang 2024, eq. 9]"""
-    check_number("gamma", gamma, least=0)
-    return torch.softmax(gamma * logits, -1)
+    call.check_number("gamma", gamma, least=0)
+    call._logits("logits", logits)
+    return torch.softmax(gamma * logits if gamma else torch.zeros_like(logits), -1)  # 0 ignores -inf
 
 
 class _InverseDeviation(Loss):
@@ -44,7 +44,7 @@ class _InverseDeviation(Loss):
 
     def value(self, u):
         count = tape.exp(u.lse)
-        spread = tape.where(u.ss > 0, u.ss * count / (count - 1), 1.0)
+        spread = tape.where(u.ss > 0, u.ss * count / tape.where(count > 1.5, count - 1, 1.0), 1.0)
         return 1 / tape.sqrt(spread)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import tape
+from .alphabeta import AlphaBetaLoss, P, Q, RenyiLoss
 from .call import check_number
 from .loss import Label, Loss, Moment, Point
 
@@ -18,8 +19,6 @@ __all__ = [
     "AlphaBetaLoss", "BrierLoss", "DKDLoss", "ForwardKLLoss", "HellingerLoss", "KDLoss", "LogitMSELoss", "RenyiLoss",
     "ReverseKLLoss", "TAIDLoss", "TTMLoss", "WTTMLoss",
 ]  # fmt: skip
-
-Q, P = Point(student=1), Point(teacher=1)
 
 
 def _kl(q: Moment, p: Moment, gamma: float = 1):
@@ -141,123 +140,6 @@ def _reach(resolution: float) -> float:
     return resolution ** (1 / 8) / 10
 
 
-# Quadrature in place of a difference quotient of close arguments, exact for polynomials of degree 5: (position, weight)
-# of Gauss and Legendre on [0, 1], (barycentric coordinates, weight) of Radon on a triangle.
-_GAUSS = ((0.5 - 0.15**0.5, 5 / 18), (0.5, 8 / 18), (0.5 + 0.15**0.5, 5 / 18))
-_RADON = [((1 / 3, 1 / 3, 1 / 3), 9 / 40)]
-for _root in (15**0.5, -(15**0.5)):
-    _x, _weight = (6 + _root) / 21, (155 + _root) / 1200
-    _RADON += [(at, _weight) for at in ((_x, _x, 1 - 2 * _x), (_x, 1 - 2 * _x, _x), (1 - 2 * _x, _x, _x))]
-
-
-def _close(x: float, y: float, resolution: float) -> bool:
-    """Within 7e-4 (7e-3 where elements are float32) quadrature is nearer than the quotient."""
-    return abs(x - y) < resolution ** (1 / 8) / 15
-
-
-def _derivative(m: Moment, q: Moment, p: Moment):
-    """Mean of log p - log q; like numbers are subtracted first: near p = q that is exact."""
-    return (m.t - m.s) - (p.lse - q.lse)
-
-
-class AlphaBetaLoss(Loss):
-    """-sum_i [p_i^a q_i^b - a/(a+b) p_i^(a+b) - b/(a+b) q_i^(a+b)] / (a b). [Cichocki et al. 2011; Wang et al. 2025]
-
-    With its limits at a = 0, b = 0, a + b = 0 and a = b = 0. (1, 0) is KL(p || q), (0, 1) KL(q || p),
-    (1, 1) half the squared distance, (1/2, 1/2) four times the squared Hellinger distance.
-    It is the divided difference f[0, a, a + b] of f(x) = sum_i p_i^x q_i^(a + b - x); quadrature of f' or f'' stands
-    for the quotients of arguments that are close or equal.
-
-    Args:
-        alpha, beta: any finite numbers; the paper's language models use 0.2 and 0.7.
-    """
-
-    def __init__(self, alpha: float = 0.2, beta: float = 0.7, **options):
-        super().__init__(**options)
-        self.alpha, self.beta = check_number("alpha", alpha), check_number("beta", beta)
-
-    def _arguments(self) -> tuple[tuple[float, float, float], int, list[tuple[float, float]]]:
-        """(x, y, z) with those that are close in front, how many are, and (argument, weight) of the quadrature."""
-        a, c = self.alpha, self.alpha + self.beta
-        orders = ((a, c, 0.0), (0.0, a, c), (0.0, c, a))
-        close = [order for order in orders if _close(*order[:2], self.resolution)]
-        if not close:
-            return orders[0], 0, []
-        x, y, _ = corners = close[0]
-        if len(close) == 1:
-            return corners, 2, [(x + (y - x) * at, weight) for at, weight in _GAUSS]
-        return corners, 3, [(sum(l * v for l, v in zip(at, corners, strict=True)), weight) for at, weight in _RADON]
-
-    def _at(self, x: float) -> Point:
-        return Point(student=self.alpha + self.beta - x, teacher=x)
-
-    def points(self):
-        corners, _, nodes = self._arguments()
-        return tuple(dict.fromkeys([Q, P, *map(self._at, [*corners, *(x for x, _ in nodes)])]))  # each once
-
-    def value(self, *moments):
-        (x, y, z), close, nodes = self._arguments()
-        a, b, c = self.alpha, self.beta, self.alpha + self.beta
-        found = dict(zip(self.points(), moments, strict=True))
-        q, p = found[Q], found[P]
-
-        def log_f(x):
-            return found[self._at(x)].lse - x * p.lse - (c - x) * q.lse
-
-        def second(m):
-            bias = _derivative(m, q, p)
-            both = tape.where(m.s > -math.inf, tape.where(m.t > -math.inf, bias * bias, math.inf), math.inf)
-            return m.tt - 2 * m.st + m.ss + both
-
-        if close == 2:
-            first = sum(w * tape.exp(log_f(at)) * _derivative(found[self._at(at)], q, p) for at, w in nodes)
-            value = (first - tape.exp(log_f(y)) * tape.expm1(log_f(z) - log_f(y)) / (z - y)) / (x - z)
-        elif close == 3:
-            value = sum(w * tape.exp(log_f(at)) * second(found[self._at(at)]) for at, w in nodes) / 2
-        if close and 0 in (a, b, c):
-            return value
-        cross = log_f(a)  # the other two relative to it: they cancel near q = p
-        quotients = tape.exp(cross) * (tape.expm1(log_f(c) - cross) / (b * c) + tape.expm1(log_f(0.0) - cross) / (a * c))
-        if not close:
-            return quotients
-        smooth = value  # f is not, where a class is impossible in one row alone
-        smooth = tape.where(found[self._at(c)].s > -math.inf, smooth, quotients)
-        return tape.where(found[self._at(0.0)].t > -math.inf, smooth, quotients)
-
-
-class RenyiLoss(Loss):
-    """log(sum_i p_i^alpha q_i^(1 - alpha)) / (alpha - 1): a Jensen gap of the log-partition. [Renyi 1961]
-
-    Args:
-        alpha: order > 0; 1 is KL(p || q). Near 1, quadrature of the derivative stands for the quotient.
-    """
-
-    def __init__(self, alpha: float = 0.5, **options):
-        super().__init__(**options)
-        self.alpha = check_number("alpha", alpha, above=0)
-
-    def _nodes(self) -> dict[Point, float]:
-        if self.alpha == 1:
-            return {P: 1.0}
-        orders = {1 + (self.alpha - 1) * at: weight for at, weight in _GAUSS}
-        return {Point(student=1 - order, teacher=order): weight for order, weight in orders.items()}
-
-    def points(self):
-        near = _close(self.alpha, 1, self.resolution)
-        own = Point(student=1 - self.alpha, teacher=self.alpha)
-        return tuple(dict.fromkeys([Q, P, own, *(self._nodes() if near else ())]))
-
-    def value(self, q, p, *rest):
-        found = dict(zip(self.points(), (q, p, *rest), strict=True))
-        smooth = sum(w * _derivative(found[at], q, p) for at, w in self._nodes().items() if at in found)
-        if self.alpha == 1:
-            return smooth
-        quotient = (rest[0].lse - self.alpha * p.lse - (1 - self.alpha) * q.lse) / (self.alpha - 1)
-        if not _close(self.alpha, 1, self.resolution):
-            return quotient
-        return tape.where(p.s > -math.inf, smooth, quotient)
-
-
 class HellingerLoss(Loss):
     """1 - sum_i sqrt(p_i q_i): the squared Hellinger distance. [Hellinger 1909]"""
 
@@ -305,9 +187,11 @@ class BrierLoss(Loss):
         return Point(student=1, exclude_label=True), Point(student=2, exclude_label=True)
 
     def value(self, q, qq, *, label: Label):
-        odds = q.lse - label.student
-        wrong = tape.sigmoid(odds)
-        return wrong * wrong + tape.exp(qq.lse - 2 * label.student - 2 * tape.softplus(odds))
+        odds = label.student - q.lse
+        wrong = tape.sigmoid(-odds)
+        some = q.lse > -math.inf
+        others = tape.exp(qq.lse - 2 * tape.where(some, q.lse, 0.0) - 2 * tape.softplus(odds))
+        return wrong * wrong + tape.where(some, others, 0.0)
 
     def minimizer(self, teacher_logits, labels=None):
         return _one_hot(teacher_logits, labels) * 1e4

@@ -133,9 +133,11 @@ class RowLoss(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor, factor: float) -> Tensor | None:
-    """factor * gradient, in place, or None where that would round a narrow dtype a second time."""
+    """factor * gradient, in place; None where that would round a narrow dtype twice, or give rows left out inf * 0."""
     if factor == 1:
         return gradient
+    if not math.isfinite(factor):
+        return None
     exact = gradient.dtype in (torch.float32, torch.float64) or abs(math.frexp(factor)[0]) == 0.5
     return gradient.mul_(factor) if exact else None
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Op(IntEnum):
-    """Instruction codes; `csrc/tape.h` and `kdkernels/backends/triton.py` read the same numbers."""
+    """Instruction codes; `csrc/tape.h` and `backends/triton_rows.py` read the same numbers."""
 
     CONST = 0
     ADD = 1
@@ -130,8 +130,15 @@ expm1 = _unary(Op.EXPM1, torch.expm1)
 log = _unary(Op.LOG, torch.log)
 log1p = _unary(Op.LOG1P, torch.log1p)
 sqrt = _unary(Op.SQRT, torch.sqrt)
-# F.softplus is linear beyond 20, which is 2e-9 off.
-softplus = _unary(Op.SOFTPLUS, lambda x: torch.logaddexp(x, torch.zeros_like(x)))
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """F.softplus is linear beyond 20, which is 2e-9 off; the slope of logaddexp is NaN at infinity."""
+    infinite = x == torch.inf
+    return torch.where(infinite, x, torch.logaddexp(torch.where(infinite, 0.0, x), torch.zeros_like(x)))
+
+
+softplus = _unary(Op.SOFTPLUS, _softplus)
 detach = _unary(Op.DETACH, torch.detach)
 
 

@@ -13,7 +13,8 @@ from textbook import CASES
 
 import kdkernels as kd
 
-ISAS = ("0", "1", "2", "3")  # baseline, AVX2, AVX-512, the same with bfloat16; one that the processor lacks falls back to the next lower
+# Baseline, AVX2, AVX-512, the same with bfloat16; one that the processor lacks falls back to the next lower.
+ISAS = ("0", "1", "2", "3")
 CASE = {str(case): case for case in CASES}
 NAMES = ["KDLoss-alpha=0.3-temperature=3.0", "WTTMLoss-gamma=0.5", "AlphaBetaLoss-alpha=0.2-beta=0.7",
          "DKDLoss-alpha=1.0-beta=8.0", "TAIDLoss-tau=0.4", "LogitMSELoss"]  # fmt: skip

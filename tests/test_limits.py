@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from accuracy import BACKENDS, F32, F64, ON_BACKENDS, Batch, batch, faults, make, only, run, textbook
@@ -152,6 +153,85 @@ def test_impossible_classes_agree_with_the_textbook(case, side, backend):
             close(a[defined], b[defined])
 
 
+
+@everywhere
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_the_other_rows_heaviest_class_is_impossible(case, side, backend):
+    """As good as ever less likely: the same value and gradient, and inf where the value grows without bound."""
+    if case.setting("standardize", False) or not case.needs_teacher:
+        return
+    rows = rows_for(backend, N=40, V=9, scale=2.0, seed=7)
+    s, t = rows.s.clone(), rows.t.clone()
+    hurt, other = (s, t) if side == "student" else (t, s)
+    heaviest = other.argmax(-1, keepdim=True)
+    hurt.scatter_(1, heaviest, -torch.inf)
+    got = run(case, backend, Batch(s, t, rows.y))
+    want, less = (textbook(case, Batch(s, t, rows.y))
+                  for x in (-500.0, -600.0) if hurt.scatter_(1, heaviest, x) is hurt)  # fmt: skip
+    finite = (want.value - less.value).abs() < 1e-6
+    assert got.value[~finite].isposinf().all()
+    close(got.value[finite], want.value[finite])
+    bounded = (want.ds - less.ds).norm(dim=-1) < 1e-6
+    if any(min(p.student, p.teacher) < 0 for p in make(case).all_points()):
+        bounded &= finite  # of an infinite power the gradient is left undefined
+    close(got.ds[bounded], want.ds[bounded])
+
+
+@everywhere
+@pytest.mark.parametrize("mask", [-1e9, -1e16, -1e30, torch.finfo(F32).min])
+def test_finite_masks_are_like_impossible_classes(case, mask, backend):
+    """Whole tiles and segments of them."""
+    if case.setting("standardize", False) or case.name == "LogitMSELoss" or _looks_at_every_class(case):
+        return
+    V, live = (40000, 100) if backend in ("reference", "cpu") else (300, 20)
+    for dtype in {F32, dtype_of(backend)}:
+        rows = batch(2, V, scale=2.0).to(dtype)
+        s, t, y = rows.s, rows.t, rows.y % live
+        s[:, live:], t[:, live:] = mask, mask
+        got = run(case, backend, Batch(s, t, y))
+        s[:, live:], t[:, live:] = -torch.inf, -torch.inf
+        want = run(case, backend, Batch(s, t, y))
+        close(got.value, want.value)
+        close(got.ds, want.ds)
+
+
+def _looks_at_every_class(case):
+    """A point that weighs all classes alike, masked or not, or negative powers of them."""
+    return any(max(p.student, p.teacher) <= 0 or min(p.student, p.teacher) < 0 for p in make(case).all_points())
+
+
+def exactly(s, t, a, b):
+    """The definition, with the digits of numpy's longest float."""
+    s, t = s.double().numpy().astype(np.longdouble), t.double().numpy().astype(np.longdouble)
+    q, p = (np.exp(x - x.max(-1, keepdims=True)) for x in (s, t))
+    q, p = q / q.sum(-1, keepdims=True), p / p.sum(-1, keepdims=True)
+    a, b = np.longdouble(a), np.longdouble(b)
+    terms = p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)
+    return torch.from_numpy((-terms.sum(-1) / (a * b)).astype(np.float64))
+
+
+NEAR = [(2.1e-3, 2.1e-3), (9e-3, 9e-3), (1.1e-2, 1.1e-2), (-5e-4, 4e-4), (5e-6, 5e-6), (0.5, -0.49991), (1e-9, 0.8),
+        (0.8, 1e-5), (0.8, 5e-3), (-9e-3, 0.7)]  # fmt: skip
+
+
+@on_every_backend
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+@pytest.mark.parametrize("a, b", NEAR)
+def test_alpha_beta_near_its_limits(a, b, scale, backend):
+    """No further from the definition than a few times the textbook, where that still has digits."""
+    for dtype in {F32, dtype_of(backend)}:
+        V = 300 if backend in ("reference", "cpu") else 60
+        s, t = (x.to(dtype) * scale for x in torch.randn(2, 40, V, generator=torch.Generator().manual_seed(3)))
+        want = exactly(s, t, a, b)
+        with kd.use_backend(backend):
+            got = kd.AlphaBetaLoss(a, b, reduction="none")(s, t).double()
+        own = (alpha_beta(s, t, None, a, b).double() - want).norm() / want.norm()
+        error = (got - want).norm() / want.norm()
+        # Of `exactly` at 5e-6; and of float32 sums where the quotient of a difference of 1e-2 begins (`_smooth`).
+        floor = 1e-9 if dtype == F64 else 8 * 2.0**-24 / 1e-2
+        assert error <= floor + 4 * own, (dtype, error.item(), own.item())
+
+
 @everywhere
 def test_damaged_rows_are_nan_alone(case, backend):
     rows = rows_for(backend, N=5)
@@ -160,7 +240,7 @@ def test_damaged_rows_are_nan_alone(case, backend):
     s[1, 2], s[3, 4] = torch.nan, torch.inf
     got = run(case, backend, Batch(s, t, rows.y))
     assert got.value.isnan().tolist() == [True, True, False, True, False]
-    assert got.ds.isnan().any(-1)[[1, 3]].all()
+    assert got.ds.isnan().any(-1).tolist() == [True, True, False, True, False]
     clean = run(case, backend, rows)
     close(got.value[[2, 4]], clean.value[[2, 4]])
     close(got.ds[[2, 4]], clean.ds[[2, 4]])
@@ -169,6 +249,7 @@ def test_damaged_rows_are_nan_alone(case, backend):
         t[2, 1], t[4, 0] = torch.nan, torch.inf
         got = run(case, backend, Batch(rows.s, t, rows.y))
         assert got.value.isnan().tolist() == [False, False, True, False, True]
+        assert got.ds.isnan().any(-1).tolist() == [False, False, True, False, True]
 
 
 @everywhere

@@ -61,7 +61,8 @@ def alpha_beta(s, t, y, alpha, beta):
     elif b == 0:
         terms = (weigh((a * lp).exp(), a * (lp - lq)) - (a * lp).exp() + (a * lq).exp()) / a**2
     elif a + b == 0:
-        terms = (a * (lq - lp) + (a * (lp - lq)).exp() - 1) / a**2
+        gap = a * (lp - lq)
+        terms = torch.where(gap == torch.inf, gap, gap.exp() - 1 - gap) / a**2
     else:
         mixed = (a * lp + b * lq).exp()
         terms = -(mixed - a / (a + b) * ((a + b) * lp).exp() - b / (a + b) * ((a + b) * lq).exp()) / (a * b)

@@ -160,7 +160,7 @@ Tensor step_to(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
   step_rows(x, z, p, args_of(args, x.rows, p.points()), g.data(), value.data(), coef.data(), to);
   double sum = 0;
   for (int64_t n = 0; n < x.rows; ++n)
-    if (x.kept(n)) sum += g[n] * value[n];
+    if (x.kept(n) && g[n] != 0) sum += g[n] * value[n];
   const bool wide = s.scalar_type() == ScalarType::Double;
   Tensor total = torch::stable::new_empty(s, {}, wide ? ScalarType::Double : ScalarType::Float);
   if (wide) *total.mutable_data_ptr<double>() = sum;

@@ -269,7 +269,7 @@ void spread_part(const Tiles<R>& isa, const Batch& x, int64_t n, int K, const do
   alignas(64) R d[kTile];
   Tile<R> tile;
   const int64_t label = x.labels ? x.labels[n] : -1;
-  const bool kept = last[3] != 0, dead_row = last[0] != last[0];
+  const bool kept = last[3] != 0 && g != 0, dead_row = last[0] != last[0];
   // Where a class may have most of a point's weight the points can cancel: it is done once more, in double.
   bool heavy = false, excludes = false;
   for (int k = 0; k < K; ++k) {

@@ -48,7 +48,7 @@ template <typename R> static void weights(const View<R>& x, const Exponent& e, R
 #pragma omp simd
   for (int i = 0; i < x.n; ++i) {
     const double y = raw(x.s[i], x.t[i]);
-    split(y < -1e30 ? -1e30 : y, w + i, low + i);  // far below the least exponent, and no infinity
+    split(y < -2000 ? -2000 : y, w + i, low + i);  // below the least exponent: 0, and a rest of 0
   }
   exp2_split(w, x.n);
 }
@@ -206,7 +206,7 @@ template <typename R> struct Term {
   R c[6];
   bool linear() const { return c[1] != 0 || c[2] != 0; }
   bool second() const { return c[3] != 0 || c[4] != 0 || c[5] != 0; }
-  bool none() const { return c[0] == 0 && !linear() && !second(); }
+  bool none() const { return e.c == -INFINITY || (c[0] == 0 && !linear() && !second()); }
 };
 template <typename R> INLINE Term<R> term_of(const double* coef, double g) {
   Term<R> out{{coef[1] * kLog2e, coef[2] * kLog2e, coef[0] * kLog2e}, {}};

@@ -37,7 +37,8 @@ def unavailable() -> str | None:
 
 def isa() -> str:
     """The instruction set the kernels run with on this processor."""
-    return ("baseline", "AVX2", "AVX-512", "AVX-512 with bfloat16")[torch.ops.kdkernels.isa()] if _reason is None else "none"
+    names = "baseline", "AVX2", "AVX-512", "AVX-512 with bfloat16"
+    return names[torch.ops.kdkernels.isa()] if _reason is None else "none"
 
 
 def _counted(name: str):

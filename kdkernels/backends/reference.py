@@ -61,11 +61,14 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
         left_out = out.scatter(1, y, True) if point.exclude_label and y is not None else out
         wanted = {j for j in range(MOMENTS) if int(program.code[4 + k]) & (0, 8, 16, 32, 32, 32)[j]}
         moments.append(Moment(*_moments(s * scale_s, t * scale_t, b, a, left_out, gone_s, gone_t, point, wanted)))
-        nothing = nothing | (out if point.exclude_label else left_out).all(-1)
+        apart = (b != 0) & (a != 0) & (not point.frozen)  # two rows may have no class in common
+        nothing = nothing | ((out if point.exclude_label else left_out) & ~apart).all(-1)
     label = Label(_at(s * args[:, :1], gone_s, y), _at(t * args[:, 1:2], gone_t, y))
     value = loss.row_value(moments, label, _at(s, gone_s, y), args[:, 2])
     value = torch.as_tensor(value, dtype=torch.float64, device=s.device).expand(s.shape[0])
     value = torch.where(nothing, math.nan, value)
+    damage = torch.where(nothing, math.nan, 0.0)[:, None]
+    value = value + ((s + t) * damage).sum(-1)  # NaN for the gradient as well
     return value if keep is None else torch.where(keep, value, 0.0)
 
 
@@ -84,7 +87,9 @@ def _at(x: Tensor, gone: Tensor, y: Tensor | None) -> Tensor:
 
 def _moments(s, t, b, a, out, gone_s, gone_t, point, wanted):
     """(lse, s, t, ss, st, tt) of x = b s + a t over the classes that are not `out`, each (N,)."""
-    x = torch.where(out, -math.inf, b * s + a * t)
+    # A coefficient of 0 passes no slope on, be it infinite.
+    x = b * torch.where(b != 0, s, 0.0) + a * torch.where(a != 0, t, 0.0)
+    x = torch.where(out, -math.inf, x)
     if point.frozen:
         x = x.detach()
     top = x.detach().amax(-1, keepdim=True)

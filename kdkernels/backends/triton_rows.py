@@ -110,7 +110,8 @@ def _load_inputs(stats, args, program, tape, N, K, sy, ty, use):
         for j in tl.static_range(6):
             tl.store(tape + (6 * k + j) * N, x[j], mask=use)
         alone = ((flags & 4) != 0) & (tl.abs(_times(b, sy) + _times(a, ty)) < INF)
-        bad = bad | ((lse == -INF) & (alone == 0))
+        apart = (b != 0) & (a != 0) & ((flags & 2) == 0)  # two rows may have no class in common
+        bad = bad | ((lse == -INF) & (alone == 0) & (apart == 0))
     at, ss, ts = tape + 6 * K * N, tl.load(args, mask=use, other=1.0), tl.load(args + 1, mask=use, other=1.0)
     rest = (sy * ss, ty * ts, sy, tl.load(args + 2, mask=use, other=1.0))
     for j in tl.static_range(4):
@@ -153,7 +154,7 @@ def _point_coefs(side: tl.constexpr, point, slopes, smax, tmax):
     c0 += tl.where((c4 == 0) | (D == 0), 0.0, D * _times(c4, F))
     c1 += 2 * _times(c3, D) + _times(c4, F)
     c2 += 2 * _times(c5, F) + _times(c4, D)
-    lam = _times(b, smax) + _times(a, tmax) - lse
+    lam = tl.where(lse == -INF, -INF, _times(b, smax) + _times(a, tmax) - lse)
     return (lam, b, a, c0, c1, c2, c3, c4, c5, ((flags & 4) != 0) + smax * 0), scale
 
 
