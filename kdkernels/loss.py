@@ -8,6 +8,7 @@ A `Loss` names its points and computes its value from those numbers; every backe
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from . import backends, call, tape
 from .ops import RowLoss, value_and_grad
 
-RAW, FROZEN, EXCLUDE, MEAN_S, MEAN_T, SECOND = 1, 2, 4, 8, 16, 32
 MOMENTS = 6  # lse, s, t, ss, st, tt
 
 
@@ -66,9 +66,13 @@ class _PostInit(type):
     """Traces a loss once its outermost __init__ is done, so that a subclass may set its options in any order."""
 
     def __call__(cls, *args, **kwargs):
-        loss = super().__call__(*args, **kwargs)
+        with call.explain_constructor(cls):
+            loss = super().__call__(*args, **kwargs)
+        call.check_new(loss)
         loss._trace()
         return loss
+
+    __signature__ = property(call.signature)
 
 
 class Loss(nn.Module, metaclass=_PostInit):
@@ -80,8 +84,8 @@ class Loss(nn.Module, metaclass=_PostInit):
         t_squared: multiply the distillation term by T^2 (Hinton et al. 2015).
         kd_weight: weight of the distillation term.
         ce_weight: weight of an added cross-entropy of the student at temperature 1 with the labels.
-        label_smoothing: smoothing of that cross-entropy, in [0, 1].
-        z_loss: that cross-entropy gains z_loss * (log-partition)^2 (Chowdhery et al. 2022).
+        label_smoothing: smoothing of that cross-entropy, in [0, 1]; without one it raises.
+        z_loss: >= 0; that cross-entropy gains z_loss * (log-partition)^2 (Chowdhery et al. 2022).
         standardize: z-score each row first (logit standardisation, Sun et al. 2024).
         reduction: "mean" (sum of row_weight * loss over the number of kept rows), "sum", "none" or
             "batchmean" (sum over the size of the first dimension).
@@ -95,6 +99,12 @@ class Loss(nn.Module, metaclass=_PostInit):
     needs_labels = False
     _double: Program
     _single: Program
+    _uses: call.Uses
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.__doc__:
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\nShared options and the call: see `kdkernels.Loss`."
 
     def __init__(
         self,
@@ -126,6 +136,9 @@ class Loss(nn.Module, metaclass=_PostInit):
         """The loss of a row from its moments (and `label` where `needs_labels`), in torch-like arithmetic."""
         raise NotImplementedError(f"{type(self).__name__} must declare value()")
 
+    def check(self) -> None:
+        """Raises if an option is out of range; called whenever the loss is traced: when made, and when one is set."""
+
     def minimizer(self, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
         """Student logits at which the distillation term is smallest."""
         return teacher_logits * (self.temperature / (self.teacher_temperature or self.temperature))
@@ -145,11 +158,11 @@ class Loss(nn.Module, metaclass=_PostInit):
         """The loss of student_logits (..., V).
 
         Args:
-            student_logits: (..., V), any floating dtype and strides.
-            teacher_logits: (..., V), logits or log-probabilities, dtype of its own.
+            student_logits: (..., V), float64, float32, float16 or bfloat16, any strides.
+            teacher_logits: (..., V), logits or log-probabilities, a dtype of its own; losses that need none ignore it.
             labels: (...) integers; rows at `ignore_index` are left out.
             row_weight: (...) factors of the rows.
-            num_items: denominator of "mean", in place of the number of kept rows.
+            num_items: denominator of "mean", in place of the number of kept rows; 0 where there are none.
             temperature: in place of the constructor's, a number or one for each row (...).
             vocab_size: classes from here on are padding: probability 0 in both rows. The widths may then differ.
             vocab_mask: (V,) booleans, False where a class is padding.
@@ -160,23 +173,19 @@ class Loss(nn.Module, metaclass=_PostInit):
         Raises:
             TypeError, ValueError: an argument is missing, or not of the dtype, device, shape or range it should be.
         """
-        rows = call.check(
-            self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask
-        )
+        rows = call.check(self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
         backend, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
         per_row, ignore = self.reduction == "none", self.ignore_index
         if backend.OPERATORS is None:
-            factor = call.factor(weight, divisor, rows.labels, ignore, student_logits)
             value = backend.row_losses(self, rows, program, args)
-            value = call.apply_factor(value, factor, rows.labels, ignore).to(call.result_dtype(student_logits))
-            return value.view(student_logits.shape[:-1]) if per_row else value.sum()
+            return call.reduced(value, student_logits, rows.labels, weight, divisor, ignore, per_row)
         return RowLoss.apply(
             rows.student, rows.teacher, args, rows.labels, rows.mask, weight, divisor, program.code,
             backend.OPERATORS, rows.vocab, ignore, per_row,
         )  # fmt: skip
 
     def _prepared(self, rows, num_items, temperature):
-        backend = backends.pick(rows.student)
+        backend = backends.pick(rows.student, rows.teacher)
         double = rows.student.dtype == torch.float64 or backend.OPERATORS is None  # the reference is, always
         program = self._double if double else self._single
         args = call.arguments(self, program, rows, temperature)
@@ -204,18 +213,13 @@ class Loss(nn.Module, metaclass=_PostInit):
 
         Args:
             out: where the gradient goes: a tensor of student_logits' shape, dtype and device, student_logits itself
-                included (its logits are then gone). Without it a new tensor.
+                included (its logits are then gone) but no part of it. Without it a new tensor.
 
         Raises:
             TypeError, ValueError: as in a call; `out` does not fit; the reduction is "none"; the loss standardises.
         """
-        if self.reduction == "none" or self.standardize:
-            raise ValueError("value_and_grad needs a reduction other than 'none' and standardize=False")
-        rows = call.check(
-            self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask
-        )
-        if out is not None:
-            call.check_out(out, student_logits)
+        rows = call.check(self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
+        call.check_out(self, out, rows.student, rows.teacher)
         backend, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
         if backend.OPERATORS is None or backend.OPERATORS[-1] is None:
             with torch.enable_grad():
@@ -230,9 +234,10 @@ class Loss(nn.Module, metaclass=_PostInit):
         return ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_") and k not in _MODULE)
 
     def __setattr__(self, name: str, value) -> None:
-        super().__setattr__(name, value)
-        if "_single" in self.__dict__ and not name.startswith("_") and name not in _MODULE:
-            self._trace()
+        with call.all_or_nothing(vars(self)):  # a refused option leaves the loss as it was
+            super().__setattr__(name, value)
+            if "_single" in self.__dict__ and not name.startswith("_") and name not in _MODULE:
+                self._trace()
 
     def all_points(self) -> tuple[Point, ...]:
         """`points()` and those of the cross-entropy."""
@@ -264,6 +269,8 @@ class Loss(nn.Module, metaclass=_PostInit):
 
     def _trace(self) -> None:
         call.check_options(self)
+        self.check()
+        self.__dict__["_uses"] = call.uses(self)
         for name, resolution in (("_double", 1e-16), ("_single", 1e-8)):
             shadow = copy.copy(self)
             shadow.__dict__["resolution"] = resolution
@@ -275,25 +282,19 @@ _MODULE = {"training", "resolution"} | set(vars(nn.Module()))
 
 def _traced(loss: Loss) -> Program:
     points = loss.all_points()
+    call.check_points(loss, points)
     labels = MOMENTS * len(points)
     code = tape.Tape(labels + 4)
     numbers = [code.input(i) for i in range(code.inputs)]
     moments = [Moment(*numbers[MOMENTS * k : MOMENTS * (k + 1)]) for k in range(len(points))]
-    value = loss.row_value(moments, Label(*numbers[labels : labels + 2]), *numbers[labels + 2 : labels + 4])
+    with call.explain_value(loss):
+        value = loss.row_value(moments, Label(*numbers[labels : labels + 2]), *numbers[labels + 2 : labels + 4])
     out = value.register if isinstance(value, tape.Expr) else code.emit(tape.Op.CONST, const=float(value)).register
     code.used.add(out)
-    flags = [_flags(p, code.used, MOMENTS * k, loss.standardize) for k, p in enumerate(points)]
+    flags = [call.flags(p, code.used, MOMENTS * k, loss.standardize) for k, p in enumerate(points)]
     lines = [x for line in code.code for x in line]
     args = [1 / loss.temperature, 1 / (loss.teacher_temperature or loss.temperature), loss.temperature]
     args += [c for p in points for c in (p.student, p.teacher)]
     columns = torch.broadcast_tensors(*(torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in args))
     header = [len(points), len(code.code), 0, out]
     return Program(torch.tensor([*header, *flags, *lines], dtype=torch.float64), torch.stack(columns, -1))
-
-
-def _flags(point: Point, used: set[int], first: int, standardize: bool) -> int:
-    flags = RAW * point.raw | FROZEN * point.frozen | EXCLUDE * point.exclude_label
-    flags |= MEAN_S * (first + 1 in used) | MEAN_T * (first + 2 in used)
-    if used & {first + 3, first + 4, first + 5} or (standardize and not point.raw):
-        flags |= SECOND | MEAN_S | MEAN_T
-    return flags

@@ -1,15 +1,19 @@
 """The public interface: options, errors that name the argument, backends, user-defined losses, modules."""
 
 import copy
+import inspect
+import math
 import os
 import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from accuracy import BACKENDS, F32, F64, ON_BACKENDS, Bar, batch, excess, faults, make, only, rms, run, textbook
 from textbook import CASES, Case, power_sum, power_transform
+from torch._dynamo.testing import CompileCounter
 
 import kdkernels as kd
 from kdkernels import tape
@@ -39,6 +43,23 @@ BAD_CALLS = [  # error, what its message has to name, the call
     (TypeError, "vocab_mask", lambda f: f(S, T, Y, vocab_mask=torch.ones(7))),
     (ValueError, r"student_logits", lambda f: f(torch.tensor(1.0), torch.tensor(1.0))),
     (ValueError, "teacher_logits.*meta|device", lambda f: f(S, T.to("meta"), Y)),
+    (TypeError, "teacher_logits must be floating point, got int64; labels are the third argument", lambda f: f(S, Y)),
+    (TypeError, "student_logits.*sparse", lambda f: f(S.to_sparse(), T, Y)),
+    (TypeError, "teacher_logits.*sparse", lambda f: f(S, T.to_sparse(), Y)),
+    (ValueError, "temperature.*0", lambda f: f(S, T, Y, temperature=torch.tensor([1.0, 0.0, 1.0, 1.0]))),
+    (ValueError, "temperature.*-2", lambda f: f(S, T, Y, temperature=torch.tensor(-2))),
+    (ValueError, "temperature.*nan", lambda f: f(S, T, Y, temperature=math.nan)),
+    (TypeError, "temperature.*bool", lambda f: f(S, T, Y, temperature=torch.ones(4, dtype=bool))),
+    (TypeError, "temperature.*complex", lambda f: f(S, T, Y, temperature=torch.ones(4, dtype=torch.complex64))),
+    (TypeError, "row_weight.*bool", lambda f: f(S, T, Y, row_weight=torch.ones(4, dtype=bool))),
+    (TypeError, "row_weight.*complex", lambda f: f(S, T, Y, row_weight=torch.ones(4, dtype=torch.complex64))),
+    (ValueError, "num_items.*-1", lambda f: f(S, T, Y, num_items=-1)),
+    (ValueError, "num_items.*-1", lambda f: f(S, T, Y, num_items=torch.tensor(-1))),
+    (ValueError, "num_items.*nan", lambda f: f(S, T, Y, num_items=torch.tensor(torch.nan))),
+    (TypeError, "num_items", lambda f: f(S, T, Y, num_items="7")),
+    (TypeError, "num_items.*bool", lambda f: f(S, T, Y, num_items=torch.tensor(True))),
+    (ValueError, "vocab_mask.*False", lambda f: f(S, T, Y, vocab_mask=torch.zeros(7, dtype=bool))),
+    (ValueError, "labels.*vocab_mask.*3", lambda f: f(S, T, Y, vocab_mask=torch.arange(7) != 3)),
 ]
 
 
@@ -59,6 +80,8 @@ BAD_OPTIONS = [
     ("KDLoss", "ce_weight", 0.5),
     ("KDLoss", "alpha", 1.5),
     ("TAIDLoss", "tau", 1.5),
+    ("KDLoss", "z_loss", -0.1),
+    ("ForwardKLLoss", "z_loss", math.nan),
 ]
 
 
@@ -66,6 +89,47 @@ BAD_OPTIONS = [
 def test_a_wrong_option_is_named(name, option, value):
     with pytest.raises((ValueError, TypeError), match=option):
         getattr(kd, name)(**{option: value})
+
+
+@pytest.mark.parametrize("option", ["label_smoothing", "z_loss"])
+def test_an_option_of_the_cross_entropy_needs_one(option):
+    for make_it in (kd.ForwardKLLoss, lambda **option: kd.KDLoss(alpha=1.0, **option)):
+        with pytest.raises(ValueError, match=f"{option} needs ce_weight > 0"):
+            make_it(**{option: 0.1})
+        make_it(**{option: 0.0})
+    loss = kd.ForwardKLLoss(ce_weight=0.5, **{option: 0.1})
+    loss.ce_weight = 0.0  # annealed
+    torch.testing.assert_close(loss(S, T), kd.ForwardKLLoss()(S, T))
+
+
+def test_a_refused_option_changes_nothing():
+    loss = Bounded(bound=1.0)
+    before, shown = loss(S, T), repr(loss)
+    for option, value in [("temperature", -1.0), ("bound", 2.0), ("reduction", "average"), ("kd_weight", "1")]:
+        with pytest.raises((TypeError, ValueError), match=option):
+            setattr(loss, option, value)
+        assert repr(loss) == shown and torch.equal(loss(S, T), before)
+    with pytest.raises(ValueError, match="bound"):
+        Bounded(bound=2.0)
+
+
+def test_an_unknown_option_is_answered_with_those_there_are():
+    with pytest.raises(TypeError, match=r"WTTMLoss has no option 'gama'.*gamma=0\.5.*ignore_index=-100"):
+        kd.WTTMLoss(gama=0.5)
+    for positional in (lambda: kd.ForwardKLLoss(2.0), lambda: kd.DKDLoss(1.0, 8.0, True)):
+        with pytest.raises(TypeError, match=r"Loss: options are keywords: .*temperature=1\.0"):
+            positional()
+
+
+def test_signatures_show_the_shared_options():
+    shared = inspect.signature(kd.Loss).parameters
+    assert {"temperature", "reduction", "ignore_index"} <= set(shared)
+    for cls in kd.catalogue().values():
+        shown = inspect.signature(cls).parameters
+        assert all(p.default == getattr(cls(), name) for name, p in shown.items())
+        assert cls is kd.KDLoss or set(shared) <= set(shown)
+        assert cls.__doc__.endswith("Shared options and the call: see `kdkernels.Loss`.")
+    assert [*inspect.signature(kd.WTTMLoss).parameters][:3] == ["gamma", "normalize_weight", "detach_weight"]
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.needs_teacher], ids=str)
@@ -80,6 +144,71 @@ def test_missing_labels_raise(case):
         make(case)(S, T if case.needs_teacher else None)
 
 
+def test_missing_labels_are_put_down_to_what_needs_them():
+    for loss, message in [
+        (kd.DKDLoss(), "DKDLoss needs labels"),
+        (kd.DKDLoss(ce_weight=0.5), "DKDLoss needs labels"),
+        (kd.ForwardKLLoss(ce_weight=0.5), r"ForwardKLLoss with ce_weight=0\.5 needs labels"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            loss(S, T)
+
+
+@on_every_backend
+def test_a_teacher_that_is_not_needed_is_ignored(backend):
+    """One call serves a loop over losses."""
+    s, t = S.clone().requires_grad_(), T.clone().requires_grad_()
+    with only(backend):
+        for loss in (kd.BrierLoss(), kd.ForwardKLLoss(kd_weight=0.0, ce_weight=1.0)):
+            value = loss(s, t, Y)
+            value.backward()
+            assert t.grad is None and torch.equal(value, loss(s, None, Y))
+
+
+@on_every_backend
+def test_num_items_0_is_for_no_row_kept(backend):
+    nothing = torch.full((4,), -100)
+    for items in (0, 0.0, torch.tensor(0)):
+        s = S.clone().requires_grad_()
+        with only(backend):
+            value = kd.ForwardKLLoss()(s, T, nothing, num_items=items)
+            value.backward()
+        assert value == 0 and (s.grad == 0).all()
+
+
+def test_numbers_may_be_numpys():
+    for number in (np.float32(2), np.float64(2), np.int64(2)):
+        assert torch.equal(kd.ForwardKLLoss()(S, T, temperature=number), kd.ForwardKLLoss(temperature=2)(S, T))
+        assert torch.equal(kd.ForwardKLLoss(temperature=number)(S, T), kd.ForwardKLLoss(temperature=2)(S, T))
+
+
+def test_the_temperature_of_an_ignored_row_does_not_matter():
+    per_row = torch.tensor([1.0, 2.0, 3.0, 0.0])
+    assert kd.ForwardKLLoss()(S, T, Y, temperature=per_row).isfinite()
+
+
+def test_value_and_grad_names_what_it_does_not_do():
+    with pytest.raises(ValueError, match=r"reduction other than 'none'$"):
+        kd.ForwardKLLoss(reduction="none").value_and_grad(S, T)
+    with pytest.raises(ValueError, match=r"needs standardize=False$"):
+        kd.ForwardKLLoss(standardize=True).value_and_grad(S, T)
+
+
+def test_out_may_be_the_logits_but_not_overlap_them():
+    loss, memory = kd.ForwardKLLoss(), torch.randn(9, 14)
+    s, t = memory[:4, :7], memory[:4, 7:]
+    want = loss.value_and_grad(s.clone(), t.clone())[1]
+    for name, out in [("student", memory[1:5, :7]), ("student", memory[:4, 1:8]), ("teacher", memory[1:5, 7:])]:
+        with pytest.raises(ValueError, match=f"out shares memory with {name}_logits"):
+            loss.value_and_grad(s, t, out=out)
+    with pytest.raises(ValueError, match="out shares memory with teacher_logits"):
+        loss.value_and_grad(s, memory[1:5, :7], out=s)
+    for which in (0, 1):
+        pair = memory.clone()
+        logits = pair[:4, :7], pair[:4, 7:]  # neighbours in memory, with no number in common
+        assert torch.equal(loss.value_and_grad(*logits, out=logits[which])[1], want)
+
+
 def test_labels_are_optional_without_a_label_term():
     torch.testing.assert_close(kd.KDLoss(alpha=1.0)(S, T), kd.KDLoss(alpha=1.0)(S, T, torch.zeros(4, dtype=int)))
 
@@ -88,12 +217,19 @@ def test_backends_are_chosen_by_name():
     available = kd.available_backends()
     assert {"reference", "cpu", "triton", "cuda"} <= set(available)
     assert all(isinstance(reason, str) and reason for reason in available.values())
-    with pytest.raises(ValueError, match=r"reference.*nonesuch|nonesuch.*reference"), kd.use_backend("nonesuch"):
-        kd.ForwardKLLoss()(S, T)
+    with pytest.raises(ValueError, match=r"reference.*nonesuch|nonesuch.*reference"):
+        kd.use_backend("nonesuch")
     for name, reason in available.items():
         if reason != "ok":
-            with pytest.raises(RuntimeError, match=name), kd.use_backend(name):
-                kd.ForwardKLLoss()(S, T)
+            with pytest.raises(kd.BackendUnavailable, match=name):
+                kd.use_backend(name)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_float64_is_refused_where_it_would_be_rounded(side):
+    s, t = (S.double(), T) if side == "student" else (S, T.double())
+    with kd.use_backend("triton"), pytest.raises(TypeError, match=f"{side}_logits are float64"):
+        kd.ForwardKLLoss()(s, t)
 
 
 def test_use_backend_nests_and_ends():
@@ -180,6 +316,18 @@ class PearsonLoss(kd.Loss):
         return 1 - tape.exp(qp.lse - (qq.lse + pp.lse) / 2)
 
 
+class Bounded(JeffreysLoss):
+    """With a range of its own."""
+
+    def __init__(self, bound, **options):
+        super().__init__(**options)
+        self.bound = bound
+
+    def check(self):
+        if self.bound > 1:
+            raise ValueError(f"bound must be <= 1, got {self.bound}")
+
+
 def jeffreys(s, t, y):
     return (s.softmax(-1) - t.softmax(-1)).mul(s.log_softmax(-1) - t.log_softmax(-1)).sum(-1)
 
@@ -195,6 +343,65 @@ def test_a_user_defined_loss_runs_everywhere(loss, formula, backend, monkeypatch
     rows = batch(6, 37, scale=2.0).to(F32 if backend in ("triton", "cuda") else F64)
     case = Case(loss.__name__, formula, dict(temperature=2.0))
     assert not (found := faults(case, rows, run(case, backend, rows, teacher_grad=True))), found
+
+
+def one_point(points, value=lambda q: q.lse):
+    return type("OnePoint", (kd.Loss,), dict(points=lambda self: points, value=lambda self, q: value(q)))
+
+
+class Unfinished(JeffreysLoss):
+    def __init__(self):
+        self.weight = 1.0
+
+
+Q = (kd.Point(student=1),)
+BAD_LOSSES = [
+    (TypeError, "points must return a tuple of Points", one_point(kd.Point(student=1))),
+    (TypeError, "points must return a tuple of Points", one_point((1.0,))),
+    (ValueError, "student of point 0 .*nan", one_point((kd.Point(student=math.nan),))),
+    (ValueError, "teacher of point 0 .*inf", one_point((kd.Point(teacher=torch.tensor([1.0, torch.inf])),))),
+    (TypeError, "student of point 0 .*str", one_point((kd.Point(student="1"),))),
+    (TypeError, r"kdkernels\.tape.*tanh", one_point(Q, lambda q: torch.tanh(q.lse))),
+    (TypeError, r"kdkernels\.tape", one_point(Q, lambda q: math.exp(q.lse))),
+    (TypeError, r"kdkernels\.tape", one_point(Q, lambda q: q.lse.exp())),
+    (TypeError, r"tape\.where", one_point(Q, lambda q: q.lse if q.lse > 0 else 0.0)),
+    (TypeError, r"Unfinished.__init__ must call super\(\).__init__", Unfinished),
+]
+
+
+@pytest.mark.parametrize("error, message, loss", BAD_LOSSES, ids=[m for _, m, _ in BAD_LOSSES])
+def test_a_loss_that_is_declared_wrong_says_how(error, message, loss):
+    with pytest.raises(error, match=message):
+        loss()
+
+
+def compilations(loss, calls):
+    """How often torch.compile starts anew over these calls, each (options to set, arguments of the call)."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    step, eager = torch.compile(loss, fullgraph=True, backend=counter), copy.deepcopy(loss)
+    for options, call in calls:
+        for name, value in options.items():
+            setattr(loss, name, value)
+            setattr(eager, name, value)
+        torch.testing.assert_close(step(S, T, Y, **call), eager(S, T, Y, **call))
+    return counter.frame_count
+
+
+NUMBERS = (0.31, 0.42, 0.53, 0.64)
+
+
+@pytest.mark.parametrize("argument", ["temperature", "num_items"])
+def test_a_number_of_a_call_compiles_twice_at_most(argument):
+    """Once for the first value, once for any."""
+    assert compilations(kd.ForwardKLLoss(), [({}, {argument: x}) for x in NUMBERS]) <= 2
+
+
+@pytest.mark.parametrize("option", ["kd_weight", "ce_weight", "label_smoothing", "z_loss", "teacher_temperature"])
+def test_an_option_that_changes_does_not_recompile(option):
+    loss = kd.ForwardKLLoss(kd_weight=0.3, ce_weight=0.4, label_smoothing=0.1, z_loss=0.1, teacher_temperature=2.0)
+    per_row = torch.ones(4) if option == "teacher_temperature" else None
+    assert compilations(loss, [({option: x}, dict(temperature=per_row)) for x in NUMBERS]) == 1
 
 
 @on_every_backend

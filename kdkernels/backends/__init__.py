@@ -68,7 +68,6 @@ def _checked(name: str) -> ModuleType:
     return module
 
 
-@contextlib.contextmanager
 def use_backend(name: str):
     """Within the context, every loss runs on this backend or raises.
 
@@ -79,7 +78,12 @@ def use_backend(name: str):
         ValueError: there is no backend of that name.
         BackendUnavailable: a RuntimeError: it cannot run here; the message says why.
     """
-    _checked(name)
+    _checked(name)  # at the call, not only on entering
+    return _chosen(name)
+
+
+@contextlib.contextmanager
+def _chosen(name: str):
     before, _choice.name = _choice.name, name
     try:
         yield
@@ -90,12 +94,15 @@ def use_backend(name: str):
 _forced = os.environ.get("KDKERNELS_BACKEND") or None
 
 
-def pick(student: Tensor) -> ModuleType:
+def pick(student: Tensor, teacher: Tensor | None = None) -> ModuleType:
     """The backend for these logits: the one asked for, else the fastest that runs on their device.
 
     float64 on a GPU goes to `reference`: the kernels there compute elements in float32.
     """
     device = student.device.type
+    double = "student" if student.dtype == torch.float64 else ""
+    if not double and teacher is not None and teacher.dtype == torch.float64:
+        double = "teacher"
     name = _choice.name or _forced
     if name is not None:
         if name not in NAMES:
@@ -103,13 +110,13 @@ def pick(student: Tensor) -> ModuleType:
         module = _checked(name)
         if device not in module.DEVICES and "any" not in module.DEVICES:
             raise ValueError(f"backend {name!r} runs on {' or '.join(module.DEVICES)}, student_logits are on {device}")
-        if student.dtype == torch.float64 and not module.FLOAT64:
-            raise TypeError(f"backend {name!r} computes in float32 and student_logits are float64; use 'reference'")
+        if double and not module.FLOAT64:
+            raise TypeError(f"backend {name!r} computes in float32 and {double}_logits are float64; use 'reference'")
         return module
     candidates: tuple[str, ...]
     if device == "cpu":
         candidates = ("cpu",)
-    elif student.dtype == torch.float64:
+    elif double:
         candidates = ("reference",)
     else:
         candidates = ("cuda", "triton") if device == "cuda" else ("triton",)
