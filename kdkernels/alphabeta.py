@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 from . import tape
-from .call import check_number
 from .loss import Loss, Moment, Point
+from .options import check_number
 
 Q, P = Point(student=1), Point(teacher=1)
 
@@ -55,12 +55,18 @@ class AlphaBetaLoss(Loss):
 
     def __init__(self, alpha: float = 0.2, beta: float = 0.7, **options):
         super().__init__(**options)
-        self.alpha, self.beta = check_number("alpha", alpha), check_number("beta", beta)
+        self.alpha, self.beta = alpha, beta
+
+    def check(self):
+        check_number("alpha", self.alpha)
+        check_number("beta", self.beta)
 
     def _arguments(self) -> tuple[float, float, float]:
-        """x, y, z: the nearest two in front, and never the mixture's in the middle."""
+        """x, y, z: the nearest two in front if they are close, and never the mixture's in the middle."""
         a, c = self.alpha, self.alpha + self.beta
-        return min(((a, c, 0.0), (a, 0.0, c), (c, 0.0, a)), key=lambda order: abs(order[0] - order[1]))
+        orders = (a, c, 0.0), (a, 0.0, c), (c, 0.0, a)
+        nearest = min(orders, key=lambda order: abs(order[0] - order[1]))
+        return nearest if abs(nearest[0] - nearest[1]) < _REACH else orders[0]
 
     def _nodes(self) -> tuple[dict[float, float], dict[float, float]]:
         """argument: weight of the quadrature of f' over (x, y), and of f'' over (x, y, z)."""
@@ -110,9 +116,9 @@ class AlphaBetaLoss(Loss):
             second = sum(w * tape.exp(log_f(at)) * _square(found[self._at(at)], q, p) for at, w in triangle.items()) / 2
             width = max(x, y, z) - min(x, y, z)
             value = second if width == 0 else choose(width, next(iter(triangle)), second, value)
-        for x, point in ((x, self._at(x)) for x in (x, y, z)):
-            if min(point.student, point.teacher) < 0:  # of an impossible class infinite, and so is all of it
-                value = tape.where(log_f(x) > 1e300, math.inf, value)
+        for corner in (x, y, z):
+            if min(self._at(corner)[:2]) < 0:  # of an impossible class infinite, and so is all of it
+                value = tape.where(log_f(corner) > 1e300, math.inf, value)
         return value
 
 
@@ -132,7 +138,10 @@ class RenyiLoss(Loss):
 
     def __init__(self, alpha: float = 0.5, **options):
         super().__init__(**options)
-        self.alpha = check_number("alpha", alpha, above=0)
+        self.alpha = alpha
+
+    def check(self):
+        check_number("alpha", self.alpha, above=0)
 
     def _nodes(self) -> dict[float, float]:
         return _merged((1 + (self.alpha - 1) * at, w) for at, w in _GAUSS) if abs(self.alpha - 1) < _REACH else {}

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import math
-import numbers
-import re
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .options import check_number, readable
+
 if TYPE_CHECKING:
-    from .loss import Loss, Point, Program
-
-
-REDUCTIONS = ("mean", "sum", "none", "batchmean")
-_REAL: Any = numbers.Real  # numpy's scalars too; to mypy it would not compare with a float
-RAW, FROZEN, EXCLUDE, MEAN_S, MEAN_T, SECOND = 1, 2, 4, 8, 16, 32
+    from .loss import Loss, Program
 
 
 class Rows(NamedTuple):
@@ -32,127 +25,6 @@ class Rows(NamedTuple):
     mask: Tensor | None
     weight: Tensor | None
     vocab: int
-
-
-class Uses(NamedTuple):
-    """What a loss takes, kept apart from its options: torch.compile would guard on the numbers that it sees read."""
-
-    teacher: bool
-    labels: bool
-    teacher_temperature: bool
-
-
-def uses(loss: Loss) -> Uses:
-    return Uses(
-        teacher=loss.needs_teacher and loss.kd_weight != 0,
-        labels=(loss.needs_labels and loss.kd_weight != 0) or loss.ce_weight != 0,
-        teacher_temperature=loss.teacher_temperature is not None,
-    )
-
-
-def signature(cls: type) -> inspect.Signature:
-    """What a loss's constructor takes, with what its **options hand on to the base classes."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in (base for base in cls.__mro__ if "__init__" in vars(base)):
-        own = list(inspect.signature(base.__init__).parameters.values())[1:]  # type: ignore[misc]
-        named = [p for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        found |= {p.name: p.replace(kind=p.KEYWORD_ONLY) if found else p for p in named if p.name not in found}
-        if not any(p.kind == p.VAR_KEYWORD for p in own):
-            break
-    return inspect.Signature(sorted(found.values(), key=lambda p: p.kind))
-
-
-@contextlib.contextmanager
-def explain_constructor(cls: type):
-    """An option that the constructor does not know is named with those that it does."""
-    try:
-        yield
-    except TypeError as error:
-        unknown = re.search(r"__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-        if not unknown and not re.search(r"__init__\(\) takes .* positional arguments? but", str(error)):
-            raise
-        options = ", ".join(str(p.replace(annotation=p.empty)) for p in signature(cls).parameters.values())
-        problem = f" has no option {unknown[1]!r}; its options" if unknown else ": options are keywords"
-        raise TypeError(f"{cls.__name__}{problem}: {options}") from error
-
-
-@contextlib.contextmanager
-def explain_value(loss: Loss):
-    """A function that cannot be traced is told from those that can."""
-    try:
-        yield
-    except (TypeError, AttributeError) as error:
-        if "Expr" not in str(error):
-            raise
-        raise TypeError(f"{type(loss).__name__}.value is traced: use arithmetic and the functions of kdkernels.tape, "
-                        f"not those of torch or math ({error})") from error  # fmt: skip
-
-
-@contextlib.contextmanager
-def all_or_nothing(attributes: dict):
-    """Whatever raises within leaves the attributes as they were."""
-    before = dict(attributes)
-    try:
-        yield
-    except BaseException:
-        attributes.clear()
-        attributes.update(before)
-        raise
-
-
-def check_number(name: str, value: Any, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf):
-    """A finite number in (above, inf) and [least, most]; a bool, a string or NaN raises."""
-    if isinstance(value, bool) or not isinstance(value, _REAL):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    if not (-math.inf < value < math.inf and above < value and least <= value <= most):  # torch.compile knows these
-        low = f"> {above:g}" if above > -math.inf else f">= {least:g}" if least > -math.inf else "finite"
-        raise ValueError(f"{name} must be {low}{f' and <= {most:g}' if most < math.inf else ''}, got {value!r}")
-    return value
-
-
-def check_options(loss: Loss) -> None:
-    check_number("temperature", loss.temperature, above=0)
-    if loss.teacher_temperature is not None:
-        check_number("teacher_temperature", loss.teacher_temperature, above=0)
-    check_number("kd_weight", loss.kd_weight)
-    check_number("ce_weight", loss.ce_weight)
-    check_number("label_smoothing", loss.label_smoothing, least=0, most=1)
-    check_number("z_loss", loss.z_loss, least=0)
-    for name in ("t_squared", "standardize"):
-        if not isinstance(getattr(loss, name), bool):
-            raise TypeError(f"{name} must be a bool, got {getattr(loss, name)!r}")
-    if loss.reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {loss.reduction!r}")
-    if isinstance(loss.ignore_index, bool) or not isinstance(loss.ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {loss.ignore_index!r}")
-
-
-def check_new(loss: Loss) -> None:
-    """What is asked of a new loss only; a weight may be annealed to 0 later."""
-    if "reduction" not in vars(loss):
-        raise TypeError(f"{type(loss).__name__}.__init__ must call super().__init__(**options)")
-    check_options(loss)
-    for name in ("label_smoothing", "z_loss"):
-        if getattr(loss, name) and not loss.ce_weight:
-            raise ValueError(f"{name} needs ce_weight > 0: {type(loss).__name__} has no cross-entropy here")
-
-
-def check_points(loss: Loss, points: tuple) -> None:
-    for k, point in enumerate(points):
-        if not hasattr(point, "exclude_label"):  # a bare Point is a tuple as well, of numbers
-            raise TypeError(f"{type(loss).__name__}: points must return a tuple of Points, as in (Point(student=1),), "
-                            f"got {point!r} in it")  # fmt: skip
-        for side in ("student", "teacher"):
-            name, value = f"{type(loss).__name__}: {side} of point {k}", getattr(point, side)
-            if not isinstance(value, Tensor):
-                check_number(name, value)
-            elif _readable(value) and not value.isfinite().all():
-                raise ValueError(f"{name} must be finite, got {value}")
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether x can be looked at: it is an ordinary tensor on the CPU, where nothing waits for a device."""
-    return not torch.compiler.is_compiling() and type(x) is Tensor and x.is_cpu
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -250,7 +122,7 @@ def check(loss: Loss, student, teacher, labels, row_weight, temperature, vocab_s
         check_number("temperature", temperature, above=0)
     if vocab_mask is not None:
         vocab_mask = _mask(vocab_mask, student, vocab)
-        if labels is not None and _readable(vocab_mask):
+        if labels is not None and readable(vocab_mask):
             live = labels[(labels != loss.ignore_index) & (labels >= 0) & (labels < vocab)]  # kernels refuse the rest
             if not (kept := vocab_mask[live]).all():
                 raise ValueError(f"labels must be classes that vocab_mask keeps, got {live[~kept][0].item()}")
@@ -265,7 +137,7 @@ def _temperature(temperature: Tensor, student: Tensor, keep: Tensor | None) -> N
     _constant("temperature", temperature)
     if temperature.dim():
         _like("temperature", temperature, student)
-    if _readable(temperature):
+    if readable(temperature):
         bad = ~((temperature > 0) & (temperature < math.inf)).reshape(-1)
         bad = bad & keep if keep is not None and temperature.dim() else bad
         if bad.any():
@@ -313,7 +185,7 @@ def _mask(mask, student: Tensor, vocab: int) -> Tensor:
     if mask.device != student.device:
         raise ValueError(f"vocab_mask must be on student_logits' device {student.device}, got {mask.device}")
     mask = mask[:vocab].contiguous()
-    if _readable(mask) and not mask.any():
+    if readable(mask) and not mask.any():
         raise ValueError(f"vocab_mask must keep one class of {vocab} or more, got False throughout")
     return mask
 
@@ -352,15 +224,6 @@ def _inverse_deviation(logits: Tensor, rows: Rows) -> Tensor:
     return scale.reshape(-1).to(torch.float64)
 
 
-def flags(point: Point, used: set[int], first: int, standardize: bool) -> int:
-    """What the kernels do at a point, given the registers that its loss reads; its moments start at `first`."""
-    found = RAW * point.raw | FROZEN * point.frozen | EXCLUDE * point.exclude_label
-    found |= MEAN_S * (first + 1 in used) | MEAN_T * (first + 2 in used)
-    if used & {first + 3, first + 4, first + 5} or (standardize and not point.raw):
-        found |= SECOND | MEAN_S | MEAN_T
-    return found
-
-
 def weighting(loss: Loss, rows: Rows, num_items) -> tuple[Tensor | None, float]:
     """weight (N or 1,) float64 or None, and the divisor: a row's loss counts weight / divisor times.
 
@@ -375,7 +238,7 @@ def weighting(loss: Loss, rows: Rows, num_items) -> tuple[Tensor | None, float]:
             _constant("num_items", num_items)
             if num_items.numel() != 1:
                 raise ValueError(f"num_items must have one element, got shape {tuple(num_items.shape)}")
-            if _readable(num_items) and not bool(num_items >= 0):
+            if readable(num_items) and not bool(num_items >= 0):
                 raise ValueError(f"num_items must be >= 0, got {num_items.item()}")
         elif check_number("num_items", num_items, least=0):
             return rows.weight, float(num_items)
@@ -394,9 +257,9 @@ def factor(weight: Tensor | None, divisor: float, labels: Tensor | None, ignore:
 
 
 def apply_factor(value: Tensor, factor: Tensor, labels: Tensor | None, ignore: int) -> Tensor:
-    """Weighted row losses; a row that is not kept is 0 whatever its weight."""
-    value = value * factor
-    return value if labels is None else torch.where(labels != ignore, value, torch.zeros_like(value))
+    """Weighted row losses; a row that is not kept, or whose weight is 0, is 0 whatever its loss."""
+    counts = factor != 0 if labels is None else (factor != 0) & (labels != ignore)
+    return torch.where(counts, value * factor, 0.0)
 
 
 def result_dtype(student: Tensor) -> torch.dtype:

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import call, tape
 from .logpartition import Q
 from .loss import Loss, Point
+from .options import check_number
 
 
 class _PowerSum(Loss):
@@ -15,7 +16,10 @@ class _PowerSum(Loss):
 
     def __init__(self, gamma: float, **options):
         super().__init__(**options)
-        self.gamma = call.check_number("gamma", gamma, least=0)
+        self.gamma = gamma
+
+    def check(self):
+        check_number("gamma", self.gamma, least=0)
 
     def points(self):
         return Q, Point(student=self.gamma)
@@ -31,9 +35,11 @@ def power_sum(logits: Tensor, gamma: float) -> Tensor:
 
 def power_transform(logits: Tensor, gamma: float) -> Tensor:
     """softmax(gamma * logits), (..., V) -> (..., V): p_i^gamma / sum_j p_j^gamma. [Zheng & Yang 2024, eq. 9]"""
-    call.check_number("gamma", gamma, least=0)
+    check_number("gamma", gamma, least=0)
     call._logits("logits", logits)
-    return torch.softmax(gamma * logits if gamma else torch.zeros_like(logits), -1)  # 0 ignores -inf
+    if gamma == 0:  # ignores even -inf
+        logits = torch.where(logits == -torch.inf, 0.0, logits)
+    return torch.softmax(gamma * logits, -1)
 
 
 class _InverseDeviation(Loss):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import tape
 from .alphabeta import AlphaBetaLoss, P, Q, RenyiLoss
-from .call import check_number
 from .loss import Label, Loss, Moment, Point
+from .options import check_bool, check_number
 
 __all__ = [
     "AlphaBetaLoss", "BrierLoss", "DKDLoss", "ForwardKLLoss", "HellingerLoss", "KDLoss", "LogitMSELoss", "RenyiLoss",
@@ -46,16 +46,22 @@ class KDLoss(ForwardKLLoss):
 
     def __init__(self, temperature=2.0, alpha=0.5, *, teacher_temperature=None, t_squared=True, label_smoothing=0.0,
                  z_loss=0.0, standardize=False, reduction="mean", ignore_index=-100):  # fmt: skip
-        check_number("alpha", alpha, least=0, most=1)
         super().__init__(
             temperature=temperature, teacher_temperature=teacher_temperature, t_squared=t_squared,
-            kd_weight=alpha, ce_weight=1 - alpha, label_smoothing=label_smoothing, z_loss=z_loss,
+            kd_weight=0.5, ce_weight=0.5, label_smoothing=label_smoothing, z_loss=z_loss,
             standardize=standardize, reduction=reduction, ignore_index=ignore_index,
         )  # fmt: skip
+
+        self.alpha = alpha
 
     @property
     def alpha(self) -> float:
         return self.kd_weight
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        self.kd_weight = check_number("alpha", alpha, least=0, most=1)
+        self.ce_weight = 1 - alpha
 
     def extra_repr(self) -> str:
         shown = super().extra_repr().split(", ")
@@ -83,7 +89,10 @@ class TTMLoss(Loss):
 
     def __init__(self, gamma: float = 0.5, **options):
         super().__init__(**options)
-        self.gamma = check_number("gamma", gamma, above=0)
+        self.gamma = gamma
+
+    def check(self):
+        check_number("gamma", self.gamma, above=0)
 
     def points(self):
         return Q, Point(teacher=self.gamma)
@@ -109,6 +118,11 @@ class WTTMLoss(TTMLoss):
     def __init__(self, gamma: float = 0.5, normalize_weight: bool = False, detach_weight: bool = False, **options):
         super().__init__(gamma, **options)
         self.normalize_weight, self.detach_weight = normalize_weight, detach_weight
+
+    def check(self):
+        super().check()
+        check_bool("normalize_weight", self.normalize_weight)
+        check_bool("detach_weight", self.detach_weight)
 
     def points(self):
         return Q, Point(teacher=self.gamma), P, *([Point()] if self.normalize_weight else [])
@@ -164,7 +178,11 @@ class DKDLoss(Loss):
 
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, *, t_squared: bool = True, **options):
         super().__init__(t_squared=t_squared, **options)
-        self.alpha, self.beta = check_number("alpha", alpha), check_number("beta", beta)
+        self.alpha, self.beta = alpha, beta
+
+    def check(self):
+        check_number("alpha", self.alpha)
+        check_number("beta", self.beta)
 
     def points(self):
         return Point(student=1, exclude_label=True), Point(teacher=1, exclude_label=True)
@@ -230,7 +248,10 @@ class TAIDLoss(Loss):
 
     def __init__(self, tau: float = 0.4, **options):
         super().__init__(**options)
-        self.tau = check_number("tau", tau, least=0, most=1)
+        self.tau = tau
+
+    def check(self):
+        check_number("tau", self.tau, least=0, most=1)
 
     def points(self):
         return Q, Point(student=1 - self.tau, teacher=self.tau, frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends, call, tape
+from . import backends, call, options, tape
 from .ops import RowLoss, value_and_grad
 
 MOMENTS = 6  # lse, s, t, ss, st, tt
@@ -66,13 +66,13 @@ class _PostInit(type):
     """Traces a loss once its outermost __init__ is done, so that a subclass may set its options in any order."""
 
     def __call__(cls, *args, **kwargs):
-        with call.explain_constructor(cls):
+        with options.explain_constructor(cls):
             loss = super().__call__(*args, **kwargs)
-        call.check_new(loss)
+        options.check_new(loss)
         loss._trace()
         return loss
 
-    __signature__ = property(call.signature)
+    __signature__ = property(options.signature)
 
 
 class Loss(nn.Module, metaclass=_PostInit):
@@ -99,7 +99,7 @@ class Loss(nn.Module, metaclass=_PostInit):
     needs_labels = False
     _double: Program
     _single: Program
-    _uses: call.Uses
+    _uses: options.Uses
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -234,7 +234,7 @@ class Loss(nn.Module, metaclass=_PostInit):
         return ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_") and k not in _MODULE)
 
     def __setattr__(self, name: str, value) -> None:
-        with call.all_or_nothing(vars(self)):  # a refused option leaves the loss as it was
+        with options.all_or_nothing(vars(self)):  # a refused option leaves the loss as it was
             super().__setattr__(name, value)
             if "_single" in self.__dict__ and not name.startswith("_") and name not in _MODULE:
                 self._trace()
@@ -268,9 +268,9 @@ class Loss(nn.Module, metaclass=_PostInit):
         return total
 
     def _trace(self) -> None:
-        call.check_options(self)
+        options.check_options(self)
         self.check()
-        self.__dict__["_uses"] = call.uses(self)
+        self.__dict__["_uses"] = options.uses(self)
         for name, resolution in (("_double", 1e-16), ("_single", 1e-8)):
             shadow = copy.copy(self)
             shadow.__dict__["resolution"] = resolution
@@ -282,16 +282,16 @@ _MODULE = {"training", "resolution"} | set(vars(nn.Module()))
 
 def _traced(loss: Loss) -> Program:
     points = loss.all_points()
-    call.check_points(loss, points)
+    options.check_points(loss, points)
     labels = MOMENTS * len(points)
     code = tape.Tape(labels + 4)
     numbers = [code.input(i) for i in range(code.inputs)]
     moments = [Moment(*numbers[MOMENTS * k : MOMENTS * (k + 1)]) for k in range(len(points))]
-    with call.explain_value(loss):
+    with options.explain_value(loss):
         value = loss.row_value(moments, Label(*numbers[labels : labels + 2]), *numbers[labels + 2 : labels + 4])
     out = value.register if isinstance(value, tape.Expr) else code.emit(tape.Op.CONST, const=float(value)).register
     code.used.add(out)
-    flags = [call.flags(p, code.used, MOMENTS * k, loss.standardize) for k, p in enumerate(points)]
+    flags = [options.flags(p, code.used, MOMENTS * k, loss.standardize) for k, p in enumerate(points)]
     lines = [x for line in code.code for x in line]
     args = [1 / loss.temperature, 1 / (loss.teacher_temperature or loss.temperature), loss.temperature]
     args += [c for p in points for c in (p.student, p.teacher)]

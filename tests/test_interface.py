@@ -461,3 +461,19 @@ def test_losses_run_in_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_weight_of_zero_counts_nothing(backend, reduction):
+    """Not even of a row whose loss is infinite; the row stays in the mean's denominator."""
+    s, t, _ = batch(3, 7).to(F32)
+    s[1, 2] = -torch.inf
+    with kd.use_backend(backend):
+        leaf = s.clone().requires_grad_()
+        value = kd.ForwardKLLoss(reduction=reduction)(leaf, t, row_weight=torch.tensor([1.0, 0.0, 2.0]))
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        rows = kd.ForwardKLLoss(reduction="none")(s, t)
+    want = torch.stack((rows[0], torch.zeros(()), 2 * rows[2]))
+    torch.testing.assert_close(value, want if reduction == "none" else want.sum() / 3)
+    assert gradient[1].eq(0).all() and gradient[0].ne(0).all()

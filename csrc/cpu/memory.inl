@@ -66,10 +66,30 @@ INLINE __m256i bf16_of(Vec<float> x) {
       _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000)), 16));
 }
 #endif
-template <int G> INLINE void save_bf16(const Vec<float> (&x)[G], bool stream, Bf16* out) {
+#ifdef KD_AVX512
+alignas(64) constexpr int16_t kAlternate[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+#endif
+// G vectors of logits. Two of bfloat16 are the even and the odd entries of a line, and are put back like that.
+template <int G, typename R> INLINE void load_group(const R* x, Vec<R> (&v)[G]) {
+  EACH(G) v[k] = load(x + k * kLanes<R>);
+}
+template <int G> INLINE void load_group(const Bf16* x, Vec<float> (&v)[G]) {
 #ifdef KD_AVX512
   if constexpr (G == 2) {
-    const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(bf16_of(x[0])), bf16_of(x[1]), 1);
+    const __m512i line = _mm512_loadu_si512(x);
+    v[0] = Vec<float>(_mm512_slli_epi32(line, 16));
+    v[1] = Vec<float>(_mm512_and_si512(line, _mm512_set1_epi32(int(0xffff0000))));
+    return;
+  }
+#endif
+  EACH(G) v[k] = load(x + k * kLanes<float>);
+}
+template <int G> INLINE void save_group(const Vec<float> (&x)[G], bool stream, Bf16* out) {
+#ifdef KD_AVX512
+  if constexpr (G == 2) {
+    const __m512i halves = _mm512_inserti64x4(_mm512_castsi256_si512(bf16_of(x[0])), bf16_of(x[1]), 1);
+    const __m512i line = _mm512_permutexvar_epi16(_mm512_load_si512(kAlternate), halves);
     if (stream) return _mm512_stream_si512(reinterpret_cast<__m512i*>(out), line);
     return _mm512_storeu_si512(out, line);
   }
@@ -124,6 +144,51 @@ template <typename R> static bool peak(const R* x, int n, R* max) {
   for (; i + 2 * L <= n; i += 2 * L) { all.see(0, load(x + i)); all.see(1, load(x + i + L)); }
   for (; i < n; i += L) all.see(0, n - i < L ? load_some(x + i, n - i, x[i]) : load(x + i));
   return all.result(max);
+}
+
+// The bits of a number, as an integer, grow with it once those of a negative one are flipped below the sign.
+#ifdef KD_AVX512
+INLINE __m512i key_of(__m512i v) {
+  return _mm512_xor_si512(v, _mm512_and_si512(_mm512_srai_epi16(v, 15), _mm512_set1_epi16(0x7fff)));
+}
+static bool look_bf16(const Bf16* x, int n, float* max) {
+  __m512i high[2], low[2];
+  EACH(2) high[k] = low[k] = key_of(_mm512_set1_epi16(int16_t(x[0].bits)));
+  int i = 0;
+  for (; i + 64 <= n; i += 64) {
+    __m512i key[2];
+    EACH(2) key[k] = key_of(_mm512_loadu_si512(x + i + 32 * k));
+    EACH(2) high[k] = _mm512_max_epi16(high[k], key[k]);
+    EACH(2) low[k] = _mm512_min_epi16(low[k], key[k]);
+  }
+  for (; i < n; i += 32) {
+    const __mmask32 here = n - i >= 32 ? ~0u : (1u << (n - i)) - 1;
+    const __m512i key = key_of(_mm512_mask_loadu_epi16(_mm512_set1_epi16(int16_t(x[0].bits)), here, x + i));
+    high[0] = _mm512_max_epi16(high[0], key);
+    low[0] = _mm512_min_epi16(low[0], key);
+  }
+  const __m512i h = _mm512_max_epi16(high[0], high[1]), l = _mm512_min_epi16(low[0], low[1]);
+  const auto half = [](__m512i v, bool upper) {
+    return _mm512_cvtepi16_epi32(upper ? _mm512_extracti64x4_epi64(v, 1) : _mm512_castsi512_si256(v));
+  };
+  const auto number = [](int key) { return widen(uint16_t(key ^ ((key >> 15) & 0x7fff)), true); };
+  *max = number(_mm512_reduce_max_epi32(_mm512_max_epi32(half(h, false), half(h, true))));
+  return !(number(_mm512_reduce_min_epi32(_mm512_min_epi32(half(l, false), half(l, true)))) >= -kHuge && *max <= kHuge);
+}
+#else
+static bool look_bf16(const Bf16* x, int n, float* max) {
+  Extremes<float> all;
+  int i = 0;
+  for (; i + kLanes<float> <= n; i += kLanes<float>) all.see(0, load(x + i));
+  for (; i < n; ++i) all.see(0, Vec<float>{} + widen(x[i].bits, true));
+  return all.result(max);
+}
+#endif
+template <typename R> static bool look(Type type, const void* x, int n, R* max) {
+  if constexpr (sizeof(R) == 4) {
+    if (type == Type::bf16) return look_bf16(static_cast<const Bf16*>(x), n, max);
+  }
+  return peak(static_cast<const R*>(x), n, max);
 }
 
 template <bool Bf16> static bool widen_half(const uint16_t* x, int n, float* out, float* max) {

@@ -1,124 +1,34 @@
 // Rows on cores: reduce a row to its Moments and spread a slope back over it, tile by tile.
 #pragma once
-#include <algorithm>
-#include <cmath>
-#include <limits>
 #include <vector>
 
 #include "../moments.h"
-#include "tiles.h"
+#include "tile.h"
 
 namespace kd {
-
-// Logits (A, B, W) with unit stride along W; row n is (n / B, n % B).
-struct Logits {
-  const char* data = nullptr;
-  Type type = Type::f32;
-  int64_t inner = 1, stride0 = 0, stride1 = 0;
-  int size() const { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
-  const char* row(int64_t n) const { return data + size() * ((n / inner) * stride0 + (n % inner) * stride1); }
-};
-
-struct Batch {
-  Logits s, t;
-  const int64_t* labels = nullptr;
-  const bool* mask = nullptr;
-  int64_t rows = 0, vocab = 0, ignore = -100;
-  bool kept(int64_t n) const { return !labels || labels[n] != ignore; }
-};
-
-template <typename R> class Tile {
- public:
-  View<R> view{};
-  R s_max = 0, t_max = 0;  // over the finite entries; -inf if there is none
-  bool special = false;    // there are special entries
-  alignas(64) R scratch[2 * kTile];
-
-  // Classes [first, first + count) of row n, where they are in memory.
-  void find(const Batch& x, int64_t row, int64_t first, int count) {
-    view.n = count;
-    view.s_next = x.s.row(row) + (first + count) * (view.s_bytes = x.s.size());
-    view.t_next = x.t.data ? x.t.row(row) + (first + count) * (view.t_bytes = x.t.size()) : view.s_next;
-  }
-
-  // The same, loaded. What needs no conversion is read where it is.
-  // `look` for -inf and the maxima, or take it that there is none of the former and nobody wants the latter.
-  void load(const Tiles<R>& isa, const Batch& x, int64_t row, int64_t first, int count, bool look = true) {
-    const bool teacher = x.t.data;
-    find(x, row, first, count);
-    special = false;
-    t_max = 0;
-    view.s = fetch(isa, x.s, row, first, x.mask, look, u_, &s_max);
-    view.t = teacher ? fetch(isa, x.t, row, first, x.mask, look, v_, &t_max) : v_;
-    if (!teacher && zeros_ < count) { std::fill(v_, v_ + kTile, R(0)); zeros_ = kTile; }
-    if (teacher) zeros_ = 0;
-    const R dead = -std::numeric_limits<R>::infinity();
-    if (x.mask) {
-      for (int i = 0; i < count; ++i)
-        if (!x.mask[first + i]) { u_[i] = dead; if (teacher) v_[i] = dead; }
-      special = isa.peak(u_, count, &s_max);
-      if (teacher) special |= isa.peak(v_, count, &t_max);
-    }
-    if (special && !teacher) {
-      for (int i = 0; i < count; ++i) v_[i] = view.s[i] == dead ? dead : R(0);
-      zeros_ = 0;
-    }
-  }
-
-  // f(view, its first class) of the tile, or of the two parts around class i if it is to be left out and there.
-  template <typename F> void parts(int64_t i, F f) const {
-    if (i < 0 || i >= view.n) return f(view, 0);
-    for (const auto& [from, n] : {std::pair{0, int(i)}, std::pair{int(i) + 1, view.n - int(i) - 1}}) {
-      if (n == 0) continue;
-      View<R> part = view;
-      part.s += from; part.t += from; part.n = n;
-      part.s_next += from * view.s_bytes; part.t_next += from * view.t_bytes;
-      f(part, from);
-    }
-  }
-
- private:
-  static constexpr Type own_type() { return sizeof(R) == 4 ? Type::f32 : Type::f64; }
-  const R* fetch(const Tiles<R>& isa, const Logits& x, int64_t row, int64_t first, bool to_change, bool look, R* copy,
-                 R* max) {
-    const char* at = x.row(row) + x.size() * first;
-    if (x.type == own_type() && !to_change && uintptr_t(at) % sizeof(R) == 0) {
-      const R* here = reinterpret_cast<const R*>(at);
-      special |= look && isa.peak(here, view.n, max);
-      return here;
-    }
-    special |= isa.widen(x.type, at, view.n, copy, max);
-    return copy;
-  }
-  alignas(64) R u_[kTile], v_[kTile];
-  int zeros_ = 0;
-};
 
 // A segment's Moments at one point, tile by tile. Sums of tiles with the same pivots are added up as they are.
 template <typename R> class PointSum {
  public:
   PointSum(const Tilt& at, int flags) : at_(at), flags_(flags), e_{at.b * kLog2e, at.a * kLog2e, 0} {}
 
-  // `label` is relative to the tile; `ready`: the tile's sums, if they are known.
-  void add(const Tiles<R>& isa, Tile<R>& x, int64_t label, const TileSums<R>* ready) {
-    if (x.view.s_pivot != s_pivot_ || x.view.t_pivot != t_pivot_) {
-      close();
-      s_pivot_ = x.view.s_pivot;
-      t_pivot_ = x.view.t_pivot;
-    }
+  // Sums relative to the pivots and a constant of 0. Both logits are <= 0 here: 0 is an upper bound unless a coefficient
+  // is negative. It may be far above the terms of a mixture: look for the true maximum then (false), so that the weight
+  // of a class that has nearly all is nearly exact; unless the row drowns the tile already.
+  bool take(const View<R>& x, const TileSums<R>& sum) {
+    move_to(x);
+    if (sum.z <= (is_mixture(e_.b, e_.a) ? 1e-3 : 1e-12) && sum.z * 2e4 >= open_.z) return false;
+    open_.z += sum.z; open_.s += sum.s; open_.t += sum.t;
+    open_.ss += sum.ss; open_.st += sum.st; open_.tt += sum.tt;
+    return true;
+  }
+
+  // `label` is relative to the tile.
+  void add(const Tiles<R>& isa, Tile<R>& x, int64_t label) {
     const int64_t skip = flags_ & EXCLUDE ? label : -1;
-    // Both logits are <= 0 here: 0 is an upper bound unless a coefficient is negative. It may be far above the terms of
-    // a mixture: look for the true maximum then, so that the weight of a class that has nearly all is nearly exact;
-    // unless the row drowns the tile already.
     const bool bounded = e_.b >= 0 && e_.a >= 0;
-    if (bounded) {
-      const TileSums<R> sum = ready ? *ready : sums(isa, x, skip, 0);
-      if (sum.z > (is_mixture(e_.b, e_.a) ? 1e-3 : 1e-12) || sum.z * 2e4 < open_.z || sum.z != sum.z) {
-        open_.z += sum.z; open_.s += sum.s; open_.t += sum.t;
-        open_.ss += sum.ss; open_.st += sum.st; open_.tt += sum.tt;
-        return;
-      }
-    }
+    if (bounded && take(x.view, sums(isa, x, skip, 0))) return;
+    move_to(x.view);
     double top = -INFINITY;
     x.parts(skip, [&](const View<R>& part, int) { top = std::fmax(top, isa.top(part, e_)); });
     if (top == INFINITY && !bounded) {  // a negative power of an impossible class
@@ -129,7 +39,14 @@ template <typename R> class PointSum {
     }
   }
 
+  void move_to(const View<R>& x) {
+    if (x.s_pivot == s_pivot_ && x.t_pivot == t_pivot_) return;
+    close();
+    s_pivot_ = x.s_pivot;
+    t_pivot_ = x.t_pivot;
+  }
   const Exponent& exponent() const { return e_; }
+  int flags() const { return flags_; }
   const Moments& close() {
     if (open_.z != 0) total_.merge(moments(open_, 0));
     open_ = {};
@@ -170,40 +87,62 @@ template <typename R> class PointSum {
 constexpr int64_t kSegment = 8 * kTile;
 inline int64_t segments(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
 
+template <typename R> double entry(const Tiles<R>& isa, const Batch& x, const Logits& logits, int64_t n, int64_t i) {
+  R value, max;
+  isa.widen(logits.type, logits.row(n) + logits.size() * i, 1, &value, &max);
+  return x.mask && !x.mask[i] ? -INFINITY : value;
+}
+
 // stats: (K + 1) x kStats, see kdkernels/ops.py.
 template <typename R>
 void reduce_segment(const Tiles<R>& isa, const Batch& x, int64_t n, int64_t segment, const Program& p,
                     const double* args, double* stats) {
   const int K = p.points();
-  double* last = stats + K * kStats;
-  std::fill(last, last + kStats, 0.);
   const int64_t label = x.labels ? x.labels[n] : -1, end = std::min(x.vocab, (segment + 1) * kSegment);
-  const bool teacher = x.t.data;
+  const bool teacher = x.t.data, in_memory = Tile<R>::can_stay(x);
   std::vector<PointSum<R>> points;
-  points.reserve(K);
-  for (int k = 0; k < K; ++k)
+  std::vector<Exponent> e;
+  std::vector<int> flags;
+  std::vector<TileSums<R>> sums(K);
+  for (int k = 0; k < K; ++k) {
     points.emplace_back(Tilt(p, args, k), teacher ? p.flags(k) : p.flags(k) & ~MEAN_T);
-  const bool two = teacher && K > 1;
-  const Exponent e[2] = {two ? points[0].exponent() : Exponent{}, two ? points[1].exponent() : Exponent{}};
-  const int flags[2] = {two ? p.flags(0) : 0, two ? p.flags(1) : 0};
+    e.push_back(points[k].exponent());
+    flags.push_back(points[k].flags());
+  }
   Tile<R> tile;
   R s_max = -INFINITY, t_max = -INFINITY;
-  bool special = false;
-  for (int64_t first = segment * kSegment; first < end; first += kTile) {
-    tile.load(isa, x, n, first, int(std::min<int64_t>(end - first, kTile)));
-    special |= tile.special;
-    s_max = std::max(s_max, tile.s_max);
-    t_max = std::max(t_max, tile.t_max);
-    // Pivots of the segment so far: the sums then add up without exponentials.
+  // Pivots are the maxima of the segment so far: the sums then add up without exponentials.
+  const auto raise = [&](R s, R t) {
+    s_max = std::max(s_max, s);
+    t_max = std::max(t_max, t);
     tile.view.s_pivot = s_max == -INFINITY ? 0 : s_max;
     tile.view.t_pivot = t_max == -INFINITY ? 0 : t_max;
-    TileSums<R> sums[2]{};
-    const bool ready = two && !tile.special && isa.pair(tile.view, e, flags, sums);
-    for (int k = 0; k < K; ++k) points[k].add(isa, tile, label - first, ready && k < 2 ? sums + k : nullptr);
-    if (label >= first && label < first + tile.view.n) {
-      last[0] = tile.view.s[label - first];
-      last[1] = teacher ? double(tile.view.t[label - first]) : last[0];
+  };
+  bool special = false;
+  for (int64_t first = segment * kSegment; first < end; first += kTile) {
+    const int count = int(std::min<int64_t>(end - first, kTile));
+    R s = 0, t = 0;
+    bool loaded = false, ready = false;
+    if (in_memory && tile.look(isa, x, n, first, count, &s, &t)) {
+      raise(s, t);
+      ready = isa.sums_through(x.s.type, tile.view, e.data(), flags.data(), K, sums.data());
     }
+    for (int k = 0; k < K; ++k) {
+      if (ready && points[k].take(tile.view, sums[k])) continue;
+      if (!loaded) {
+        tile.load(isa, x, n, first, count);
+        raise(tile.s_max, tile.t_max);
+        special |= tile.special;
+        loaded = true;
+      }
+      points[k].add(isa, tile, label - first);
+    }
+  }
+  double* last = stats + K * kStats;
+  std::fill(last, last + kStats, 0.);
+  if (label >= segment * kSegment && label < end) {
+    last[0] = entry(isa, x, x.s, n, label);
+    last[1] = teacher ? entry(isa, x, x.t, n, label) : last[0];
   }
   for (int k = 0; k < K; ++k) reinterpret_cast<Moments*>(stats)[k] = points[k].close();
   last[2] = s_max; last[3] = t_max; last[4] = 1; last[5] = special;
@@ -276,7 +215,7 @@ void spread_part(const Tiles<R>& isa, const Batch& x, int64_t n, int K, const do
     heavy |= coef[k * kCoefs] > -0.7;  // log(1/2)
     excludes |= coef[k * kCoefs + 9] != 0;
   }
-  const bool ordinary = kept && !dead_row && !heavy && !x.mask && last[5] == 0 && (!x.t.data || x.t.type == x.s.type);
+  const bool ordinary = kept && !dead_row && !heavy && last[5] == 0 && Tile<R>::can_stay(x);
   for (; first < end; first += kTile) {
     const int count = int(std::min<int64_t>(end - first, kTile));
     if (ordinary && first + count <= x.vocab && !(label >= first && label < first + count)) {

@@ -1,6 +1,7 @@
 // The tile kernels for avx512. Every header goes above the pragma, so that no library function is compiled for it.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 about its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 
 #include <cmath>
