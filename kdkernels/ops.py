@@ -4,12 +4,12 @@ Operators (`csrc/cpu/ops.cpp` has the schemas; every backend implements the same
 
     reduce(student (N, W) or (A, B, W), teacher?, labels (N,)?, mask (V,)?, args, program, vocab, ignore_index)
         -> stats (N, K + 1, 7): [max, sum of exp(x - max), mean s, mean t, cov ss, st, tt] at each point, then
-           [s_y, t_y, max s, max t, kept, whether there are -inf, 0]
+           [s_y, t_y, max s, max t, kept, whether there are special logits, 0]
     rows(stats, args, program, sides) -> value (N,), coef (sides, N, K + 1, 10)
     spread(grad (N or 1,), student, teacher?, labels?, mask?, coef (N, K + 1, 10), vocab, ignore_index, side)
         -> gradient of that side's logits
 
-A backend may have a fourth, the three in one pass over the rows:
+A backend may have two more, the three in one pass over the rows:
 
     step(student, teacher?, labels?, mask?, args, program, weight (N or 1,)?, divisor, vocab, ignore_index)
         -> sum of weight / divisor * value (), gradient of the student's logits

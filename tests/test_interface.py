@@ -477,3 +477,11 @@ def test_a_weight_of_zero_counts_nothing(backend, reduction):
     want = torch.stack((rows[0], torch.zeros(()), 2 * rows[2]))
     torch.testing.assert_close(value, want if reduction == "none" else want.sum() / 3)
     assert gradient[1].eq(0).all() and gradient[0].ne(0).all()
+
+
+def test_a_slow_fallback_is_said_once(monkeypatch):
+    monkeypatch.setitem(kd.backends._modules, "cpu", "it is not built")
+    kd.backends._say_slow.cache_clear()
+    with pytest.warns(UserWarning, match=r"reference.*'cpu' cannot run, it is not built"):
+        kd.ForwardKLLoss()(S, T)
+    kd.ForwardKLLoss()(S, T)  # warnings are errors here

@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import threading
+import warnings
 from collections import Counter
 from types import ModuleType
 
@@ -124,4 +126,11 @@ def pick(student: Tensor, teacher: Tensor | None = None) -> ModuleType:
         found = _load(candidate)
         if not isinstance(found, str):
             return found
+    if not double and not torch.compiler.is_compiling():
+        _say_slow(candidates[0], str(_load(candidates[0])))
     return _checked("reference")
+
+
+@functools.cache
+def _say_slow(name: str, reason: str) -> None:
+    warnings.warn(f"kdkernels runs its reference backend, which is slow: {name!r} cannot run, {reason}", stacklevel=5)
