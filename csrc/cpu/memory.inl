@@ -85,6 +85,15 @@ template <int G> INLINE void load_group(const Bf16* x, Vec<float> (&v)[G]) {
 #endif
   EACH(G) v[k] = load(x + k * kLanes<float>);
 }
+// The first n entries of a vector, then zeros.
+template <typename R> INLINE void copy_some(const R* x, int n, R* to) { save(to, load_some(x, n, R(0))); }
+INLINE void copy_some(const Bf16* x, int n, Bf16* to) {
+#ifdef KD_AVX512
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), x));
+#else
+  for (int j = 0; j < kLanes<float>; ++j) to[j].bits = j < n ? x[j].bits : 0;
+#endif
+}
 template <int G> INLINE void save_group(const Vec<float> (&x)[G], bool stream, Bf16* out) {
 #ifdef KD_AVX512
   if constexpr (G == 2) {

@@ -66,21 +66,22 @@ struct Shape {
   int64_t coefs() const { return (K + 1) * kCoefs; }
 };
 
-// f(row) over the rows, or f(row, segment) over their segments where there are few rows.
+// f(scratch, row, segment) over the rows, or over their segments where there are few rows.
 template <typename F> void each(const Shape& z, int64_t vocab, F f) {
   const int64_t parts = z.split ? z.segments : 1;
   torch::stable::parallel_for(0, z.rows * parts, z.split ? 1 : grain(vocab), [&](int64_t lo, int64_t hi) {
-    for (int64_t i = lo; i < hi; ++i) f(i / parts, i % parts);
+    Scratch scratch;
+    for (int64_t i = lo; i < hi; ++i) f(scratch, i / parts, i % parts);
   });
 }
 
 inline void reduce_all(const Batch& x, const Shape& z, const Program& p, const Args& args, double* out) {
   std::vector<double> parts(z.split ? z.rows * z.segments * z.stats() : 0);
-  each(z, x.vocab, [&](int64_t n, int64_t i) {
-    std::vector<double> part(z.stats());
-    auto reduce = [&](const auto& isa) {
-      if (!z.split) return reduce_row(isa, x, n, p, args[n], out + n * z.stats(), part.data());
-      if (x.kept(n)) reduce_segment(isa, x, n, i, p, args[n], parts.data() + (n * z.segments + i) * z.stats());
+  each(z, x.vocab, [&](Scratch& w, int64_t n, int64_t i) {
+    auto reduce = [&]<typename R>(const Tiles<R>& isa) {
+      if (!z.split) return reduce_row(isa, x, n, p, args[n], out + n * z.stats(), w);
+      double* part = parts.data() + (n * z.segments + i) * z.stats();
+      if (x.kept(n)) reduce_segment(isa, x, n, i, p, args[n], part, w.points<R>());
     };
     z.wide ? reduce(tiles<double>()) : reduce(tiles<float>());
   });
@@ -124,7 +125,7 @@ struct Gradient {
 
 inline void spread_all(const Batch& x, const Shape& z, const double* coef, const double* grad, int64_t step, int side,
                        const Gradient& to) {
-  each(z, x.vocab, [&](int64_t n, int64_t i) {
+  each(z, x.vocab, [&](Scratch&, int64_t n, int64_t i) {
     const int64_t first = z.split ? i * kSegment : 0, end = z.split ? std::min(z.width, first + kSegment) : z.width;
     char* out = to.data + n * to.row;
     const double *c = coef + n * z.coefs(), g = grad[n * step];
@@ -146,11 +147,12 @@ inline void step_rows(const Batch& x, const Shape& z, const Program& p, const Ar
     return spread_all(x, z, coef, g, 1, 0, to);
   }
   torch::stable::parallel_for(0, x.rows, grain(x.vocab), [&](int64_t lo, int64_t hi) {
-    std::vector<double> scratch(2 * p.registers() + 2 * z.stats() + z.coefs());
-    double *stats = scratch.data() + 2 * p.registers(), *part = stats + z.stats(), *c = part + z.stats();
+    Scratch w;
+    std::vector<double> scratch(2 * p.registers() + z.stats() + z.coefs());
+    double *stats = scratch.data() + 2 * p.registers(), *c = stats + z.stats();
     for (int64_t n = lo; n < hi; ++n) {
       auto row = [&](const auto& isa) {
-        reduce_row(isa, x, n, p, args[n], stats, part);
+        reduce_row(isa, x, n, p, args[n], stats, w);
         value[n] = value_and_coefs(p, args[n], stats, 1, 0, scratch.data(), c);
         spread_part(isa, x, n, int(z.K), c, g[n], 0, 0, z.width, to.stream, to.data + n * to.row);
       };

@@ -47,6 +47,9 @@ template <typename R> class PointSum {
   }
   const Exponent& exponent() const { return e_; }
   int flags() const { return flags_; }
+  bool single() const {  // of one row's logits, all of them, and no more than their means
+    return !is_mixture(e_.b, e_.a) && (e_.b != 0 || e_.a != 0) && !(flags_ & (SECOND | EXCLUDE));
+  }
   const Moments& close() {
     if (open_.z != 0) total_.merge(moments(open_, 0));
     open_ = {};
@@ -88,27 +91,52 @@ constexpr int64_t kSegment = 8 * kTile;
 inline int64_t segments(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
 
 template <typename R> double entry(const Tiles<R>& isa, const Batch& x, const Logits& logits, int64_t n, int64_t i) {
+  const char* at = logits.row(n) + logits.size() * i;
   R value, max;
-  isa.widen(logits.type, logits.row(n) + logits.size() * i, 1, &value, &max);
+  if (logits.type == Type::f32) value = *reinterpret_cast<const float*>(at);
+  else isa.widen(logits.type, at, 1, &value, &max);
   return x.mask && !x.mask[i] ? -INFINITY : value;
 }
+
+// A row's points, and what kernels want to know of them; kept from row to row, narrow ones would feel the allocation.
+template <typename R> struct Points {
+  std::vector<PointSum<R>> points;
+  std::vector<Exponent> e;
+  std::vector<int> flags;
+  std::vector<TileSums<R>> sums;
+  bool single = true;
+
+  void set(const Program& p, const double* args, bool teacher) {
+    points.clear(); e.clear(); flags.clear();
+    sums.resize(p.points());
+    single = true;
+    for (int k = 0; k < p.points(); ++k) {
+      points.emplace_back(Tilt(p, args, k), teacher ? p.flags(k) : p.flags(k) & ~MEAN_T);
+      e.push_back(points[k].exponent());
+      flags.push_back(points[k].flags());
+      single &= points[k].single();
+    }
+  }
+};
+struct Scratch {
+  std::vector<double> part;
+  Points<float> narrow;
+  Points<double> wide;
+  template <typename R> Points<R>& points() {
+    if constexpr (sizeof(R) == 4) return narrow;
+    else return wide;
+  }
+};
 
 // stats: (K + 1) x kStats, see kdkernels/ops.py.
 template <typename R>
 void reduce_segment(const Tiles<R>& isa, const Batch& x, int64_t n, int64_t segment, const Program& p,
-                    const double* args, double* stats) {
+                    const double* args, double* stats, Points<R>& w) {
   const int K = p.points();
   const int64_t label = x.labels ? x.labels[n] : -1, end = std::min(x.vocab, (segment + 1) * kSegment);
-  const bool teacher = x.t.data, in_memory = Tile<R>::can_stay(x);
-  std::vector<PointSum<R>> points;
-  std::vector<Exponent> e;
-  std::vector<int> flags;
-  std::vector<TileSums<R>> sums(K);
-  for (int k = 0; k < K; ++k) {
-    points.emplace_back(Tilt(p, args, k), teacher ? p.flags(k) : p.flags(k) & ~MEAN_T);
-    e.push_back(points[k].exponent());
-    flags.push_back(points[k].flags());
-  }
+  const bool teacher = x.t.data;
+  w.set(p, args, teacher);
+  const bool in_memory = w.single && Tile<R>::can_stay(x);
   Tile<R> tile;
   R s_max = -INFINITY, t_max = -INFINITY;
   // Pivots are the maxima of the segment so far: the sums then add up without exponentials.
@@ -125,17 +153,18 @@ void reduce_segment(const Tiles<R>& isa, const Batch& x, int64_t n, int64_t segm
     bool loaded = false, ready = false;
     if (in_memory && tile.look(isa, x, n, first, count, &s, &t)) {
       raise(s, t);
-      ready = isa.sums_through(x.s.type, tile.view, e.data(), flags.data(), K, sums.data());
+      isa.sums_through(x.s.type, tile.view, w.e.data(), w.flags.data(), K, w.sums.data());
+      ready = true;
     }
     for (int k = 0; k < K; ++k) {
-      if (ready && points[k].take(tile.view, sums[k])) continue;
+      if (ready && w.points[k].take(tile.view, w.sums[k])) continue;
       if (!loaded) {
         tile.load(isa, x, n, first, count);
         raise(tile.s_max, tile.t_max);
         special |= tile.special;
         loaded = true;
       }
-      points[k].add(isa, tile, label - first);
+      w.points[k].add(isa, tile, label - first);
     }
   }
   double* last = stats + K * kStats;
@@ -144,7 +173,7 @@ void reduce_segment(const Tiles<R>& isa, const Batch& x, int64_t n, int64_t segm
     last[0] = entry(isa, x, x.s, n, label);
     last[1] = teacher ? entry(isa, x, x.t, n, label) : last[0];
   }
-  for (int k = 0; k < K; ++k) reinterpret_cast<Moments*>(stats)[k] = points[k].close();
+  for (int k = 0; k < K; ++k) reinterpret_cast<Moments*>(stats)[k] = w.points[k].close();
   last[2] = s_max; last[3] = t_max; last[4] = 1; last[5] = special;
 }
 
@@ -166,14 +195,15 @@ inline void finish_row(int K, double* stats) {
 
 template <typename R>
 void reduce_row(const Tiles<R>& isa, const Batch& x, int64_t n, const Program& p, const double* args, double* stats,
-                double* part) {
+                Scratch& w) {
   if (!x.kept(n)) {
     std::fill(stats, stats + (p.points() + 1) * kStats, 0.);
     return;
   }
   for (int64_t i = 0; i < segments(x.vocab); ++i) {
-    reduce_segment(isa, x, n, i, p, args, i ? part : stats);
-    if (i) merge_segments(p.points(), stats, part, x.labels && x.labels[n] / kSegment == i);
+    w.part.resize((p.points() + 1) * kStats);
+    reduce_segment(isa, x, n, i, p, args, i ? w.part.data() : stats, w.points<R>());
+    if (i) merge_segments(p.points(), stats, w.part.data(), x.labels && x.labels[n] / kSegment == i);
   }
   finish_row(p.points(), stats);
 }

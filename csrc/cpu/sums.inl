@@ -29,9 +29,9 @@ template <bool U, bool V, typename R, typename Src, typename F> INLINE void each
     ((i + L <= x.n ? group(Group<1, J>{}, x.s + i, x.t + i, L, i), i += L : 0), ...);
   }(std::make_integer_sequence<int, kSums - 1>{});
   if (const int n = x.n - i) {
-    Src s[L]{}, t[L]{};
-    if (U) for (int j = 0; j < n; ++j) s[j] = x.s[i + j];
-    if (V) for (int j = 0; j < n; ++j) t[j] = x.t[i + j];
+    Src s[L], t[L];
+    if (U) copy_some(x.s + i, n, s);
+    if (V) copy_some(x.t + i, n, t);
     group(Group<1, kSums - 1>{}, s, t, n, i);
   }
 }
@@ -126,13 +126,9 @@ static void ordinary_sums(const View<R, Src>& x, const Exponent* e, const int* f
 }
 
 template <typename R>
-static bool sums_through(Type type, const View<R>& x, const Exponent* e, const int* flags, int K, TileSums<R>* out) {
-  for (int k = 0; k < K; ++k) {
-    const Kind kind = kind_of(e[k]);
-    if ((kind != STUDENT && kind != TEACHER) || flags[k] & (SECOND | EXCLUDE)) return false;
-  }
+static void sums_through(Type type, const View<R>& x, const Exponent* e, const int* flags, int K, TileSums<R>* out) {
   if constexpr (sizeof(R) == 4) {
-    if (type == Type::bf16) return ordinary_sums(in_memory<Bf16>(x), e, flags, K, out), true;
+    if (type == Type::bf16) return ordinary_sums(in_memory<Bf16>(x), e, flags, K, out);
   }
-  return ordinary_sums(in_memory<R>(x), e, flags, K, out), true;
+  ordinary_sums(in_memory<R>(x), e, flags, K, out);
 }

@@ -34,9 +34,9 @@ template <typename R> struct Tiles {
   double (*top)(const View<R>&, const Exponent&);
   // sums of w, w u, w v (and second moments), w = 2^exponent; x: scratch, 2 kTile
   TileSums<R> (*sums)(const View<R>&, const Exponent&, int flags, bool special, R* x);
-  // `peak` and `sums` of what is in memory, nothing special and no label left out; false where points do not allow it
+  // `peak`, and the sums of K single terms, of what is in memory, nothing special and no label left out
   bool (*look)(Type, const void* x, int n, R* max);
-  bool (*sums_through)(Type, const View<R>&, const Exponent*, const int* flags, int K, TileSums<R>*);
+  void (*sums_through)(Type, const View<R>&, const Exponent*, const int* flags, int K, TileSums<R>*);
   // out (+)= the gradient's terms at K points (coef: K x kCoefs) times g, labels left aside; `first` overwrites
   void (*spread)(const View<R>&, const double* coef, int K, double g, bool special, bool first, R* x, R* out);
   // the same from memory to memory, nothing special and no label, if types and points allow; else false
