@@ -111,7 +111,8 @@ def check(loss: Loss, student, teacher, labels, row_weight, temperature, vocab_s
         labels = _like("labels", labels, student)
         if labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex():
             raise TypeError(f"labels must be integers, got {labels.dtype} of shape {tuple(labels.shape)}")
-        labels = (labels if labels.dim() == 1 else labels.reshape(-1)).to(torch.int64).contiguous()
+        if labels.dim() != 1 or labels.dtype != torch.int64 or not labels.is_contiguous():  # each costs a small batch
+            labels = labels.reshape(-1).to(torch.int64).contiguous()
     if row_weight is not None:
         row_weight = _like("row_weight", row_weight, student)
         _constant("row_weight", row_weight)

@@ -135,12 +135,9 @@ template <typename R> struct Extremes {
   }
   INLINE_MEMBER void see(int k, Vec<R> v) { high[k] = max_<R>(v, high[k]); low[k] = min_<R>(v, low[k]); }
   bool result(R* max) const {
-    R h = high[0][0], l = low[0][0];
-    for (int k : {0, 1})
-      for (int j = 0; j < kLanes<R>; ++j) {
-        h = high[k][j] > h ? high[k][j] : h;
-        l = low[k][j] < l ? low[k][j] : l;
-      }
+    const auto larger = [](R a, R b) { return a > b ? a : b; };
+    const R h = folded<R>(max_<R>(high[0], high[1]), larger);
+    const R l = folded<R>(min_<R>(low[0], low[1]), [&](R a, R b) { return -larger(-a, -b); });
     *max = h;
     return !(l >= -kHuge && h <= kHuge);
   }

@@ -48,8 +48,8 @@ struct Args {
   const double* operator[](int64_t n) const { return data + n * stride; }
 };
 
-// A chunk of rows is worth a thread from about 32k classes on.
-inline int64_t grain(int64_t vocab) { return 1 + (1 << 15) / vocab; }
+// A chunk of rows is worth a thread from about 32k classes on; what a row costs apart from them is worth 1024.
+inline int64_t grain(int64_t vocab) { return 1 + (1 << 15) / (vocab + 1024); }
 // Below this many rows their segments are shared among the threads as well; the bits are the same either way.
 constexpr int64_t kFewRows = 64;
 // The narrowest rows too are computed in double: with few classes the rounding of single weights does not average out.

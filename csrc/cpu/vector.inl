@@ -66,14 +66,21 @@ template <typename R> INLINE Vec<R> some(Vec<R> v, int n) {  // 0 from lane n on
   save_some<R>(part, n, v);
   return load(part);
 }
+// The lanes of v, folded in halves: few of them wait for each other.
+template <typename R, typename V, typename F> INLINE R folded(const V& v, F f) {
+  constexpr int n = sizeof(V) / sizeof(R);
+  R lanes[n];
+  __builtin_memcpy(lanes, &v, sizeof v);
+  for (int half = n / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = f(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
 // Several accumulators: short sums then hardly round, and long ones do not wait for each other.
 constexpr int kSums = kBytes >= 32 ? 4 : 8;
 template <typename R, int N> INLINE double total(const Vec<R> (&v)[N]) {
   typename VectorOf<R>::wide sum{};
   for (const Vec<R>& x : v) sum += __builtin_convertvector(x, typename VectorOf<R>::wide);
-  double out = 0;
-  for (int i = 0; i < kLanes<R>; ++i) out += sum[i];
-  return out;
+  return folded<double>(sum, [](double a, double b) { return a + b; });
 }
 
 // v > w ? v : w and v < w ? v : w (so a NaN in v is passed over), for which gcc would need -ffast-math to find the
