@@ -1,7 +1,7 @@
 """The catalogue against the textbook, on every backend, in every dtype."""
 
 import pytest
-from accuracy import BACKENDS, BF16, F16, F32, F64, batch, faults, run
+from accuracy import BACKENDS, BF16, F16, F32, F64, ON_BACKENDS, batch, faults, run
 from textbook import CASES
 
 import kdkernels as kd
@@ -66,3 +66,11 @@ def test_triton_agrees_with_the_textbook(case, dtypes):
             run(case, "triton", rows)
         return
     check(case, "triton", dtypes, {"small": dict(N=3, V=37, scale=4.0)})
+
+
+@pytest.mark.parametrize("case", [c for backend, c in ON_BACKENDS if backend == "triton"], ids=str)
+def test_triton_agrees_in_every_regime(case, request):
+    """Few rows: the interpreter is slow."""
+    if str(case) == "TAIDLoss-tau=0.4":  # where one class has all of a mixture, float32 exponents lose to log_softmax
+        request.applymarker(pytest.mark.xfail(reason="saturated mixture", raises=AssertionError, strict=True))
+    check(case, "triton", (F32, F32), {name: {**regime, "N": 8} for name, regime in REGIMES.items()})
