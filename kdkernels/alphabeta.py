@@ -76,7 +76,7 @@ class AlphaBetaLoss(Loss):
             line = _merged((x + (y - x) * at, weight) for at, weight in _GAUSS)
         if max(x, y, z) - min(x, y, z) < _REACH:
             triangle = _merged((i * x + j * y + k * z, weight) for (i, j, k), weight in _RADON)
-        return line if x != y or not triangle or z != y else {}, triangle
+        return ({} if x == y == z else line), triangle
 
     def _at(self, x: float) -> Point:
         return Point(student=self.alpha + self.beta - x, teacher=x)

@@ -31,7 +31,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _logits(name: str, x) -> None:
+def check_logits(name: str, x) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
@@ -80,7 +80,7 @@ def check(loss: Loss, student, teacher, labels, row_weight, temperature, vocab_s
     Raises:
         TypeError, ValueError: naming the argument, its shape and what was expected.
     """
-    _logits("student_logits", student)
+    check_logits("student_logits", student)
     width = student.shape[-1]
     if vocab_size is not None:
         if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
@@ -93,7 +93,7 @@ def check(loss: Loss, student, teacher, labels, row_weight, temperature, vocab_s
         if loss._uses.teacher:
             raise ValueError(f"{type(loss).__name__} needs teacher_logits")
     else:
-        _logits("teacher_logits", teacher)
+        check_logits("teacher_logits", teacher)
         fits = teacher.shape == student.shape or (
             vocab_size is not None and teacher.shape[:-1] == student.shape[:-1] and teacher.shape[-1] >= vocab_size
         )

@@ -36,7 +36,7 @@ def power_sum(logits: Tensor, gamma: float) -> Tensor:
 def power_transform(logits: Tensor, gamma: float) -> Tensor:
     """softmax(gamma * logits), (..., V) -> (..., V): p_i^gamma / sum_j p_j^gamma. [Zheng & Yang 2024, eq. 9]"""
     check_number("gamma", gamma, least=0)
-    call._logits("logits", logits)
+    call.check_logits("logits", logits)
     if gamma == 0:  # ignores even -inf
         logits = torch.where(logits == -torch.inf, 0.0, logits)
     return torch.softmax(gamma * logits, -1)

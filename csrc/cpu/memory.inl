@@ -38,17 +38,17 @@ INLINE uint16_t to_half(float x) {  // round to nearest even
   return uint16_t(sign | (u >= 0x47800000u ? big : u < 0x38800000u ? small : normal));
 }
 
-template <bool Bf16> INLINE Vec<float> load_half(const uint16_t* x) {
+template <bool IsBf16> INLINE Vec<float> load_half(const uint16_t* x) {
 #if defined(KD_AVX512)
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-  if constexpr (Bf16) return Vec<float>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  if constexpr (IsBf16) return Vec<float>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
   else return _mm512_cvtph_ps(h);
 #elif defined(KD_AVX2)
   const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-  if constexpr (Bf16) return Vec<float>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+  if constexpr (IsBf16) return Vec<float>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
   else return _mm256_cvtph_ps(h);
 #else
-  return Vec<float>{widen(x[0], Bf16), widen(x[1], Bf16), widen(x[2], Bf16), widen(x[3], Bf16)};
+  return Vec<float>{widen(x[0], IsBf16), widen(x[1], IsBf16), widen(x[2], IsBf16), widen(x[3], IsBf16)};
 #endif
 }
 
@@ -197,18 +197,18 @@ template <typename R> static bool look(Type type, const void* x, int n, R* max) 
   return peak(static_cast<const R*>(x), n, max);
 }
 
-template <bool Bf16> static bool widen_half(const uint16_t* x, int n, float* out, float* max) {
+template <bool IsBf16> static bool widen_half(const uint16_t* x, int n, float* out, float* max) {
   constexpr int L = kLanes<float>;
   Extremes<float> all;
   int i = 0;
   for (; i + 2 * L <= n; i += 2 * L)
     for (int k : {0, 1}) {
-      const Vec<float> v = load_half<Bf16>(x + i + k * L);
+      const Vec<float> v = load_half<IsBf16>(x + i + k * L);
       save(out + i + k * L, v);
       all.see(k, v);
     }
   for (; i < n; ++i) {
-    out[i] = widen(x[i], Bf16);
+    out[i] = widen(x[i], IsBf16);
     all.see(0, Vec<float>{} + out[i]);
   }
   return all.result(max);

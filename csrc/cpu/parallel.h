@@ -34,7 +34,9 @@ inline int instruction_set() {
 }
 template <typename R> const Tiles<R>& tiles();
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PICK(t) static const auto& x = *std::array{&base::t, &avx2::t, &avx512::t, &avx512_bf16::t}[instruction_set()]; return x
+#define PICK(t) \
+  static const auto& x = *std::array{&base::t, &avx2::t, &avx512::t, &avx512_bf16::t}[instruction_set()]; \
+  return x
 #else
 #define PICK(t) return base::t
 #endif

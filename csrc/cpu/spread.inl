@@ -1,4 +1,5 @@
 // The gradient of a tile.
+
 // What a point adds to the gradient: w (c[0] + c[1] u + c[2] v + c[3] u^2 + c[4] u v + c[5] v^2).
 template <typename R> struct Term {
   Exponent e;

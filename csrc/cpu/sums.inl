@@ -1,4 +1,5 @@
 // The sums of a tile's weights.
+
 // Vectors that are worked on side by side, and the accumulators they add to.
 template <int Size, int Slot> struct Group { static constexpr int size = Size, slot = Slot; };
 
@@ -82,6 +83,16 @@ static void pair_sums(const View<R, Src>& x, const Exponent& q, const Exponent& 
   if (M != NEITHER) { out[M == TEACHER].s = total<R>(s); out[M == TEACHER].t = total<R>(t); }
 }
 
+template <typename R, typename Src>
+static TileSums<R> unmixed_sums(const View<R, Src>& x, const Exponent& e, int flags) {
+  switch (kind_of(e) << 2 | ((flags & MEAN_S) != 0) << 1 | ((flags & MEAN_T) != 0)) {
+#define CASE(k) case k: return fast_sums<R, Kind((k) >> 2), ((k) >> 1 & 1) != 0, ((k) & 1) != 0>(x, e);
+    CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11)
+#undef CASE
+  }
+  return {};
+}
+
 template <typename R>
 static TileSums<R> sums(const View<R>& x, const Exponent& e, int flags, bool special, R* scratch) {
   const Kind kind = kind_of(e);
@@ -90,12 +101,7 @@ static TileSums<R> sums(const View<R>& x, const Exponent& e, int flags, bool spe
     weights(x, e, scratch);
     return kind == MIXED ? careful_sums<double>(x, scratch, second) : careful_sums<R>(x, scratch, second);
   }
-  switch (kind << 2 | ((flags & MEAN_S) != 0) << 1 | ((flags & MEAN_T) != 0)) {
-#define CASE(k) case k: return fast_sums<R, Kind((k) >> 2), ((k) >> 1 & 1) != 0, ((k) & 1) != 0, R>(x, e);
-    CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#undef CASE
-  }
-  return {};
+  return kind == MIXED ? fast_sums<R, MIXED, false, false>(x, e) : unmixed_sums(x, e, flags);
 }
 
 // What is in memory, where a tile's own copy is not wanted.
@@ -116,13 +122,7 @@ static void ordinary_sums(const View<R, Src>& x, const Exponent* e, const int* f
     else if (!of_p) pair_sums<STUDENT>(x, e[0], e[1], out);
     k = of_q && of_p ? 0 : 2;
   }
-  for (; k < K; ++k) {
-    switch (kind_of(e[k]) << 2 | ((flags[k] & MEAN_S) != 0) << 1 | ((flags[k] & MEAN_T) != 0)) {
-#define CASE(j) case j: out[k] = fast_sums<R, Kind((j) >> 2), ((j) >> 1 & 1) != 0, ((j) & 1) != 0>(x, e[k]); break;
-      CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11)
-#undef CASE
-    }
-  }
+  for (; k < K; ++k) out[k] = unmixed_sums(x, e[k], flags[k]);
 }
 
 template <typename R>

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
+#include <utility>
 
 #include "tiles.h"
 
@@ -52,7 +52,7 @@ template <typename R> class Tile {
   }
 
   // The same, loaded. What needs no conversion is read where it is.
-  // `look` for -inf and the maxima, or take it that there is none of the former and nobody wants the latter.
+  // `look` for special entries and the maxima, or take it that there are none and nobody wants them.
   void load(const Tiles<R>& isa, const Batch& x, int64_t row, int64_t first, int count, bool look = true) {
     const bool teacher = x.t.data;
     find(x, row, first, count);

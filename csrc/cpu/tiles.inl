@@ -71,7 +71,7 @@ template <typename E, typename R> static TileSums<R> careful_sums(const View<R>&
   return {z, s, t, ss, st, tt};
 }
 
-// A single term with a positive coefficient is heaviest at the maximum and needs no double; others go through `mixed`.
+// A single term with a positive coefficient is heaviest at the maximum and needs no double; a mixture's exponent does.
 enum Kind { NEITHER, STUDENT, TEACHER, MIXED };
 INLINE Kind kind_of(const Exponent& e) { return is_mixture(e.b, e.a) ? MIXED : Kind((e.b != 0) | (e.a != 0) << 1); }
 
