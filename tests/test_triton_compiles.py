@@ -28,7 +28,7 @@ def _variants():
     from kdkernels.backends.triton_elements import reduce_kernel, spread_kernel
     from kdkernels.backends.triton_rows import rows_kernel
 
-    some = dict(HAS_TEACHER=True, HAS_LABEL=True, HAS_MASK=False, BLOCK=4096)
+    some = dict(HAS_TEACHER=True, HAS_LABEL=True, HAS_MASK=False, BLOCK=2048)
     for dtype in ("fp32", "bf16"):
         for align in (16, 1):
             for points, second in ((2, False), (5, False), (4, True)):

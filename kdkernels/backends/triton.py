@@ -28,7 +28,7 @@ from .triton_rows import rows_kernel
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICES = ("cuda", "xpu", "cpu") if INTERPRETED else ("cuda", "xpu")
 FLOAT64 = False
-MAX_BLOCK, ROWS = 4096, 32
+MAX_BLOCK, ROWS = 2048, 32
 
 
 def unavailable() -> str | None:
@@ -66,7 +66,7 @@ def _rows(x: Tensor | None, other: Tensor):
 def _config(width: int, *multiples: int) -> dict:
     """Tile and warps from the width alone; ALIGN promises that masks are constant over 16 classes (wide loads)."""
     block = min(MAX_BLOCK, triton.next_power_of_2(width))
-    return {"ALIGN": math.gcd(16, width, *multiples), "BLOCK": block, "num_warps": max(1, min(8, block // 512))}
+    return {"ALIGN": math.gcd(16, width, *multiples), "BLOCK": block, "num_warps": max(1, block // 256)}
 
 
 @torch.library.custom_op("kdkernels::triton_reduce", mutates_args=())

@@ -74,12 +74,32 @@ def _merge(m, z, S, T, ss, st, tt, m2, z2, S2, T2, ss2, st2, tt2):
 
 
 @triton.jit
-def _weights(u, v, use, b, a):
-    """Top of x = b u + a v over the classes in use, and exp(x - top); all weights are 0 where the top is -inf."""
+def _pivot(x, at, otherwise):
+    """The element at an index, unless it is infinite."""
+    found = tl.max(tl.where(tl.arange(0, x.shape[0]) == at, x, -INF), 0)
+    return tl.where(tl.abs(found) < INF, found, otherwise)
+
+
+@triton.jit
+def _weights(s, t, s0, t0, use, b, a):
+    """Top of x = b u + a v over the classes in use, exp(x - top), u = s - s0, v = t - t0, and the pivots s0, t0.
+
+    All weights are 0 where the top is -inf. The heaviest classes of a mixture may be light in both rows, x then large
+    and rounded: the pivots move to the heaviest class, and x is computed in float64.
+    """
+    u, v = tl.where(use, s - s0, 0.0), tl.where(use, t - t0, 0.0)
     x = tl.where(use, _times(b.to(tl.float32), u) + _times(a.to(tl.float32), v), -INF)
     top = tl.max(x, 0)
     peak = tl.where(top == -INF, 0.0, top)
-    return top, tl.where(x == peak, 1.0, tl.exp(x - peak))
+    if ((top < -4) | (b < 0) | (a < 0)) & (tl.abs(top) < INF):
+        at = tl.argmax(x, 0)
+        s0, t0 = _pivot(s, at, s0), _pivot(t, at, t0)
+        u, v = tl.where(use, s - s0, 0.0), tl.where(use, t - t0, 0.0)
+        exact = _times(b, s.to(tl.float64) - s0.to(tl.float64)) + _times(a, t.to(tl.float64) - t0.to(tl.float64))
+        x = tl.where(use, exact.to(tl.float32), -INF)
+        top = tl.max(x, 0)
+        peak = top
+    return top, tl.where(x == peak, 1.0, tl.exp(x - peak)), u, v, s0, t0
 
 
 @triton.jit(do_not_specialize=["args_row", "B", "vocab", "ignore"])
@@ -113,25 +133,24 @@ def reduce_kernel(
         t0 = tl.max(tl.where(live & (t > -INF), t, -INF), 0)
         smax, tmax = tl.maximum(smax, s0), tl.maximum(tmax, t0)
         s0, t0 = tl.where(s0 == -INF, 0.0, s0), tl.where(t0 == -INF, 0.0, t0)
-        u, v = tl.where(live, s - s0, 0.0), tl.where(live, t - t0, 0.0)
         m2, z2, S2, T2, ss2, st2, tt2 = zero - INF, zero, zero, zero, zero, zero, zero
         for k in tl.static_range(K):
             flags = tl.load(program_ptr + 4 + k).to(tl.int32)
             b, a = _scaled(args_ptr, flags, k)
             use = live & ((cols != y) | ((flags & 4) == 0))
-            top, w = _weights(u, v, use, b, a)
+            top, w, u, v, s_at, t_at = _weights(s, t, s0, t0, use, b, a)
             weight = tl.sum(w, 0)
             scale = tl.where(weight > 0, 1.0 / tl.where(weight > 0, weight, 1.0), 0.0)
-            base = _times(b, s0.to(tl.float64)) + _times(a, t0.to(tl.float64))
+            base = _times(b, s_at.to(tl.float64)) + _times(a, t_at.to(tl.float64))
             m2 = tl.where(lane == k, top.to(tl.float64) + base, m2)
             z2 = tl.where(lane == k, weight.to(tl.float64), z2)
             U, V = weight * 0.0, weight * 0.0
             if (flags & 8) != 0:
                 U = _mean(w, u, scale)
-                S2 = tl.where(lane == k, s0.to(tl.float64) + U.to(tl.float64), S2)
+                S2 = tl.where(lane == k, s_at.to(tl.float64) + U.to(tl.float64), S2)
             if (flags & 16) != 0:
                 V = _mean(w, v, scale)
-                T2 = tl.where(lane == k, t0.to(tl.float64) + V.to(tl.float64), T2)
+                T2 = tl.where(lane == k, t_at.to(tl.float64) + V.to(tl.float64), T2)
             if SECOND:  # noqa: SIM102  (known when compiling; the flags are not)
                 if (flags & 32) != 0:
                     d, e = u - U, v - V
@@ -160,6 +179,19 @@ def reduce_kernel(
     tl.store(out_ptr + 4, keep.to(tl.float64))
 
 
+@triton.jit
+def _slope(c, u, v, use):
+    """exp(b u + a v + lam) (c0 + c1 u + c2 v + c3 u^2 + c4 u v + c5 v^2), exponent and sum in the dtype of u."""
+    lam, b, a = tl.load(c).to(u.dtype), tl.load(c + 1).to(u.dtype), tl.load(c + 2).to(u.dtype)
+    c0, c1, c2 = tl.load(c + 3).to(u.dtype), tl.load(c + 4).to(u.dtype), tl.load(c + 5).to(u.dtype)
+    c3, c4, c5 = tl.load(c + 6).to(u.dtype), tl.load(c + 7).to(u.dtype), tl.load(c + 8).to(u.dtype)
+    h = c0 + _times(c1, u) + _times(c2, v)
+    if (c3 != 0) | (c4 != 0) | (c5 != 0):
+        h += _times(c3, u * u) + _times(c4, u * v) + _times(c5, v * v)
+    pi = tl.where(use, tl.exp((_times(b, u) + _times(a, v) + lam).to(tl.float32)), 0.0)
+    return _times(pi.to(u.dtype), h)
+
+
 @triton.jit(do_not_specialize=["B", "vocab", "width", "grad_row", "K"])
 def spread_kernel(
     grad_ptr, s_ptr, t_ptr, label_ptr, mask_ptr, coef, out_ptr, s_a, s_b, t_a, t_b, B, vocab, width, grad_row, K,
@@ -183,17 +215,12 @@ def spread_kernel(
     d = tl.where(cols == y, slope, 0.0)
     for k in range(K):
         c = coef + k * COEFS
-        c0, c1, c2 = tl.load(c + 3).to(tl.float32), tl.load(c + 4).to(tl.float32), tl.load(c + 5).to(tl.float32)
-        c3, c4, c5 = tl.load(c + 6).to(tl.float32), tl.load(c + 7).to(tl.float32), tl.load(c + 8).to(tl.float32)
-        second = (c3 != 0) | (c4 != 0) | (c5 != 0)
-        if (c0 != 0) | (c1 != 0) | (c2 != 0) | second:
-            use = live & ((cols != y) | (tl.load(c + 9).to(tl.int32) == 0))
-            x = _times(tl.load(c + 1).to(tl.float32), u) + _times(tl.load(c + 2).to(tl.float32), v)
-            pi = tl.where(use, tl.exp(x + tl.load(c).to(tl.float32)), 0.0)
-            h = c0 + _times(c1, u) + _times(c2, v)
-            if second:
-                h += _times(c3, u * u) + _times(c4, u * v) + _times(c5, v * v)
-            d += _times(pi, h)
+        use = live & ((cols != y) | (tl.load(c + 9).to(tl.int32) == 0))
+        if (tl.load(c) > 4) | (tl.load(c + 1) < 0) | (tl.load(c + 2) < 0):  # exponents are large: see _weights
+            u2, v2 = s.to(tl.float64) - tl.load(last + 1), t.to(tl.float64) - tl.load(last + 2)
+            d += _slope(c, tl.where(use, u2, 0.0), tl.where(use, v2, 0.0), use).to(tl.float32)
+        else:
+            d += _slope(c, u, v, use)
     d = tl.where(live, d * tl.load(grad_ptr + n * grad_row).to(tl.float32), 0.0)
     d = tl.where(cols < limit, d + tl.where(slope != slope, NAN, 0.0), d)
     tl.store(out_ptr + n * width + cols, d.to(out_ptr.dtype.element_ty), mask=cols < width)
