@@ -221,7 +221,7 @@ class Loss(nn.Module, metaclass=_PostInit):
         rows = call.check(self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
         call.check_out(self, out, rows.student, rows.teacher)
         backend, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
-        if backend.OPERATORS is None or backend.OPERATORS[-1] is None:
+        if backend.OPERATORS is None or backend.OPERATORS.step is None:
             with torch.enable_grad():
                 leaf = student_logits.detach().requires_grad_()
                 extra = dict(row_weight=row_weight, num_items=num_items, temperature=temperature)

@@ -23,6 +23,8 @@ program = [K, R, 0, output register], K flags, R instructions (op, a, b, c, cons
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +32,17 @@ from torch import Tensor
 from .call import apply_factor, dense, factor, result_dtype
 
 STATS, COEFS = 7, 10
+
+
+class Operators(NamedTuple):
+    """What a backend offers. `rescale(gradient, factor)`: factor * gradient in place, or None: make it again."""
+
+    reduce: Callable
+    rows: Callable
+    spread: Callable
+    step: Callable | None = None
+    step_out: Callable | None = None
+    rescale: Callable | None = None
 
 
 def _refuse(ctx, *grads):
@@ -92,15 +105,15 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, args, labels, mask, weight, divisor, program, operators, vocab, ignore, per_row):
-        reduce, rows, _, step, _ = ctx.operators = operators
+        ctx.operators, step = operators, operators.step
         wants, ctx.gradient, coef = ctx.needs_input_grad, None, None
         s, t = dense(student), None if teacher is None else dense(teacher)
         half = student.dtype == torch.float16
         if step and wants[0] and not (wants[1] or wants[2] or per_row or half or torch.compiler.is_compiling()):
             value, ctx.gradient = step(s, t, labels, mask, args, program, weight, divisor, vocab, ignore)
         else:
-            stats = reduce(s, t, labels, mask, args, program, vocab, ignore)
-            value, coef = rows(stats, args, program, 2 if wants[1] else 1)
+            stats = operators.reduce(s, t, labels, mask, args, program, vocab, ignore)
+            value, coef = operators.rows(stats, args, program, 2 if wants[1] else 1)
             value = apply_factor(value, factor(weight, divisor, labels, ignore, student), labels, ignore)
             value = (value.view(student.shape[:-1]) if per_row else value.sum()).to(result_dtype(student))
         ctx.save_for_backward(student, teacher, args, labels, mask, weight, coef, program)
@@ -110,8 +123,10 @@ class RowLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         ready, ctx.gradient = ctx.gradient, None  # it is the caller's from here on, who may write to it
-        if ready is not None and not torch.is_grad_enabled() and (scaled := _scaled(ready, grad.item())) is not None:
-            return scaled if scaled.shape == ctx.shape else scaled.view(ctx.shape), *(None,) * 11
+        if ready is not None and not torch.is_grad_enabled():
+            scaled = ctx.operators.rescale(ready, grad)
+            if scaled is not None:
+                return scaled if scaled.shape == ctx.shape else scaled.view(ctx.shape), *(None,) * 11
         student, teacher, args, labels, mask, weight, coef, program = ctx.saved_tensors
         reduce, rows, spread, *_ = ctx.operators
         grad = grad.reshape(-1).to(torch.float64) * factor(weight, ctx.divisor, labels, ctx.ignore, student)
@@ -132,8 +147,9 @@ class RowLoss(torch.autograd.Function):
         return (*out, *(None,) * 9)
 
 
-def _scaled(gradient: Tensor, factor: float) -> Tensor | None:
-    """factor * gradient, in place; None where that would round a narrow dtype twice, or give rows left out inf * 0."""
+def rescale(gradient: Tensor, grad: Tensor) -> Tensor | None:
+    """grad * gradient, in place; None where that would round a narrow dtype twice, or give rows left out inf * 0."""
+    factor = grad.item()
     if factor == 1:
         return gradient
     if not math.isfinite(factor):
@@ -144,7 +160,7 @@ def _scaled(gradient: Tensor, factor: float) -> Tensor | None:
 
 def value_and_grad(operators, rows, args, weight, divisor, code, ignore, out):
     """(sum of the weighted row losses, gradient of the student's logits), without a graph, by `step`."""
-    *_, step, step_out = operators
+    step, step_out = operators.step, operators.step_out
     student, teacher = dense(rows.student), None if rows.teacher is None else dense(rows.teacher)
     inputs = (student, teacher, rows.labels, rows.mask, args, code, weight, divisor, rows.vocab, ignore)
     to = None if out is None else dense(out)

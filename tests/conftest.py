@@ -8,6 +8,11 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
+if not torch.cuda.is_available():
+    import emulated  # imports kdkernels
+
+    emulated.install()
+
 QUIET = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors])
 settings.register_profile("ci", derandomize=True, max_examples=12, database=None, **QUIET)
 settings.register_profile("long", max_examples=500, **QUIET)

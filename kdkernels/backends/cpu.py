@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..ops import Operators, register, rescale
 from . import calls
 
 DEVICES = ("cpu",)
@@ -21,8 +22,6 @@ def _load() -> str | None:
     if not LIBRARY.exists():
         return f"{LIBRARY} is not built; reinstall kdkernels (pip install .) with a C++ compiler"
     torch.ops.load_library(str(LIBRARY))
-    from ..ops import register
-
     register("")
     return None
 
@@ -66,5 +65,5 @@ def _checked(launch):
     return checked
 
 
-OPERATORS = (_checked(_counted("reduce")), _counted("rows"), _counted("spread"), _checked(_counted("step")),
-             _checked(_counted("step_out")))  # fmt: skip
+OPERATORS = Operators(_checked(_counted("reduce")), _counted("rows"), _counted("spread"), _checked(_counted("step")),
+                      _checked(_counted("step_out")), rescale)  # fmt: skip

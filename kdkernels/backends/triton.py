@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops import COEFS, STATS, register
+from ..ops import COEFS, STATS, Operators, register
 from . import calls
 from .triton_elements import reduce_kernel, spread_kernel
 from .triton_rows import rows_kernel
@@ -125,4 +125,4 @@ def spread(grad: Tensor, student: Tensor, teacher: Tensor | None, labels: Tensor
 
 
 register("triton_")
-OPERATORS = (reduce, rows, spread, None, None)
+OPERATORS = Operators(reduce, rows, spread)

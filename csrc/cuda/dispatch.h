@@ -1,0 +1,102 @@
+// From a task to a kernel of its dtypes and its number of points. Included by one source file for each dtype.
+#pragma once
+#include "cluster.h"
+#include "passes.h"
+
+namespace kd::gpu {
+
+inline int round_up(int64_t x, int unit) { return int((x + unit - 1) / unit * unit); }
+// A thread for each pack, 512 at most: a function of the width alone, so that results repeat to the bit.
+inline int threads_for(int64_t width) {
+  const int64_t packs = width / kPack + 2;
+  return packs < 512 ? round_up(packs, 32) : 512;
+}
+
+template <typename P> int launch_rows(void (*kernel)(P), const P& task, int64_t rows, int64_t width, void* stream) {
+  const Problem& p = task.problem;
+  Shape z{0, threads_for(width), Memory::bytes(p.points(), p.length(), p.count, false), 1};
+  if (int error = prepare(kernel, z.shared, false)) return error;
+  const int64_t most = int64_t(device().processors) * resident(kernel, z.threads, z.shared);
+  z.blocks = int(rows < most ? rows : most);
+  return z.blocks ? launch(kernel, z, stream, task) : 0;
+}
+
+// Points of a sweep that a kernel exists for: the fewest that hold K.
+template <typename F> int with_points(int K, F f) {
+  if (K <= 2) return f(std::integral_constant<int, 2>());
+  if (K <= 4) return f(std::integral_constant<int, 4>());
+  return f(std::integral_constant<int, kMaxPoints>());
+}
+
+template <typename S, typename T> int reduce_as(const ReduceTask& task, void* stream) {
+  return with_points(task.problem.points(), [&](auto K) {
+    return launch_rows(reduce_kernel<S, T, K>, task, task.problem.rows, task.problem.vocab, stream);
+  });
+}
+// The smallest cluster whose shared memory holds two rows or more, or else one; false where none does.
+template <typename S, typename T> bool fits_cluster(const StepTask& step, ClusterTask* task, Shape* z) {
+  const Problem& p = step.problem;
+  const int small = Memory::bytes(p.points(), p.length(), p.count, true);
+  const int64_t packs = (step.out.width + 2 * kPack - 2) / kPack;
+  for (int rows : {2, 1})
+    for (int ranks = 1; ranks <= kMaxRanks; ranks *= 2) {
+      const int64_t slice = (packs + ranks - 1) / ranks;
+      if (slice > (1 << 20) / kPack / 4) continue;
+      const int stage = round_up(Stage<S, T>::bytes(int(slice)), 128);
+      const int stages = (device().shared - small) / stage;
+      if (stages < rows) continue;
+      *task = {step, int(slice), stages < kStages ? stages : kStages, stage};
+      *z = {0, threads_for(slice * kPack), small + task->stages * stage, ranks};
+      return true;
+    }
+  return false;
+}
+
+template <typename S, typename T, int K> int cluster_as(const StepTask& step, void* stream) {
+  ClusterTask task;
+  Shape z;
+  if (!fits_cluster<S, T>(step, &task, &z)) return -1;
+  auto* kernel = cluster_kernel<S, T, K>;
+  if (int error = prepare(kernel, z.shared, z.cluster > 8)) return error;
+  const int64_t most = z.cluster > 1 ? resident_clusters(kernel, z)
+                                     : int64_t(device().processors) * resident(kernel, z.threads, z.shared);
+  if (!most) return -1;
+  z.blocks = int(step.problem.rows < most ? step.problem.rows : most) * z.cluster;
+  return z.blocks ? launch(kernel, z, stream, task) : 0;
+}
+
+template <typename S, typename T> int step_as(const StepTask& task, int form, void* stream) {
+  return with_points(task.problem.points(), [&](auto K) {
+    if (form == 2 || (form == 0 && device().major >= 9))
+      if (int error = cluster_as<S, T, K>(task, stream); error >= 0) return error;
+    return launch_rows(step_kernel<S, T, K>, task, task.problem.rows, task.out.width, stream);
+  });
+}
+
+// Student and teacher of dtype X, or the one named by the operation, and the other of any.
+template <typename X> struct Dtype {
+  static int reduce(const ReduceTask& task, bool same, void* stream) {
+    return same ? reduce_as<X, X>(task, stream) : reduce_as<X, Any>(task, stream);
+  }
+  static int step(const StepTask& task, bool same, int form, void* stream) {
+    return same ? step_as<X, X>(task, form, stream) : launch_mixed(task, stream);
+  }
+  static int launch_mixed(const StepTask& task, void* stream) {
+    return with_points(task.problem.points(), [&](auto K) {
+      return launch_rows(step_kernel<X, Any, K>, task, task.problem.rows, task.out.width, stream);
+    });
+  }
+  static int spread(const SpreadTask& task, bool same, void* stream) {
+    const int64_t rows = task.problem.rows, width = task.out.width;
+    if (task.side == 0)
+      return same ? launch_rows(spread_kernel<X, X, 0>, task, rows, width, stream)
+                  : launch_rows(spread_kernel<X, Any, 0>, task, rows, width, stream);
+    return same ? launch_rows(spread_kernel<X, X, 1>, task, rows, width, stream)
+                : launch_rows(spread_kernel<Any, X, 1>, task, rows, width, stream);
+  }
+};
+extern template struct Dtype<float>;
+extern template struct Dtype<F16>;
+extern template struct Dtype<BF16>;
+
+}  // namespace kd::gpu

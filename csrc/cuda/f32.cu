@@ -1,0 +1,5 @@
+#include "dispatch.h"
+
+namespace kd::gpu {
+template struct Dtype<float>;
+}

@@ -1,0 +1,249 @@
+// Operators of the cuda backend: kdkernels::cuda_..., the same as the cpu's (csrc/cpu/ops.cpp). Stable ABI, no CUDA header.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "../moments.h"
+#include "launch.h"
+
+#ifndef KD_DISPATCH
+#define KD_DISPATCH CUDA  // the tests' emulator makes it CPU
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using namespace kd;
+using namespace kd::gpu;
+
+#ifdef USE_CUDA
+using Guard = torch::stable::accelerator::DeviceGuard;
+void* stream_of(const Tensor& x) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return stream;
+}
+void check(int error, const char* what) {
+  char* message = nullptr;
+  torch_c10_cuda_check_msg(error, __FILE__, what, __LINE__, true, &message);
+  if (!message) return;
+  const std::string text(message);
+  torch_c10_cuda_free_error_msg(message);
+  STD_TORCH_CHECK(false, text);
+}
+#else
+struct Guard { explicit Guard(int64_t) {} };
+void* stream_of(const Tensor&) { return nullptr; }
+void check(int error, const char* what) { STD_TORCH_CHECK(error == 0, "kdkernels: ", what, " failed: ", error); }
+#endif
+
+Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Type::f32;
+    case ScalarType::Half: return Type::f16;
+    case ScalarType::BFloat16: return Type::bf16;
+    default: STD_TORCH_CHECK(false, "kdkernels: logits on a GPU must be float32, float16 or bfloat16");
+  }
+}
+int64_t width_of(const Tensor& x) { return x.size(x.dim() - 1); }
+int64_t rows_of(const Tensor& x) { return x.dim() == 3 ? x.size(0) * x.size(1) : x.size(0); }
+Tensor empty_as(const Tensor& x) {
+  if (x.dim() == 2) return torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+}
+Matrix matrix(const Tensor& x) {
+  const int64_t d = x.dim();
+  STD_TORCH_CHECK((d == 2 || d == 3) && (x.size(d - 1) <= 1 || x.stride(d - 1) == 1),
+                  "kdkernels: logits must be (N, W) or (A, B, W), W dense");
+  const int64_t inner = std::max<int64_t>(x.size(d - 2), 1);
+  return {x.const_data_ptr(), type_of(x), inner, d == 3 ? x.stride(0) : 0, x.stride(d - 2)};
+}
+bool on_host(const Tensor& x) { return x.device().type() == torch::headeronly::DeviceType::CPU; }
+
+// The program, and the arguments where all rows have the same: read here, on the host.
+void set_program(Problem& p, const Tensor& program, const Tensor& args, int64_t rows) {
+  STD_TORCH_CHECK(on_host(program) && program.scalar_type() == ScalarType::Double && program.dim() == 1 &&
+                      program.numel() >= 4 && program.is_contiguous(),
+                  "kdkernels: program must be a contiguous float64 vector on the CPU");
+  const Program x{program.const_data_ptr<double>()};
+  const int K = x.points();
+  p.count = int(program.numel());
+  STD_TORCH_CHECK(p.count == 4 + K + 5 * x.length(), "kdkernels: program is damaged");
+  STD_TORCH_CHECK(args.dim() == 2 && args.size(1) == 3 + 2 * K && args.is_contiguous() &&
+                      (args.size(0) == 1 || args.size(0) == rows) && args.scalar_type() == ScalarType::Double,
+                  "kdkernels: args must be (1 or N, 3 + 2K) contiguous float64");
+  const bool inlined = on_host(args) && args.size(0) == 1;
+  STD_TORCH_CHECK(p.count + (inlined ? 3 + 2 * K : 0) <= kNumbers,
+                  "kdkernels: this loss is too long for backend 'cuda' (", p.count, " numbers); use 'triton'");
+  std::memcpy(p.numbers, x.data, p.count * sizeof(double));
+  if (inlined) {
+    std::memcpy(p.numbers + p.count, args.const_data_ptr(), (3 + 2 * K) * sizeof(double));
+  } else {
+    p.row_args = args.const_data_ptr<double>();
+    p.args_stride = args.size(0) == 1 ? 0 : args.size(1);
+  }
+}
+
+void set_rows(Problem& p, const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
+              int64_t vocab, int64_t ignore) {
+  p.s = matrix(s);
+  p.t = t ? matrix(*t) : p.s;
+  p.rows = rows_of(s);
+  p.vocab = vocab;
+  p.ignore = ignore;
+  STD_TORCH_CHECK(vocab >= 1 && vocab <= width_of(s), "kdkernels: vocab must be in [1, W]");
+  STD_TORCH_CHECK(!t || (rows_of(*t) == p.rows && vocab <= width_of(*t)),
+                  "kdkernels: teacher and student have different rows");
+  if (labels) {
+    STD_TORCH_CHECK(labels->scalar_type() == ScalarType::Long && labels->numel() == p.rows && labels->is_contiguous(),
+                    "kdkernels: labels must be (N,) contiguous int64");
+    p.labels = labels->const_data_ptr<int64_t>();
+  }
+  if (mask) {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->numel() == vocab && mask->is_contiguous(),
+                    "kdkernels: mask must be (vocab,) bool");
+    p.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
+  }
+}
+
+Tensor doubles(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape), ScalarType::Double);
+}
+
+Tensor cuda_reduce(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
+                   const Tensor& args, const Tensor& program, int64_t vocab, int64_t ignore) {
+  const Guard guard(s.get_device_index());
+  ReduceTask task{};
+  set_rows(task.problem, s, t, labels, mask, vocab, ignore);
+  set_program(task.problem, program, args, task.problem.rows);
+  Tensor stats = doubles(s, {task.problem.rows, task.problem.points() + 1, kStats});
+  task.stats = stats.mutable_data_ptr<double>();
+  check(reduce(task, stream_of(s)), "reduce");
+  return stats;
+}
+
+std::tuple<Tensor, Tensor> cuda_rows(const Tensor& stats, const Tensor& args, const Tensor& program, int64_t sides) {
+  const Guard guard(stats.get_device_index());
+  const int64_t N = stats.size(0), K1 = stats.size(1);
+  RowsTask task{};
+  task.problem.rows = N;
+  set_program(task.problem, program, args, N);
+  STD_TORCH_CHECK(stats.dim() == 3 && K1 == task.problem.points() + 1 && stats.size(2) == kStats &&
+                      stats.is_contiguous(), "kdkernels: stats must be (N, K + 1, 7) contiguous");
+  const int64_t registers = 6 * (K1 - 1) + 4 + task.problem.length();
+  Tensor value = doubles(stats, {N}), coef = doubles(stats, {sides, N, K1, kCoefs});
+  Tensor scratch = doubles(stats, {N, 2 * registers});
+  task.stats = stats.const_data_ptr<double>();
+  task.registers = scratch.mutable_data_ptr<double>();
+  task.value = value.mutable_data_ptr<double>();
+  task.coef = coef.mutable_data_ptr<double>();
+  task.sides = int(sides);
+  check(rows(task, stream_of(stats)), "rows");
+  return {value, coef};
+}
+
+int64_t stride_of(const Tensor& x, int64_t rows, const char* name) {
+  STD_TORCH_CHECK(x.is_contiguous() && (x.numel() == 1 || x.numel() == rows), "kdkernels: ", name, " must be (1 or N,)");
+  return x.numel() == 1 ? 0 : 1;
+}
+
+Tensor cuda_spread(const Tensor& grad, const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
+                   const MaybeTensor& mask, const Tensor& coef, int64_t vocab, int64_t ignore, int64_t side) {
+  const Guard guard(s.get_device_index());
+  SpreadTask task{};
+  set_rows(task.problem, s, t, labels, mask, vocab, ignore);
+  STD_TORCH_CHECK(side == 0 || t, "kdkernels: no teacher to spread to");
+  STD_TORCH_CHECK(coef.dim() == 3 && coef.size(0) == task.problem.rows && coef.size(2) == kCoefs &&
+                      coef.is_contiguous(), "kdkernels: coef must be (N, K + 1, 10) contiguous");
+  const Tensor& own = side ? *t : s;
+  Tensor out = empty_as(own);
+  task.problem.numbers[0] = double(coef.size(1) - 1);
+  task.coef = coef.const_data_ptr<double>();
+  task.grad = grad.const_data_ptr<double>();
+  task.grad_step = stride_of(grad, task.problem.rows, "grad");
+  task.side = int(side);
+  task.out = {out.mutable_data_ptr(), width_of(own), false};
+  check(spread(task, stream_of(s)), "spread");
+  return out;
+}
+
+// The sum of the weighted values; the gradient goes to `out`, which may be the student itself.
+Tensor step_to(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
+               const Tensor& args, const Tensor& program, const MaybeTensor& weight, double divisor, int64_t vocab,
+               int64_t ignore, Tensor& out, bool accumulate, int64_t form) {
+  const Guard guard(s.get_device_index());
+  void* stream = stream_of(s);
+  StepTask task{};
+  set_rows(task.problem, s, t, labels, mask, vocab, ignore);
+  set_program(task.problem, program, args, task.problem.rows);
+  const int64_t rows = task.problem.rows;
+  STD_TORCH_CHECK(out.is_contiguous() && out.numel() == rows * width_of(s) && out.scalar_type() == s.scalar_type(),
+                  "kdkernels: out must be contiguous, of the student's shape and dtype");
+  Tensor values = doubles(s, {rows + 1}), sum = torch::stable::new_empty(s, {}, ScalarType::Float);
+  task.value = values.mutable_data_ptr<double>();
+  task.factor = {weight ? weight->const_data_ptr<double>() : nullptr,
+                 weight ? stride_of(*weight, rows, "weight") : 0, divisor, task.value + rows};
+  if (divisor == 0 && !labels) task.factor.divisor = double(std::max<int64_t>(rows, 1));
+  else if (divisor == 0) check(count(task.problem.labels, rows, ignore, task.value + rows, stream), "count");
+  task.out = {out.mutable_data_ptr(), width_of(s), accumulate};
+  check(step(task, int(form), stream), "step");
+  check(total(task.value, rows, sum.mutable_data_ptr<float>(), stream), "total");
+  return sum;
+}
+
+std::tuple<Tensor, Tensor> cuda_step(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
+                                     const MaybeTensor& mask, const Tensor& args, const Tensor& program,
+                                     const MaybeTensor& weight, double divisor, int64_t vocab, int64_t ignore) {
+  Tensor out = empty_as(s);
+  Tensor sum = step_to(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, false, 0);
+  return {sum, out};
+}
+
+Tensor cuda_step_out(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
+                     const Tensor& args, const Tensor& program, const MaybeTensor& weight, double divisor,
+                     int64_t vocab, int64_t ignore, Tensor out) {
+  return step_to(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, false, 0);
+}
+
+void cuda_rescale(Tensor x, const Tensor& factor) {
+  const Guard guard(x.get_device_index());
+  const bool wide = factor.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(x.is_contiguous() && factor.numel() == 1 && (wide || factor.scalar_type() == ScalarType::Float),
+                  "kdkernels: rescale takes a contiguous tensor and one float32 or float64 factor");
+  check(rescale(x.mutable_data_ptr(), type_of(x), x.numel(), factor.const_data_ptr(), wide, stream_of(x)), "rescale");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  m.def("cuda_reduce(Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, "
+        "SymInt vocab, int ignore_index) -> Tensor");
+  m.def("cuda_rows(Tensor stats, Tensor args, Tensor program, int sides) -> (Tensor, Tensor)");
+  m.def("cuda_spread(Tensor grad, Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor coef, "
+        "SymInt vocab, int ignore_index, int side) -> Tensor");
+  m.def("cuda_step(Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, "
+        "Tensor? weight, float divisor, SymInt vocab, int ignore_index) -> (Tensor, Tensor)");
+  m.def("cuda_step_out(Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, "
+        "Tensor? weight, float divisor, SymInt vocab, int ignore_index, Tensor(a!) out) -> Tensor");
+  m.def("cuda_rescale(Tensor(a!) x, Tensor factor) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, KD_DISPATCH, m) {
+  m.impl("cuda_reduce", TORCH_BOX(&cuda_reduce));
+  m.impl("cuda_rows", TORCH_BOX(&cuda_rows));
+  m.impl("cuda_spread", TORCH_BOX(&cuda_spread));
+  m.impl("cuda_step", TORCH_BOX(&cuda_step));
+  m.impl("cuda_step_out", TORCH_BOX(&cuda_step_out));
+  m.impl("cuda_rescale", TORCH_BOX(&cuda_rescale));
+}

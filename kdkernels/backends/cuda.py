@@ -1,0 +1,53 @@
+"""CUDA C++ (`csrc/cuda/`): NVIDIA GPUs from Ampere (sm_80) on, in float32, float16 and bfloat16.
+
+Bytes per class of a row of w-byte logits: reduce reads 2 w, spread reads 2 w and writes w; step, in two sweeps, reads
+4 w (of the second 2 w what L2 has kept comes from there) and writes w. K exponentials a sweep at K points.
+A call repeats to the bit; nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..ops import Operators, register
+from . import calls
+
+DEVICES: tuple[str, ...] = ("cuda",)
+FLOAT64 = False
+LIBRARY = Path(__file__).parent.parent / "_cuda.abi3.so"
+
+
+def unavailable() -> str | None:
+    """Why the backend cannot run, or None. Loads the library."""
+    if not LIBRARY.exists():
+        return "not built; reinstall kdkernels with KDKERNELS_CUDA=1, which builds it or says what is missing"
+    if "cuda" in DEVICES:
+        if not torch.cuda.is_available():
+            return "no NVIDIA GPU"
+        if torch.cuda.get_device_capability() < (8, 0):
+            return f"{torch.cuda.get_device_name()} is older than Ampere (compute capability 8.0)"
+    torch.ops.load_library(str(LIBRARY))
+    register("cuda_")
+    return None
+
+
+def _counted(name: str):
+    def launch(*args):
+        operator = getattr(torch.ops.kdkernels, f"cuda_{name}").default
+        if not torch.compiler.is_compiling():
+            calls["cuda", name] += 1
+        return operator(*args)
+
+    return launch
+
+
+def _rescaled(gradient: Tensor, grad: Tensor) -> Tensor:
+    """grad * gradient, in place, without waiting for grad: the kernel leaves at once where it is 1."""
+    torch.ops.kdkernels.cuda_rescale(gradient, grad)
+    return gradient
+
+
+OPERATORS = Operators(*map(_counted, ("reduce", "rows", "spread", "step", "step_out")), _rescaled)
