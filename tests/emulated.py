@@ -1,4 +1,4 @@
-"""The cuda backend on the CPU: its kernels under the emulator in tests/emulator/, behind the operators of the real one."""
+"""The cuda backend on the CPU: its kernels in the emulator of tests/emulator/, behind the operators of the real one."""
 
 import ctypes
 import hashlib
@@ -35,9 +35,10 @@ def build() -> Path:
         print("compiling the CUDA kernels for the emulator", file=sys.stderr)
         units = [path for path in sources if path.suffix in (".cu", ".cpp")]
         objects = [library.with_name(f"{library.stem}-{path.stem}-{os.getpid()}.o") for path in units]
+        pairs = zip(units, objects, strict=True)
+        commands = [[*cxx, *FLAGS, "-x", "c++", "-c", str(unit), "-o", str(o)] for unit, o in pairs]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in pool.map(lambda path, o: _run([*cxx, *FLAGS, "-x", "c++", "-c", str(path), "-o", str(o)]), units, objects):
-                pass
+            list(pool.map(_run, commands))
         part = library.with_suffix(f".{os.getpid()}")
         _run([*cxx, "-shared", *map(str, objects), "-o", str(part), *LINK])
         part.replace(library)  # whole or not at all

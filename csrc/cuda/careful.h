@@ -54,14 +54,14 @@ struct Team {
 
 // Statistics of one point over packs [first, end) of every member of the team; all threads get them.
 template <typename S, typename T>
-KD_SLOW Moments careful(Team& team, const Pair<S, T>& row, int64_t first, int64_t end, int64_t label, const Tilt& at,
+KD_SLOW Moments careful(Team& team, const Pair<S, T>& row, int first, int end, int64_t label, const Tilt& at,
                         int flags, double s0, double t0) {
   const auto classes = [&](auto&& visit) {
-    for (int64_t pack = first + thread(); pack < end; pack += threads()) {
+    for (int pack = first + thread(); pack < end; pack += threads()) {
       const int live = row.live(pack);
       for (int e = 0; e < kPack; ++e) {
         if (!(live >> e & 1) || (flags & EXCLUDE && row.first_class(pack) + e == label)) continue;
-        const double s = row.s.at(pack * kPack + e), t = row.t.at(pack * kPack + e);
+        const double s = row.s.at(int64_t(pack) * kPack + e), t = row.t.at(int64_t(pack) * kPack + e);
         if (s > -INFINITY || t > -INFINITY) visit(s, t, at(s - s0, t - t0));
       }
     }

@@ -4,6 +4,8 @@
 
 namespace kd::gpu {
 
+constexpr int kClusterThreads = 384;  // the registers of 512 would not do
+
 // packs: of a slice. stage: bytes that a slice of both rows takes.
 struct ClusterTask { StepTask step; int packs, stages, stage; };
 
@@ -41,11 +43,9 @@ template <typename X> struct Slice {
 
 // This block's packs of a row.
 struct Share {
-  int64_t first, end;     // packs
-  int64_t begin, finish;  // classes
-  int head;
-  KD_DEVICE Share(int head, int packs, int rank, int64_t vocab) : first(int64_t(packs) * rank), head(head) {
-    const int64_t all = (vocab + head + kPack - 1) / kPack;
+  int first, end, begin, finish, head;  // packs, and classes
+  KD_DEVICE Share(int head, int packs, int rank, int vocab) : first(packs * rank), head(head) {
+    const int all = (vocab + head + kPack - 1) / kPack;
     end = first + packs < all ? first + packs : all;
     begin = first * kPack - head > 0 ? first * kPack - head : 0;
     finish = end * kPack - head < vocab ? end * kPack - head : vocab;
@@ -82,12 +82,12 @@ template <typename S, typename T> struct Stage {
     const Slice<T> from_t(p.t, n, share.begin, share.finish);
     using Rows = Pair<Reader<S, true>, Reader<T, true>>;
     return Rows{Reader<S, true>(from_s.base(s, share.begin, share.head)),
-                Reader<T, true>(from_t.base(t, share.begin, share.head)), share.head, p.vocab, p.mask};
+                Reader<T, true>(from_t.base(t, share.begin, share.head)), share.head, int(p.vocab), p.mask};
   }
 };
 
 // Reads 2 w bytes a class, writes w; 2 K exponentials. Row n + 1 is on its way while row n is worked on.
-template <typename S, typename T, int K> KD_KERNEL(512) cluster_kernel(KD_PARAMS ClusterTask task) {
+template <typename S, typename T, int K> KD_KERNEL(kClusterThreads) cluster_kernel(KD_PARAMS ClusterTask task) {
 #ifdef KD_CLUSTERS
   const StepTask& step = task.step;
   const Problem& p = step.problem;
@@ -98,7 +98,7 @@ template <typename S, typename T, int K> KD_KERNEL(512) cluster_kernel(KD_PARAMS
   Team team{m.scratch, m.exchange, rank, ranks, Memory::exchange_size(count), 0};
   const Weights weights(step.factor);
   const auto factor = [&](int64_t n) { return p.labels && p.labels[n] == p.ignore ? 0 : weights(n); };
-  const auto share_of = [&](int64_t n) { return Share(Reader<S>::head(p.s, n), task.packs, rank, p.vocab); };
+  const auto share_of = [&](int64_t n) { return Share(Reader<S>::head(p.s, n), task.packs, rank, int(p.vocab)); };
   const auto fill = [&](int64_t n, int stage) {
     if (n < p.rows && factor(n) != 0) Stage<S, T>(task, m, stage).fill(p, n, share_of(n));
   };
@@ -118,7 +118,7 @@ template <typename S, typename T, int K> KD_KERNEL(512) cluster_kernel(KD_PARAMS
     const auto row = here.row(p, n, share);
     if (g != 0) {
       load_points(p, program, m, n);
-      const Pair<Reader<S>, Reader<T>> whole{{p.s, n, share.head}, {p.t, n, share.head}, share.head, p.vocab, p.mask};
+      const Pair<Reader<S>, Reader<T>> whole{{p.s, n, share.head}, {p.t, n, share.head}, share.head, int(p.vocab), p.mask};
       if (thread() == 0) begin_statistics(whole, p, m, label);
       barrier_wait(here.barrier, phases >> stage & 1);
       phases ^= 1u << stage;
@@ -131,7 +131,7 @@ template <typename S, typename T, int K> KD_KERNEL(512) cluster_kernel(KD_PARAMS
     }
     const Slope slope(m.coef, m.terms, count, g, label, p.narrow());
     const Writer<S> out(step.out, n, share.head);
-    const int64_t end = share.first + task.packs;
+    const int end = share.first + task.packs;
     spread_packs(row, slope, out, share.first, end < out.packs() ? end : out.packs());
     sync();
     fill(n + task.stages * clusters, stage);

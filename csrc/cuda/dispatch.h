@@ -6,15 +6,15 @@
 namespace kd::gpu {
 
 inline int round_up(int64_t x, int unit) { return int((x + unit - 1) / unit * unit); }
-// A thread for each pack, 512 at most: a function of the width alone, so that results repeat to the bit.
-inline int threads_for(int64_t width) {
+// A thread for each pack, up to `most`: a function of the width alone, so that results repeat to the bit.
+inline int threads_for(int64_t width, int most) {
   const int64_t packs = width / kPack + 2;
-  return packs < 512 ? round_up(packs, 32) : 512;
+  return packs < most ? round_up(packs, 32) : most;
 }
 
 template <typename P> int launch_rows(void (*kernel)(P), const P& task, int64_t rows, int64_t width, void* stream) {
   const Problem& p = task.problem;
-  Shape z{0, threads_for(width), Memory::bytes(p.points(), p.length(), p.count, false), 1};
+  Shape z{0, threads_for(width, kThreads), Memory::bytes(p.points(), p.length(), p.count, false), 1};
   if (int error = prepare(kernel, z.shared, false)) return error;
   const int64_t most = int64_t(device().processors) * resident(kernel, z.threads, z.shared);
   z.blocks = int(rows < most ? rows : most);
@@ -46,7 +46,7 @@ template <typename S, typename T> bool fits_cluster(const StepTask& step, Cluste
       const int stages = (device().shared - small) / stage;
       if (stages < rows) continue;
       *task = {step, int(slice), stages < kStages ? stages : kStages, stage};
-      *z = {0, threads_for(slice * kPack), small + task->stages * stage, ranks};
+      *z = {0, threads_for(slice * kPack, kClusterThreads), small + task->stages * stage, ranks};
       return true;
     }
   return false;

@@ -19,6 +19,7 @@ KD_DEVICE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 
 // global memory or, if kOnChip, in the block's own.
 template <typename T, bool kOnChip = false> struct Reader {
   using Element = T;
+  static constexpr bool kInShared = kOnChip;
   struct Raw { Bytes16 part[kPack * sizeof(T) / 16]; };
   const T* base;
   bool wide;
@@ -33,9 +34,9 @@ template <typename T, bool kOnChip = false> struct Reader {
   KD_DEVICE float at(int64_t position) const { return widen(base[position]); }
 
   // What is not live is -inf and not read.
-  KD_DEVICE Raw fetch(int64_t pack, int live, bool last = false) const {
+  KD_DEVICE Raw fetch(int pack, int live, bool last = false) const {
     Raw raw;
-    const T* from = base + pack * kPack;
+    const T* from = base + int64_t(pack) * kPack;
     if (live == 255 && wide) {
 #pragma unroll
       for (int i = 0; i < int(sizeof raw / 16); ++i) {
@@ -78,6 +79,7 @@ template <typename T, bool kOnChip = false> struct Reader {
 // Of another dtype than the row beside it: which one is known when it runs.
 struct Any {};
 template <bool kOnChip> struct Reader<Any, kOnChip> {
+  static constexpr bool kInShared = kOnChip;
   struct Raw { float x[kPack]; };
   const char* base;
   Type type;
@@ -90,10 +92,10 @@ template <bool kOnChip> struct Reader<Any, kOnChip> {
     if (type == Type::f16) return widen(reinterpret_cast<const F16*>(base)[position]);
     return widen(reinterpret_cast<const BF16*>(base)[position]);
   }
-  KD_DEVICE Raw fetch(int64_t pack, int live, bool = false) const {
+  KD_DEVICE Raw fetch(int pack, int live, bool = false) const {
     Raw raw;
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) raw.x[e] = live >> e & 1 ? at(pack * kPack + e) : -INFINITY;
+    for (int e = 0; e < kPack; ++e) raw.x[e] = live >> e & 1 ? at(int64_t(pack) * kPack + e) : -INFINITY;
     return raw;
   }
   KD_DEVICE static void unpack(const Raw& raw, float (&x)[kPack]) {
@@ -106,14 +108,14 @@ template <bool kOnChip> struct Reader<Any, kOnChip> {
 template <typename S, typename T> struct Pair {  // of readers
   S s;
   T t;
-  int head;
-  int64_t vocab;
+  int head, vocab;
   const uint8_t* mask;
+  static constexpr bool kOnChip = S::kInShared;
 
-  KD_DEVICE int64_t packs() const { return (vocab + head + kPack - 1) / kPack; }
-  KD_DEVICE int64_t first_class(int64_t pack) const { return pack * kPack - head; }
-  KD_DEVICE int live(int64_t pack) const {
-    const int64_t first = first_class(pack);
+  KD_DEVICE int packs() const { return int((vocab + head + kPack - 1) / kPack); }
+  KD_DEVICE int first_class(int pack) const { return pack * kPack - head; }
+  KD_DEVICE int live(int pack) const {
+    const int first = first_class(pack);
     if (first >= 0 && first + kPack <= vocab && !mask) return 255;
     int bits = 0;
     for (int e = 0; e < kPack; ++e)

@@ -5,7 +5,7 @@
 namespace kd::gpu {
 
 // Reads 2 w bytes a class at w bytes a logit, K exponentials; (K + 1) x 7 doubles a row.
-template <typename S, typename T, int K> KD_KERNEL(512) reduce_kernel(KD_PARAMS ReduceTask task) {
+template <typename S, typename T, int K> KD_KERNEL(kThreads) reduce_kernel(KD_PARAMS ReduceTask task) {
   const Problem& p = task.problem;
   const Memory m = memory_of(p);
   const Program program = load_program(p, m);
@@ -14,7 +14,7 @@ template <typename S, typename T, int K> KD_KERNEL(512) reduce_kernel(KD_PARAMS 
   for (int64_t n = block(); n < p.rows; n += blocks()) {
     const int64_t label = p.labels ? p.labels[n] : -1;
     const int head = Reader<S>::head(p.s, n);
-    const Pair<Reader<S>, Reader<T>> row{{p.s, n, head}, {p.t, n, head}, head, p.vocab, p.mask};
+    const Pair<Reader<S>, Reader<T>> row{{p.s, n, head}, {p.t, n, head}, head, int(p.vocab), p.mask};
     const bool kept = !p.labels || label != p.ignore;
     if (kept) {
       load_points(p, program, m, n);
@@ -31,7 +31,7 @@ template <typename S, typename T, int K> KD_KERNEL(512) reduce_kernel(KD_PARAMS 
 }
 
 // Reads 2 w bytes a class, writes w; K exponentials.
-template <typename S, typename T, int kSide> KD_KERNEL(512) spread_kernel(KD_PARAMS SpreadTask task) {
+template <typename S, typename T, int kSide> KD_KERNEL(kThreads) spread_kernel(KD_PARAMS SpreadTask task) {
   const Problem& p = task.problem;
   const Memory m = memory_of(p);
   const int K = p.points(), numbers = (K + 1) * kCoefs;
@@ -40,7 +40,7 @@ template <typename S, typename T, int kSide> KD_KERNEL(512) spread_kernel(KD_PAR
     const int64_t label = p.labels ? p.labels[n] : -1;
     const double g = task.grad[n * task.grad_step];
     const int head = Own::head(kSide ? p.t : p.s, n);
-    const Pair<Reader<S>, Reader<T>> row{{p.s, n, head}, {p.t, n, head}, head, p.vocab, p.mask};
+    const Pair<Reader<S>, Reader<T>> row{{p.s, n, head}, {p.t, n, head}, head, int(p.vocab), p.mask};
     for (int i = thread(); i < numbers; i += threads()) m.coef[i] = task.coef[n * numbers + i];
     sync();
     for (int k = thread(); k < K; k += threads()) m.terms[k] = Term(m.coef + k * kCoefs, g);

@@ -5,6 +5,7 @@
 
 namespace kd::gpu {
 
+constexpr int kThreads = 512;
 constexpr int kStages = 4;  // rows that a cluster has on their way or in work, at most
 
 // The block's shared memory. Everything of a row is double; `data` is what a cluster keeps of the logits.
@@ -67,7 +68,7 @@ KD_DEVICE void load_points(const Problem& p, const Program& program, const Memor
 // team, and careful points once more. Returns the record of the sums; all threads have passed a barrier.
 template <int K, typename P>
 KD_DEVICE const double* reduce_points(const P& row, const Program& program, const Memory& m, Team& team, int from,
-                                      int64_t first, int64_t end, int64_t label) {
+                                      int first, int end, int64_t label) {
   const Point* points = m.points + from;
   const int left = program.points() - from, count = left < K ? left : K;
   const int size = record_size(count), warp = thread() / 32;
@@ -126,7 +127,7 @@ KD_DEVICE void end_statistics(const Memory& m, const double* record, int K) {
 }
 
 // Value and coefficients of each side, from statistics; registers: 2 x program.registers() doubles of scratch.
-KD_DEVICE double finish_row(const Program& program, const double* args, const double* stats, double* registers,
+KD_SLOW double finish_row(const Program& program, const double* args, const double* stats, double* registers,
                             int sides, int64_t side_stride, double* coef) {
   const int K = program.points();
   const double* last = stats + K * kStats;

@@ -30,12 +30,12 @@ struct Slope {
   const Term* terms;
   int K;
   double g;
-  int64_t label;
+  int label;  // a class of the row, or out of reach
   float s_max, t_max, at_label;
   bool nothing, damaged, heavy, doubles;
 
   KD_DEVICE Slope(const double* coef, const Term* terms, int K, double g, int64_t label, bool narrow)
-      : coef(coef), terms(terms), K(K), g(g), label(label) {
+      : coef(coef), terms(terms), K(K), g(g), label(label < 0 || label > 0x7fffffff - kPack ? 0x7fffffff : int(label)) {
     const double* last = coef + K * kCoefs;
     s_max = float(last[1]);
     t_max = float(last[2]);
@@ -60,7 +60,7 @@ KD_SLOW float slope_in_double(const double* coef, int K, double g, float s, floa
 }
 
 // d of eight classes, `live` of them in the row; element `at` is the label, if it is one of them.
-KD_DEVICE void slopes(const Slope& row, const float (&x)[kPack], const float (&y)[kPack], int live, int64_t at,
+KD_DEVICE void slopes(const Slope& row, const float (&x)[kPack], const float (&y)[kPack], int live, int at,
                       float (&d)[kPack]) {
   int again = row.doubles ? 255 : 0;
 #pragma unroll
@@ -109,18 +109,17 @@ KD_DEVICE void slopes(const Slope& row, const float (&x)[kPack], const float (&y
 // A gradient's row in the packs of its logits; classes from the vocabulary on get 0.
 template <typename O> struct Writer {
   O* base;  // position 0 of pack 0
-  int head;
-  int64_t width;
+  int head, width;
   bool wide, accumulate;
 
   KD_DEVICE Writer(const Output& out, int64_t n, int head)
-      : base(static_cast<O*>(out.data) + n * out.width - head), head(head), width(out.width), wide(aligned(base)),
+      : base(static_cast<O*>(out.data) + n * out.width - head), head(head), width(int(out.width)), wide(aligned(base)),
         accumulate(out.accumulate) {}
-  KD_DEVICE int64_t packs() const { return (width + head + kPack - 1) / kPack; }
-  KD_DEVICE void store(int64_t pack, float (&d)[kPack]) const {
-    const int64_t first = pack * kPack - head;
+  KD_DEVICE int packs() const { return (width + head + kPack - 1) / kPack; }
+  KD_DEVICE void store(int pack, float (&d)[kPack]) const {
+    const int first = pack * kPack - head;
     const bool whole = first >= 0 && first + kPack <= width;
-    O* to = base + pack * kPack;
+    O* to = base + int64_t(pack) * kPack;
     union { Bytes16 part[kPack * sizeof(O) / 16]; O x[kPack]; } all;
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
@@ -137,10 +136,10 @@ template <typename O> struct Writer {
 
 // Packs [first, end), the last ones first: they are the ones a sweep has left in the cache.
 template <typename P, typename O>
-KD_DEVICE void spread_packs(const P& row, const Slope& slope, const Writer<O>& out, int64_t first, int64_t end) {
+KD_DEVICE void spread_packs(const P& row, const Slope& slope, const Writer<O>& out, int first, int end) {
   float d[kPack];
   if (slope.nothing || slope.damaged) {
-    for (int64_t pack = end - 1 - thread(); pack >= first; pack -= threads()) {
+    for (int pack = end - 1 - thread(); pack >= first; pack -= threads()) {
 #pragma unroll
       for (int e = 0; e < kPack; ++e)
         d[e] = !slope.nothing && row.first_class(pack) + e < row.vocab ? bits_float(0x7fc00000) : 0;
@@ -148,7 +147,7 @@ KD_DEVICE void spread_packs(const P& row, const Slope& slope, const Writer<O>& o
     }
     return;
   }
-  int64_t pack = end - 1 - thread();
+  int pack = end - 1 - thread();
   if (pack < first) return;
   int live = row.live(pack);
   auto s = row.s.fetch(pack, live, true);
@@ -157,14 +156,13 @@ KD_DEVICE void spread_packs(const P& row, const Slope& slope, const Writer<O>& o
     float x[kPack], y[kPack];
     row.s.unpack(s, x);
     row.t.unpack(t, y);
-    const int now = live;
-    const int64_t next = pack - threads(), at = slope.label - row.first_class(pack);
+    const int now = live, next = pack - threads();
     if (next >= first) {
       live = row.live(next);
       s = row.s.fetch(next, live, true);
       t = row.t.fetch(next, live, true);
     }
-    slopes(slope, x, y, now, at, d);
+    slopes(slope, x, y, now, slope.label - row.first_class(pack), d);
     out.store(pack, d);
   }
 }

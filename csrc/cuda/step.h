@@ -36,7 +36,7 @@ struct Weights {
 
 // Two sweeps over a row: bytes 2 w a class for the sums, again for the slopes (what the caches have kept: the second
 // sweep starts where the first ended), w for the gradient; 2 K exponentials.
-template <typename S, typename T, int K> KD_KERNEL(512) step_kernel(KD_PARAMS StepTask task) {
+template <typename S, typename T, int K> KD_KERNEL(kThreads) step_kernel(KD_PARAMS StepTask task) {
   const Problem& p = task.problem;
   const Memory m = memory_of(p);
   const Program program = load_program(p, m);
@@ -46,7 +46,7 @@ template <typename S, typename T, int K> KD_KERNEL(512) step_kernel(KD_PARAMS St
     const int64_t label = p.labels ? p.labels[n] : -1;
     const double g = p.labels && label == p.ignore ? 0 : weights(n);
     const int head = Reader<S>::head(p.s, n);
-    const Pair<Reader<S>, Reader<T>> row{{p.s, n, head}, {p.t, n, head}, head, p.vocab, p.mask};
+    const Pair<Reader<S>, Reader<T>> row{{p.s, n, head}, {p.t, n, head}, head, int(p.vocab), p.mask};
     if (g != 0) {
       load_points(p, program, m, n);
       if (thread() == 0) begin_statistics(row, p, m, label);

@@ -91,15 +91,16 @@ template <int K> struct Sums {
   }
 
   // Eight classes, of which element `label` is left out of some points, or none. The whole warp takes part.
-  KD_DEVICE void add(const Point* points, const float (&x)[kPack], const float (&y)[kPack], int64_t label) {
-    float s1 = x[0], t1 = y[0];
+  KD_DEVICE void add(const Point* points, const float (&x)[kPack], const float (&y)[kPack], int label) {
+    float s1 = x[0], t1 = y[0], total = 0;
 #pragma unroll
-    for (int e = 1; e < kPack; ++e) {
-      s1 = max_nan(s1, x[e]);
-      t1 = max_nan(t1, y[e]);
+    for (int e = 0; e < kPack; ++e) {
+      s1 = fmaxf(s1, x[e]);
+      t1 = fmaxf(t1, y[e]);
+      total += x[e] + y[e];
     }
-    bool plain = s1 < kInf && t1 < kInf && s1 > -kInf && t1 > -kInf;
-    if (!plain) {  // NaN or infinities among them: they are no pivots
+    const bool finite = fabsf(total) < kInf;  // or else one of them may be infinite, or NaN: that is no pivot
+    if (!finite) {
       s1 = t1 = -kInf;
 #pragma unroll
       for (int e = 0; e < kPack; ++e) {
@@ -116,43 +117,32 @@ template <int K> struct Sums {
       }
     }
     lift(points, s1, t_at, t1, s_at);
-    plain = plain && (label < 0 || label >= kPack) && add_plain(points, x, y);
-    if (plain) return;
+    if (finite && (label < 0 || label >= kPack)) return add_finite(points, x, y);
     for (int e = 0; e < kPack; ++e) add_class(points, pick(x, e), pick(y, e), e == label);
   }
 
  private:
-  // False, and nothing added, where an infinite logit is among them: it shows where a weight of 0 meets it.
-  KD_DEVICE bool add_plain(const Point* points, const float (&x)[kPack], const float (&y)[kPack]) {
-    float dz[K], ds[K], dt[K], check = 0;
+  KD_DEVICE void add_finite(const Point* points, const float (&x)[kPack], const float (&y)[kPack]) {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      dz[k] = ds[k] = dt[k] = 0;
       const Point p = points[k];
       if (p.kind == CAREFUL) continue;
       float w[kPack];
       exponents(p, s0, t0, 0, x, y, w);
 #pragma unroll
       for (int e = 0; e < kPack; ++e) w[e] = fast_exp2(w[e]);
-      dz[k] = ((w[0] + w[1]) + (w[2] + w[3])) + ((w[4] + w[5]) + (w[6] + w[7]));
-      if (p.means) {
-        const float u = s_pivot(p), v = t_pivot(p);
+      z[k] += ((w[0] + w[1]) + (w[2] + w[3])) + ((w[4] + w[5]) + (w[6] + w[7]));
+      if (!p.means) continue;
+      const float u = s_pivot(p), v = t_pivot(p);
+      float ds = 0, dt = 0;
 #pragma unroll
-        for (int e = 0; e < kPack; ++e) {
-          ds[k] = fmaf(w[e], x[e] - u, ds[k]);
-          dt[k] = fmaf(w[e], y[e] - v, dt[k]);
-        }
+      for (int e = 0; e < kPack; ++e) {
+        ds = fmaf(w[e], x[e] - u, ds);
+        dt = fmaf(w[e], y[e] - v, dt);
       }
-      check += dz[k] + ds[k] + dt[k];
+      s[k] += ds;
+      t[k] += dt;
     }
-    if (!(fabsf(check) < kInf)) return false;
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      z[k] += dz[k];
-      s[k] += ds[k];
-      t[k] += dt[k];
-    }
-    return true;
   }
 
   KD_DEVICE void add_class(const Point* points, float x, float y, bool label) {
@@ -173,20 +163,29 @@ template <int K> struct Sums {
 
 // Packs [first, end) of a pair of rows, dealt to the threads of a block; `label` is a class or -1.
 template <int K, typename P>
-KD_DEVICE void add_packs(Sums<K>& sums, const Point* points, const P& row, int64_t first, int64_t end, int64_t label) {
-  int64_t pack = first + thread();
-  int live = pack < end ? row.live(pack) : 0;
-  auto s = row.s.fetch(pack, live);
-  auto t = row.t.fetch(pack, live);
-  for (; pack - thread() % 32 < end; pack += threads()) {
+KD_DEVICE void add_packs(Sums<K>& sums, const Point* points, const P& row, int first, int end, int64_t label) {
+  const int step = threads();
+  int pack = first + thread();
+  const auto live = [&](int at) { return at < end ? row.live(at) : 0; };
+  auto s = row.s.fetch(pack, live(pack)), s_next = s;
+  auto t = row.t.fetch(pack, live(pack)), t_next = t;
+  if constexpr (!P::kOnChip) {
+    s_next = row.s.fetch(pack + step, live(pack + step));
+    t_next = row.t.fetch(pack + step, live(pack + step));
+  }
+  for (; pack - thread() % 32 < end; pack += step) {
     float x[kPack], y[kPack];
     row.s.unpack(s, x);
     row.t.unpack(t, y);
-    const int64_t next = pack + threads();  // on its way while this one is added up
-    live = next < end ? row.live(next) : 0;
-    s = row.s.fetch(next, live);
-    t = row.t.fetch(next, live);
-    sums.add(points, x, y, label < 0 ? -1 : label - row.first_class(pack));
+    // Memory is asked two packs ahead: 64 bytes of each thread are on their way while one pack is added up.
+    const int ahead = pack + (P::kOnChip ? step : 2 * step), bits = live(ahead);
+    if constexpr (!P::kOnChip) {
+      s = s_next;
+      t = t_next;
+    }
+    (P::kOnChip ? s : s_next) = row.s.fetch(ahead, bits);
+    (P::kOnChip ? t : t_next) = row.t.fetch(ahead, bits);
+    sums.add(points, x, y, int(label < 0 ? -1 : label - row.first_class(pack)));
   }
 }
 
@@ -222,7 +221,7 @@ template <int K> KD_DEVICE void write_record(const Sums<K>& sums, const Point* p
 }
 
 // One warp merges up to 32 records, `stride` doubles apart, into `total`, which may be the first of them.
-KD_DEVICE void merge_records(const double* records, int count, int stride, const Point* points, int K, double* total) {
+KD_SLOW void merge_records(const double* records, int count, int stride, const Point* points, int K, double* total) {
   const int lane = thread() % 32;
   const double *mine = records + lane * stride;
   double head[5] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY, 0};

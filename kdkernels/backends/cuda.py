@@ -50,4 +50,5 @@ def _rescaled(gradient: Tensor, grad: Tensor) -> Tensor:
     return gradient
 
 
-OPERATORS = Operators(*map(_counted, ("reduce", "rows", "spread", "step", "step_out")), _rescaled)
+OPERATORS = Operators(_counted("reduce"), _counted("rows"), _counted("spread"), _counted("step"), _counted("step_out"),
+                      _rescaled)  # fmt: skip

@@ -1,0 +1,63 @@
+"""Every CUDA kernel compiled for every architecture, without a GPU; run as a script it prints a table.
+
+    python tests/test_cuda_compiles.py [80 90a 100]      registers and spilled bytes of each kernel
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ARCHITECTURES = ("80", "90a", "100")
+SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
+
+
+def nvcc() -> list[str]:
+    """CUDA_HOME's compiler, the one on PATH, or the one that the package nvidia-cuda-nvcc brings."""
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    packaged = [Path(p, "nvidia", "cu13", "bin", "nvcc") for p in sys.path]
+    found = found or next((str(p) for p in packaged if p.exists()), None)
+    assert found, "no nvcc: set CUDA_HOME, or pip install 'kdkernels[test]'"
+    return [found]
+
+
+def kernels(source: Path, architecture: str) -> list[tuple[str, int, int]]:
+    """(kernel, registers, bytes spilled by it and by what it calls) of one source file."""
+    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    command = [*nvcc(), "-std=c++17", "-O3", target, "-Xptxas", "-v", "-Werror", "all-warnings", "-c", str(source), "-o",
+               os.devnull]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found, name, spilled = [], "", 0
+    for line in done.stderr.splitlines():
+        if entry := re.search(r"Compiling entry function '(\S+)'", line):
+            name, spilled = entry[1], 0
+        elif spills := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            spilled += int(spills[1]) + int(spills[2])
+        elif used := re.search(r"Used (\d+) registers", line):
+            found.append((name, int(used[1]), spilled))
+    return found
+
+
+def table(architecture: str) -> list[tuple[str, int, int]]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [row for rows in pool.map(lambda source: kernels(source, architecture), SOURCES) for row in rows]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles_without_spills(architecture):
+    found = table(architecture)
+    assert len(found) >= 50
+    assert not [row for row in found if row[2]]
+
+
+if __name__ == "__main__":
+    for target in sys.argv[1:] or ARCHITECTURES:
+        for name, registers, spilled in table(target):
+            print(f"sm_{target} {name}: {registers} registers, {spilled} bytes spilled", flush=True)
