@@ -26,7 +26,7 @@ demo: build  ## set up, then train a teacher and distil a student (runs/demo; go
 
 test: build  ## set up, then check the style and run the tests (PYTEST_ARGS="-k renyi")
 	$(PY) -m ruff check .
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/installed  ## style and types
 	$(PY) -m ruff check .

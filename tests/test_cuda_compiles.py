@@ -14,15 +14,14 @@ from pathlib import Path
 import pytest
 
 ARCHITECTURES = ("80", "90a", "100")
-SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
+SOURCES = sorted(Path(__file__).parent.parent.glob("csrc/cuda/*.cu"))
 
 
 def nvcc() -> list[str]:
-    """CUDA_HOME's compiler, the one on PATH, or the one that the package nvidia-cuda-nvcc brings."""
+    """CUDA_HOME's compiler, the one that the package nvidia-cuda-nvcc brings, or the one on PATH."""
     home = os.environ.get("CUDA_HOME")
-    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
-    packaged = [Path(p, "nvidia", "cu13", "bin", "nvcc") for p in sys.path]
-    found = found or next((str(p) for p in packaged if p.exists()), None)
+    packaged = next((str(p) for p in (Path(p, "nvidia/cu13/bin/nvcc") for p in sys.path) if p.exists()), None)
+    found = shutil.which("nvcc", path=f"{home}/bin") if home else packaged or shutil.which("nvcc")
     assert found, "no nvcc: set CUDA_HOME, or pip install 'kdkernels[test]'"
     return [found]
 
@@ -30,8 +29,8 @@ def nvcc() -> list[str]:
 def kernels(source: Path, architecture: str) -> list[tuple[str, int, int]]:
     """(kernel, registers, bytes spilled by it and by what it calls) of one source file."""
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    command = [*nvcc(), "-std=c++17", "-O3", target, "-Xptxas", "-v", "-Werror", "all-warnings", "-c", str(source), "-o",
-               os.devnull]  # fmt: skip
+    flags = ["-std=c++17", "-O3", target, "-Xptxas", "-v", "-Werror", "all-warnings"]
+    command = [*nvcc(), *flags, "-c", str(source), "-o", os.devnull]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     found, name, spilled = [], "", 0

@@ -4,8 +4,6 @@
 
 namespace kd::gpu {
 
-constexpr int kClusterThreads = 384;  // the registers of 512 would not do
-
 // packs: of a slice. stage: bytes that a slice of both rows takes.
 struct ClusterTask { StepTask step; int packs, stages, stage; };
 
@@ -87,7 +85,7 @@ template <typename S, typename T> struct Stage {
 };
 
 // Reads 2 w bytes a class, writes w; 2 K exponentials. Row n + 1 is on its way while row n is worked on.
-template <typename S, typename T, int K> KD_KERNEL(kClusterThreads) cluster_kernel(KD_PARAMS ClusterTask task) {
+template <typename S, typename T, int K> KD_KERNEL(kThreads) cluster_kernel(KD_PARAMS ClusterTask task) {
 #ifdef KD_CLUSTERS
   const StepTask& step = task.step;
   const Problem& p = step.problem;

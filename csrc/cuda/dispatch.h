@@ -6,15 +6,15 @@
 namespace kd::gpu {
 
 inline int round_up(int64_t x, int unit) { return int((x + unit - 1) / unit * unit); }
-// A thread for each pack, up to `most`: a function of the width alone, so that results repeat to the bit.
-inline int threads_for(int64_t width, int most) {
+// A thread for each pack, up to kThreads: a function of the width alone, so that results repeat to the bit.
+inline int threads_for(int64_t width) {
   const int64_t packs = width / kPack + 2;
-  return packs < most ? round_up(packs, 32) : most;
+  return packs < kThreads ? round_up(packs, 32) : kThreads;
 }
 
 template <typename P> int launch_rows(void (*kernel)(P), const P& task, int64_t rows, int64_t width, void* stream) {
   const Problem& p = task.problem;
-  Shape z{0, threads_for(width, kThreads), Memory::bytes(p.points(), p.length(), p.count, false), 1};
+  Shape z{0, threads_for(width), Memory::bytes(p.points(), p.length(), p.count, false), 1};
   if (int error = prepare(kernel, z.shared, false)) return error;
   const int64_t most = int64_t(device().processors) * resident(kernel, z.threads, z.shared);
   z.blocks = int(rows < most ? rows : most);
@@ -46,7 +46,7 @@ template <typename S, typename T> bool fits_cluster(const StepTask& step, Cluste
       const int stages = (device().shared - small) / stage;
       if (stages < rows) continue;
       *task = {step, int(slice), stages < kStages ? stages : kStages, stage};
-      *z = {0, threads_for(slice * kPack, kClusterThreads), small + task->stages * stage, ranks};
+      *z = {0, threads_for(slice * kPack), small + task->stages * stage, ranks};
       return true;
     }
   return false;
@@ -65,38 +65,30 @@ template <typename S, typename T, int K> int cluster_as(const StepTask& step, vo
   return z.blocks ? launch(kernel, z, stream, task) : 0;
 }
 
-template <typename S, typename T> int step_as(const StepTask& task, int form, void* stream) {
+template <typename X> int step_as(const StepTask& task, int form, void* stream) {
   return with_points(task.problem.points(), [&](auto K) {
     if (form == 2 || (form == 0 && device().major >= 9))
-      if (int error = cluster_as<S, T, K>(task, stream); error >= 0) return error;
-    return launch_rows(step_kernel<S, T, K>, task, task.problem.rows, task.out.width, stream);
+      if (int error = cluster_as<X, X, K>(task, stream); error >= 0) return error;
+    return launch_rows(step_kernel<X, X, K>, task, task.problem.rows, task.out.width, stream);
   });
 }
 
-// Student and teacher of dtype X, or the one named by the operation, and the other of any.
-template <typename X> struct Dtype {
-  static int reduce(const ReduceTask& task, bool same, void* stream) {
-    return same ? reduce_as<X, X>(task, stream) : reduce_as<X, Any>(task, stream);
-  }
-  static int step(const StepTask& task, bool same, int form, void* stream) {
-    return same ? step_as<X, X>(task, form, stream) : launch_mixed(task, stream);
-  }
-  static int launch_mixed(const StepTask& task, void* stream) {
-    return with_points(task.problem.points(), [&](auto K) {
-      return launch_rows(step_kernel<X, Any, K>, task, task.problem.rows, task.out.width, stream);
-    });
-  }
-  static int spread(const SpreadTask& task, bool same, void* stream) {
-    const int64_t rows = task.problem.rows, width = task.out.width;
-    if (task.side == 0)
-      return same ? launch_rows(spread_kernel<X, X, 0>, task, rows, width, stream)
-                  : launch_rows(spread_kernel<X, Any, 0>, task, rows, width, stream);
-    return same ? launch_rows(spread_kernel<X, X, 1>, task, rows, width, stream)
-                : launch_rows(spread_kernel<Any, X, 1>, task, rows, width, stream);
-  }
-};
-extern template struct Dtype<float>;
-extern template struct Dtype<F16>;
-extern template struct Dtype<BF16>;
+template <typename X> int Dtype<X>::reduce(const ReduceTask& task, bool same, void* stream) {
+  return same ? reduce_as<X, X>(task, stream) : reduce_as<X, Any>(task, stream);
+}
+template <typename X> int Dtype<X>::step(const StepTask& task, bool same, int form, void* stream) {
+  if (same) return step_as<X>(task, form, stream);
+  return with_points(task.problem.points(), [&](auto K) {
+    return launch_rows(step_kernel<X, Any, K>, task, task.problem.rows, task.out.width, stream);
+  });
+}
+template <typename X> int Dtype<X>::spread(const SpreadTask& task, bool same, void* stream) {
+  const int64_t rows = task.problem.rows, width = task.out.width;
+  if (task.side == 0)
+    return same ? launch_rows(spread_kernel<X, X, 0>, task, rows, width, stream)
+                : launch_rows(spread_kernel<X, Any, 0>, task, rows, width, stream);
+  return same ? launch_rows(spread_kernel<X, X, 1>, task, rows, width, stream)
+              : launch_rows(spread_kernel<Any, X, 1>, task, rows, width, stream);
+}
 
 }  // namespace kd::gpu

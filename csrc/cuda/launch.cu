@@ -1,7 +1,5 @@
 // The kernels that read no rows of logits, and which of the others a task goes to.
-#include "launch.h"
-
-#include "dispatch.h"
+#include "row.h"
 
 namespace kd::gpu {
 namespace {

@@ -5,7 +5,7 @@
 
 namespace kd::gpu {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 384;  // 512 would leave each too few registers
 constexpr int kStages = 4;  // rows that a cluster has on their way or in work, at most
 
 // The block's shared memory. Everything of a row is double; `data` is what a cluster keeps of the logits.
@@ -145,5 +145,13 @@ KD_SLOW double finish_row(const Program& program, const double* args, const doub
     row_coefs(program, args, x, row, adjoints, side, value != value ? NAN : 0, coef + side * side_stride);
   return value;
 }
+
+// The kernels for rows of dtype X (a gradient's, where there is one) beside rows of the same or of any dtype. Compiled in
+// a source file each (dispatch.h).
+template <typename X> struct Dtype {
+  static int reduce(const ReduceTask& task, bool same, void* stream);
+  static int step(const StepTask& task, bool same, int form, void* stream);
+  static int spread(const SpreadTask& task, bool same, void* stream);
+};
 
 }  // namespace kd::gpu
