@@ -134,8 +134,9 @@ def _sweep(plan, x, factor, wants, per_row):
     chunk = min(plan.chunk, rows)
     s_buffer = x.student_hidden.new_empty((chunk, vocab), dtype=dtype)
     g_buffer = torch.empty_like(s_buffer) if student.softcap is not None and any(wants) else s_buffer
-    t_buffer = s_buffer if teacher is None else torch.empty_like(s_buffer, dtype=cast_dtype(x.teacher_hidden, plan.cast))
-    grads, values = _empty(x, wants, rows > chunk), []
+    t_dtype = dtype if teacher is None else cast_dtype(x.teacher_hidden, plan.cast)
+    t_buffer = s_buffer if teacher is None else torch.empty_like(s_buffer, dtype=t_dtype)
+    grads, values = _empty(x, wants, student, rows > chunk), []
     counts = factor != 0 if x.labels is None else (factor != 0) & (x.labels != plan.loss.ignore_index)
     for at in slices(rows, chunk):
         # Whatever a row holds that does not count: its gradient is 0, and 0 * NaN is not.
@@ -198,15 +199,16 @@ def _value_and_grad(loss: Loss, s: Tensor, t: Tensor | None, labels: Tensor | No
         return value.detach(), torch.autograd.grad(value, leaf)[0]
 
 
-def _empty(x: Inputs, wants: tuple[bool, bool, bool], several: bool) -> Gradients:
+def _empty(x: Inputs, wants: tuple[bool, bool, bool], student: Head, several: bool) -> Gradients:
     """Where the gradients go. What is summed over several chunks is summed in float32 at least."""
-    like = (x.student_hidden, x.student_head, x.student_bias)
-
-    def dtype(k: int) -> torch.dtype:
-        return torch.promote_types(like[k].dtype, torch.float32) if k and several else like[k].dtype
-
-    # Zeros where nothing is written: for no row, and in a head's padding.
-    return Gradients(*(torch.zeros_like(like[k], dtype=dtype(k)) if wants[k] else None for k in range(3)))
+    dtypes = [torch.promote_types(y.dtype, torch.float32) if several and y is not None else None for y in x[1:3]]
+    hidden = torch.empty_like(x.student_hidden) if wants[0] else None
+    # The first chunk writes a head's gradient: all of it, if no row of the head is padding and no dtype in between.
+    written = len(x.student_hidden) and len(student.weight) == len(x.student_head)
+    written = written and (dtypes[0] or x.student_head.dtype) == student.weight.dtype
+    new = torch.empty_like if written else torch.zeros_like
+    head = new(x.student_head, dtype=dtypes[0]) if wants[1] else None
+    return Gradients(hidden, head, torch.zeros_like(x.student_bias, dtype=dtypes[1]) if wants[2] else None)
 
 
 def _add_up(grads: Gradients, at: slice, g: Tensor, head: Head, hidden: Tensor, scratch: int) -> None:
