@@ -131,7 +131,7 @@ def _sweep(plan, x, factor, wants, per_row):
     rows, vocab = len(x.student_hidden), plan.vocab
     student, teacher = _heads(plan, x)
     dtype = student.weight.dtype
-    chunk = min(plan.chunk, rows)
+    chunk = max(min(plan.chunk, rows), 1)
     s_buffer = x.student_hidden.new_empty((chunk, vocab), dtype=dtype)
     g_buffer = torch.empty_like(s_buffer) if student.softcap is not None and any(wants) else s_buffer
     t_dtype = dtype if teacher is None else cast_dtype(x.teacher_hidden, plan.cast)
@@ -143,7 +143,8 @@ def _sweep(plan, x, factor, wants, per_row):
         hidden = torch.where(counts[at, None], x.student_hidden[at], 0.0).to(dtype)
         s, t = student.logits(hidden, s_buffer[: len(hidden)]), None
         if teacher is not None:
-            t = teacher.logits(x.teacher_hidden[at].to(t_buffer.dtype), t_buffer[: len(hidden)])
+            others = torch.where(counts[at, None], x.teacher_hidden[at], 0.0).to(t_dtype)
+            t = teacher.logits(others, t_buffer[: len(hidden)])
         elif x.teacher_logits is not None:
             t = x.teacher_logits[at, :vocab]
         loss = _part(plan.loss, at, rows, "none" if per_row else "sum")
@@ -155,8 +156,7 @@ def _sweep(plan, x, factor, wants, per_row):
         value, g = _value_and_grad(loss, s, t, labels, g_buffer[: len(s)], row_weight=factor[at], **given)
         values.append(value)
         _add_up(grads, at, student.uncap(g, s), student, hidden, plan.scratch)
-    if not rows:
-        return factor.sum().to(result_dtype(s_buffer)) if not per_row else factor.to(result_dtype(s_buffer)), grads
+    values = values or [factor.new_zeros(0 if per_row else ())]
     value = torch.cat(values) if per_row else torch.stack(values).sum(dtype=torch.float64)
     return value.to(result_dtype(s_buffer)), grads
 
@@ -186,6 +186,8 @@ def _part(loss: Loss, at: slice, rows: int, reduction: str) -> Loss:
     part.__dict__["reduction"] = reduction
     for name in ("_single", "_double"):
         code, args = vars(loss)[name]
+        if 1 < len(args) != rows:
+            raise ValueError(f"{type(loss).__name__} has {len(args)} rows of point coefficients, student_hidden {rows}")
         part.__dict__[name] = Program(code, args[at] if len(args) == rows > 1 else args)
     return part
 
@@ -217,7 +219,7 @@ def _add_up(grads: Gradients, at: slice, g: Tensor, head: Head, hidden: Tensor, 
     if grads.hidden is not None:
         grads.hidden[at] = torch.addmm(hidden, g, head.weight, beta=0, alpha=head.scale)
     if grads.bias is not None:
-        grads.bias[:vocab].add_(g.sum(0), alpha=head.scale)
+        grads.bias[:vocab].add_(g.sum(0), alpha=head.scale)  # asked for a wider sum, torch widens all of g first
     if grads.head is None:
         return
     total = grads.head[:vocab]
