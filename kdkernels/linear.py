@@ -110,9 +110,7 @@ class LinearLoss(nn.Module):
         """
         x = Inputs(student_hidden, student_head, student_bias, teacher_hidden, teacher_head, teacher_bias,
                    teacher_head_scale, teacher_logits, labels, row_weight, temperature, vocab_mask)  # fmt: skip
-        run = self._run
-        if torch.compiler.is_compiling():
-            run = torch.compiler.disable(run, reason="kdkernels.LinearLoss runs its chunks eagerly")
+        run = torch.compiler.disable(self._run) if torch.compiler.is_compiling() else self._run
         return run(x, num_items, vocab_size)
 
     def _run(self, x: Inputs, num_items, vocab_size: int | None) -> Tensor:

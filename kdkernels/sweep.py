@@ -18,6 +18,8 @@ from .call import result_dtype
 from .loss import Loss, Program
 from .options import readable
 
+CACHED = 1 << 20  # bytes that are widened at a time on a CPU
+
 
 class Inputs(NamedTuple):
     """The tensors of a call. Any is a tensor or None; before it is checked, whatever a user passes."""
@@ -219,7 +221,7 @@ def _add_up(grads: Gradients, at: slice, g: Tensor, head: Head, hidden: Tensor, 
     if grads.hidden is not None:
         grads.hidden[at] = torch.addmm(hidden, g, head.weight, beta=0, alpha=head.scale)
     if grads.bias is not None:
-        grads.bias[:vocab].add_(g.sum(0), alpha=head.scale)  # asked for a wider sum, torch widens all of g first
+        grads.bias[:vocab].add_(_column_sums(g, grads.bias.dtype), alpha=head.scale)
     if grads.head is None:
         return
     total = grads.head[:vocab]
@@ -233,11 +235,18 @@ def _add_up(grads: Gradients, at: slice, g: Tensor, head: Head, hidden: Tensor, 
         _widen_and_add(total[block], to)
 
 
+def _column_sums(g: Tensor, dtype: torch.dtype) -> Tensor:
+    if not g.is_cpu or g.dtype == dtype:
+        return g.sum(0, dtype=dtype)
+    blocks = slices(g.shape[1], _block(len(g), dtype, CACHED))  # a wider sum of all of g would first widen all of it
+    return torch.cat([g[:, block].sum(0, dtype=dtype) for block in blocks])
+
+
 def _widen_and_add(total: Tensor, part: Tensor) -> None:
     if not total.is_cpu:
         total.add_(part)
         return
-    for block in slices(len(total), _block(total.shape[1], total.dtype, 1 << 20)):  # a mixed add_ takes 5 times as long
+    for block in slices(len(total), _block(total.shape[1], total.dtype, CACHED)):  # a mixed add_ takes 5 times as long
         total[block].add_(part[block].to(total.dtype))
 
 

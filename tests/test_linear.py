@@ -19,6 +19,15 @@ N, H, H2, V = 13, 6, 5, 19
 OPTIONS = dict(student_logit_scale=0.7, teacher_logit_scale=1.6, student_softcap=3.0, teacher_softcap=4.0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On small products, threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Jeffreys(kd.Loss):
     """KL(p || q) + KL(q || p), as a user would declare it."""
 
@@ -318,11 +327,11 @@ def test_options_are_those_of_the_forward():
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
-@pytest.mark.parametrize("chunk", [64, 7])
+@pytest.mark.parametrize("chunk", [256, 64, 7])
 def test_narrow_dtypes_are_as_accurate_as_the_plain_computation(dtype, chunk):
     """Against float64 on the same numbers; the bar is torch's own F.linear and float32 log-softmax."""
-    for scale, seed in ((1.0, 0), (1 / 3, 1), (5.0, 2)):
-        x = batch(dtype, n=64, v=200, seed=seed)
+    for scale, seed in ((1.0, 0), (1.0, 1), (0.25, 2), (1 / 3, 3)):
+        x = batch(dtype, n=256, v=400, seed=seed)
         incoming = torch.tensor(scale)
 
         def eager(dtype, x=x, incoming=incoming):
@@ -335,10 +344,12 @@ def test_narrow_dtypes_are_as_accurate_as_the_plain_computation(dtype, chunk):
         got, truth, own = fused(kd.ForwardKLLoss(), x, weight=incoming, chunk=chunk), eager(F64), eager(dtype)
         for name, a, b, c in zip(("value", "hidden", "head", "bias"), got, truth, own, strict=True):
             assert a.dtype == c.dtype
-            error, bar = rms(a - b), rms(c - b)
-            # an RMS over n numbers is known to one in sqrt(2 n)
-            room = 1 + 3 / math.sqrt(b.numel()) + 4 * torch.finfo(F32).eps * rms(b) / max(bar, 1e-30)
-            assert error <= bar * room, f"{name}: {error:.3e} > {bar:.3e} * {room:.2f}"
+            # An RMS over n numbers is known to one in sqrt(2 n). A chunk's part of a sum is rounded before it is added,
+            # and a factor that is no power of two rounds once more.
+            bar = rms(c - b) * (1 + 3 / math.sqrt(b.numel())) + 4 * torch.finfo(F32).eps * rms(b)
+            rounds = (chunk < 256 and name in ("head", "bias")) + (scale == 1 / 3)
+            again = math.sqrt(rounds / 3) * torch.finfo(dtype).eps / 2 * rms(b)
+            assert rms(a - b) <= math.hypot(bar, again), f"{name}: {rms(a - b):.3e} > {bar:.3e} + {again:.3e}"
 
 
 def test_many_chunks_add_up_in_float32():
@@ -387,8 +398,8 @@ def test_under_torch_compile():
         value.backward()
         results.append((value.detach(), *(leaf.grad for leaf in y[:3])))
     same(*results, 1e-6)
-    explained = torch._dynamo.explain(step)(*x.leaves()[:3])
-    assert any("runs its chunks eagerly" in str(reason) for reason in explained.break_reasons)
+    torch._dynamo.reset()
+    assert torch._dynamo.explain(step)(*x.leaves()[:3]).graph_break_count == 1
 
 
 UNITS = [lambda v, h: (), lambda v, h: (1,), lambda v, h: (v,), lambda v, h: (v, 1), lambda v, h: (v, h // 2)]
@@ -417,16 +428,16 @@ def test_a_quantised_teacher_head(quantised, unit):
 
 BIG = dict(n=512, v=3000)
 MEMORY = [
-    ("KDLoss", {}, {}),
-    ("ForwardKLLoss", dict(reduction="none"), {}),
-    ("ForwardKLLoss", dict(standardize=True), {}),
-    ("DKDLoss", {}, OPTIONS),
-    ("WTTMLoss", {}, {}),
+    ("KDLoss", {}, {}, F32),
+    ("WTTMLoss", {}, {}, BF16),
+    ("ForwardKLLoss", {}, {}, F16),
+    ("ForwardKLLoss", dict(reduction="none"), {}, F32),
+    ("ForwardKLLoss", dict(standardize=True), {}, BF16),
+    ("DKDLoss", {}, OPTIONS, BF16),
 ]
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize("name, loss, options", MEMORY, ids=str)
+@pytest.mark.parametrize("name, loss, options, dtype", MEMORY, ids=str)
 def test_no_tensor_is_as_large_as_the_logits(name, loss, options, dtype):
     """By every allocation that torch makes, and by every tensor that an operator sees."""
     x, n, v = batch(dtype, **BIG), BIG["n"], BIG["v"]
@@ -444,7 +455,8 @@ def test_no_tensor_is_as_large_as_the_logits(name, loss, options, dtype):
     assert seen.largest <= 32 * v * 4
     # student, teacher, gradient; z-scores are made of float32 copies. The head and what it needs are (V, H).
     chunks, heads = 10 if "standardize" in loss else 3, v * (H + 1) * 16
-    assert seen.peak <= chunks * 32 * v * dtype.itemsize + heads + n * (H + H2) * 16
+    room = chunks * 32 * v * dtype.itemsize + heads + n * (H + H2) * 16 + kd.sweep.CACHED
+    assert seen.peak <= room < 2 * n * v * dtype.itemsize  # the logits alone
 
 
 @pytest.mark.parametrize("rows", [512, 2048])
