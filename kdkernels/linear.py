@@ -12,8 +12,6 @@ from .loss import Loss
 from .options import check_number
 from .sweep import Inputs, LinearRows, Plan, cast_dtype
 
-__all__ = ["LinearLoss"]
-
 QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 BUDGET_CPU, BUDGET = 256 << 20, 1 << 30
 
