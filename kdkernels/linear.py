@@ -34,8 +34,9 @@ class LinearLoss(nn.Module):
         loss: any loss of the library, or of one's own, whose rows do not depend on each other; its options may change.
         chunk: rows of logits at a time, or "auto": as many as the budget holds, all of them if they fit.
         memory_budget: bytes of logits at a time for chunk="auto": the student's, the teacher's, and their gradient
-            where it does not take the student's place. An eighth of it may go to a product waiting to be added up, or
-            to a block of a dequantised head. None: 256 MiB on a CPU, 1 GiB elsewhere.
+            where it does not take the student's place (not the float64 copies of the reference backend). An eighth of
+            it may go to a product waiting to be added up, or to a block of a dequantised head. None: 256 MiB on a CPU,
+            1 GiB elsewhere.
         student_logit_scale, teacher_logit_scale: factor of the logits, in front of the cap.
         student_softcap, teacher_softcap: c > 0 of a soft-cap c * tanh(x / c), or None.
 

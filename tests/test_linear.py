@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed.fsdp
 import torch.nn.functional as F
 from accuracy import BF16, F16, F32, F64, SAMPLE, make, only, rms
 from allocations import Widest, allocations
@@ -407,6 +408,39 @@ def test_under_torch_compile():
     same(*results, 1e-6)
     torch._dynamo.reset()
     assert torch._dynamo.explain(step)(*x.leaves()[:3]).graph_break_count == 1
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = torch.nn.Linear(H, H), torch.nn.Linear(H, V, bias=False)
+        self.loss = kd.LinearLoss(kd.ForwardKLLoss(reduction="sum"), 3)
+
+    def forward(self, x, t):
+        return self.loss(self.body(x).tanh(), self.head.weight, teacher_logits=t)
+
+
+def sharded(rank, path):
+    """One of two processes: FSDP2 in the usual way, two steps, beside the whole model."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    x, t, model, whole = torch.linspace(-1, 1, 8 * H).view(8, H), torch.eye(8, V), Model(), Model()
+    whole(x, t).backward()
+    for module in (model.body, model):
+        torch.distributed.fsdp.fully_shard(module, mesh=mesh)
+    for _ in range(2):
+        model.zero_grad()
+        model(x[rank::2], t[rank::2]).backward()
+        for a, b in zip(model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(2 * a.grad.full_tensor(), b.grad, rtol=1e-5, atol=1e-6)
+    with pytest.raises(TypeError, match=r"student_head is a DTensor.*student_head\.full_tensor"):
+        model.loss(x, model.head.weight, teacher_logits=t)
+    torch.distributed.destroy_process_group()
+
+
+def test_fsdp2_needs_nothing_special(tmp_path):
+    torch.multiprocessing.spawn(sharded, (tmp_path / "rendezvous",), 2)
 
 
 UNITS = [lambda v, h: (), lambda v, h: (1,), lambda v, h: (v,), lambda v, h: (v, 1), lambda v, h: (v, h // 2)]
