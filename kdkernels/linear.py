@@ -12,6 +12,7 @@ from .loss import Loss
 from .options import check_number
 from .sweep import Inputs, LinearRows, Plan, cast_dtype
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 BUDGET_CPU, BUDGET = 256 << 20, 1 << 30
 
@@ -184,7 +185,7 @@ def _check_head(side: str, hidden, head, bias, cast: torch.dtype | None, quantis
     hidden_name, head_name = f"{side}_hidden", f"{side}_head"
     _tensor(hidden_name, hidden, "(..., H)")
     _tensor(head_name, head, "(V, H)", 2)
-    if hidden.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+    if hidden.dtype not in FLOATS:
         raise TypeError(f"{hidden_name} must be float64, float32, float16 or bfloat16, got {hidden.dtype}")
     if head.shape[1] != hidden.shape[-1] or not len(head):
         raise ValueError(f"{head_name} must have shape (V, {hidden.shape[-1]}) for {hidden_name} of shape "
@@ -195,7 +196,7 @@ def _check_head(side: str, hidden, head, bias, cast: torch.dtype | None, quantis
         if len(bias) != len(head):
             raise ValueError(f"{side}_bias must have shape ({len(head)},), got {tuple(bias.shape)}")
     for name, x in weights:
-        if not x.is_floating_point() or cast_dtype(x, cast) != cast_dtype(hidden, cast):
+        if x.dtype not in FLOATS or cast_dtype(x, cast) != cast_dtype(hidden, cast):
             raise TypeError(f"{name} must be {hidden.dtype} like {hidden_name}, got {x.dtype}")
     for name, x in [(head_name, head), *weights]:
         if x.device != hidden.device:
@@ -208,10 +209,9 @@ def _check_teacher(loss: Loss, x: Inputs, student: call.Shaped, vocab_size: int 
     if not loss._uses.teacher:
         return x._replace(**dict.fromkeys(names))
     if x.teacher_logits is not None:
-        if x.teacher_hidden is not None or x.teacher_head is not None:
-            raise ValueError("teacher_logits stand in for teacher_hidden and teacher_head: pass one or the other")
+        if given := [name for name in names[:-1] if getattr(x, name) is not None]:
+            raise ValueError(f"teacher_logits stand in for the teacher's hidden states and head: pass no {given[0]}")
         call.check_logits("teacher_logits", x.teacher_logits)
-        x = x._replace(teacher_bias=None, teacher_head_scale=None)
         shape, source, device = x.teacher_logits.shape, "teacher_logits", x.teacher_logits.device
     else:
         if x.teacher_hidden is None or x.teacher_head is None:
