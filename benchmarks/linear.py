@@ -1,7 +1,7 @@
 """Losses from hidden states: kdkernels.LinearLoss beside the matrix products alone and beside torch, in one run.
 
-    python -m benchmarks.linear                                     the whole table and the memory curve (20 minutes)
-    python -m benchmarks.linear --shape 2048x32000x1024 --dtype bfloat16
+    python -m benchmarks.linear                                     the whole table and the memory curve (15 minutes)
+    python -m benchmarks.linear --shape 1024x32000x1024 --dtype bfloat16
     python -m benchmarks.linear --json result.json --plot result.png
 
 A shape is ROWSxCLASSESxHIDDEN, of student and teacher alike; the work is forward KL, forward and backward, with
@@ -9,7 +9,7 @@ gradients of the student's hidden states and head. Times are medians of repeats 
 
     products    the four matrix products a step cannot do without (student, teacher, d hidden, d head), of all rows at
                 once, into given buffers: what everything here is measured in
-    LinearLoss  kdkernels, with its default memory budget
+    LinearLoss  kdkernels, with its default memory budget; "in 64 MiB" with that one
     logits      kdkernels.ForwardKLLoss on whole logits made by F.linear
     eager       torch's own log_softmax and kl_div on whole logits made by F.linear
     linear_ce   F.linear_cross_entropy with the teacher's probabilities as target: forward KL but for a constant
@@ -33,9 +33,9 @@ from .rows import interleaved, machine
 from allocations import allocations  # isort: skip
 
 SHAPES = {
-    "bfloat16": ["2048x32000x256", "2048x32000x512", "2048x32000x1024", "2048x32000x2048", "1024x128256x1024",
+    "bfloat16": ["1024x32000x256", "1024x32000x512", "1024x32000x1024", "1024x32000x2048", "512x128256x1024",
                  "64x32000x1024"],
-    "float32": ["2048x32000x256", "2048x32000x512", "2048x32000x1024", "64x32000x1024"],
+    "float32": ["1024x32000x256", "1024x32000x512", "1024x32000x1024", "64x32000x1024"],
 }  # fmt: skip
 PROMISED = 1.15  # times the products, from hidden size 1024 on
 MEMORY = dict(rows=(256, 512, 1024, 2048, 4096), classes=32000, hidden=128, dtype="float32")
@@ -49,7 +49,8 @@ def contenders(rows: int, classes: int, hidden: int, dtype: str) -> dict:
     h, w, th, tw = new(rows, hidden), new(classes, hidden), new(rows, hidden), new(classes, hidden)
     leaves = h.clone().requires_grad_(), w.clone().requires_grad_()
     textbook, _ = eager.loss("ForwardKLLoss")
-    loss, linear = kd.ForwardKLLoss(), kd.LinearLoss(kd.ForwardKLLoss())
+    loss = kd.ForwardKLLoss()
+    linear, small = kd.LinearLoss(loss), kd.LinearLoss(loss, memory_budget=64 << 20)
     buffers = [torch.empty(rows, classes, dtype=kind), torch.empty(rows, classes, dtype=kind)]
     grads = [torch.empty_like(h), torch.empty_like(w)]
 
@@ -70,6 +71,7 @@ def contenders(rows: int, classes: int, hidden: int, dtype: str) -> dict:
     return {
         "products": products,
         "LinearLoss": step(lambda h, w: linear(h, w, th, tw)),
+        "in 64 MiB": step(lambda h, w: small(h, w, th, tw)),
         "logits": step(lambda h, w: loss(F.linear(h, w), F.linear(th, tw))),
         "eager": step(lambda h, w: textbook(F.linear(h, w), F.linear(th, tw), None)),
         "linear_ce": step(lambda h, w: F.linear_cross_entropy(h, w, F.linear(th, tw).softmax(-1))),
@@ -91,13 +93,13 @@ def plot(found: dict, path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for dtype, style in (("bfloat16", "-"), ("float32", "--")):
-        curve = [r for r in found["time"] if r["dtype"] == dtype and r["shape"].startswith("2048x32000x")]
+        curve = [r for r in found["time"] if r["dtype"] == dtype and r["shape"].startswith("1024x32000x")]
         sizes = [int(r["shape"].split("x")[2]) for r in curve]
         for k, name in enumerate(n for n in (curve[0]["ms"] if curve else ()) if n != "products"):
             ratios = [r["ms"][name] / r["ms"]["products"] for r in curve]
             left.plot(sizes, ratios, style, color=f"C{k}", marker="o", label=f"{name}, {dtype}")
     left.axhline(1, color="black", lw=0.8)
-    left.set(xscale="log", xlabel="hidden size (2048 rows, 32000 classes)", ylabel="time / the four products alone")
+    left.set(xscale="log", xlabel="hidden size (1024 rows, 32000 classes)", ylabel="time / the four products alone")
     for k, name in enumerate(found["memory"][0]["bytes"] if found["memory"] else ()):
         right.plot([r["rows"] for r in found["memory"]], [r["bytes"][name] / 2**20 for r in found["memory"]],
                    color=f"C{k}", marker="o", label=name)  # fmt: skip
@@ -107,6 +109,11 @@ def plot(found: dict, path: Path) -> None:
     right.legend(fontsize=7)
     figure.suptitle(found["machine"], fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def save(found: dict, path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def commit() -> str:
@@ -141,16 +148,16 @@ def main(arguments=None):
                 table = Table("shape", "dtype", *names, "ratio", f"<= {PROMISED}")
             ratio = ms["LinearLoss"] / ms["products"]
             kept = ("yes" if ratio <= PROMISED else "NO") if int(shape.split("x")[2]) >= 1024 else ""
+            save(found, options.json)
             table.add_row(shape, dtype, *(f"{ms[n]:.1f}" for n in names), f"{ratio:.3f}", kept)
     for rows in () if options.shape else MEMORY["rows"]:
         console.print(f"memory of {rows} rows ...", highlight=False)
         found["memory"].append(measure_memory(rows))
+        save(found, options.json)
     console.print(table)
     console.print(f"milliseconds, medians; ratio: LinearLoss / products; {found['machine']}; commit {found['commit']}")
     for row in found["memory"]:
         console.print(f"{row['rows']} rows: " + ", ".join(f"{n} {b / 2**20:.0f} MiB" for n, b in row["bytes"].items()))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.plot:
         plot(found, options.plot)
 
