@@ -138,7 +138,10 @@ def _sweep(plan, x, factor, wants, per_row):
     g_buffer = torch.empty_like(s_buffer) if student.softcap is not None and any(wants) else s_buffer
     t_dtype = dtype if teacher is None else cast_dtype(x.teacher_hidden, plan.cast)
     t_buffer = s_buffer if teacher is None else torch.empty_like(s_buffer, dtype=t_dtype)
-    grads, values = _empty(x, wants, student, rows > chunk), []
+    grads, values, product = _empty(x, wants, vocab, rows > chunk), [], None
+    if grads.head is not None and grads.head.dtype != dtype:
+        width = x.student_head.shape[1]
+        product = s_buffer.new_empty((min(vocab, _block(width, dtype, plan.scratch)), width))
     counts = factor != 0 if x.labels is None else (factor != 0) & (x.labels != plan.loss.ignore_index)
     for at in slices(rows, chunk):
         # Whatever a row holds that does not count: its gradient is 0, and 0 * NaN is not.
@@ -157,7 +160,7 @@ def _sweep(plan, x, factor, wants, per_row):
             continue
         value, g = _value_and_grad(loss, s, t, labels, g_buffer[: len(s)], row_weight=factor[at], **given)
         values.append(value)
-        _add_up(grads, at, student.uncap(g, s), student, hidden, plan.scratch)
+        _add_up(grads, at, student.uncap(g, s), student, hidden, product)
     values = values or [factor.new_zeros(0 if per_row else ())]
     value = torch.cat(values) if per_row else torch.stack(values).sum(dtype=torch.float64)
     return value.to(result_dtype(s_buffer)), grads
@@ -203,20 +206,21 @@ def _value_and_grad(loss: Loss, s: Tensor, t: Tensor | None, labels: Tensor | No
         return value.detach(), torch.autograd.grad(value, leaf)[0]
 
 
-def _empty(x: Inputs, wants: tuple[bool, bool, bool], student: Head, several: bool) -> Gradients:
+def _empty(x: Inputs, wants: tuple[bool, bool, bool], vocab: int, several: bool) -> Gradients:
     """Where the gradients go. What is summed over several chunks is summed in float32 at least."""
     dtypes = [torch.promote_types(y.dtype, torch.float32) if several and y is not None else None for y in x[1:3]]
     hidden = torch.empty_like(x.student_hidden) if wants[0] else None
-    # The first chunk writes a head's gradient: all of it, if no row of the head is padding and no dtype in between.
-    written = len(x.student_hidden) and len(student.weight) == len(x.student_head)
-    written = written and (dtypes[0] or x.student_head.dtype) == student.weight.dtype
-    new = torch.empty_like if written else torch.zeros_like
+    # The first chunk writes a head's gradient, all of it if no row of the head is padding.
+    new = torch.empty_like if len(x.student_hidden) and vocab == len(x.student_head) else torch.zeros_like
     head = new(x.student_head, dtype=dtypes[0]) if wants[1] else None
     return Gradients(hidden, head, torch.zeros_like(x.student_bias, dtype=dtypes[1]) if wants[2] else None)
 
 
-def _add_up(grads: Gradients, at: slice, g: Tensor, head: Head, hidden: Tensor, scratch: int) -> None:
-    """Adds a chunk's part, from the gradient g (n, vocab) of its uncapped logits and its hidden states (n, H)."""
+def _add_up(grads: Gradients, at: slice, g: Tensor, head: Head, hidden: Tensor, product: Tensor | None) -> None:
+    """Adds a chunk's part, from the gradient g (n, vocab) of its uncapped logits and its hidden states (n, H).
+
+    product (., H) is where a part goes whose sum is of another dtype.
+    """
     vocab, first = g.shape[1], at.start == 0
     if grads.hidden is not None:
         grads.hidden[at] = torch.addmm(hidden, g, head.weight, beta=0, alpha=head.scale)
@@ -225,14 +229,16 @@ def _add_up(grads: Gradients, at: slice, g: Tensor, head: Head, hidden: Tensor, 
     if grads.head is None:
         return
     total = grads.head[:vocab]
-    if total.dtype == g.dtype:
+    if product is None:
         torch.addmm(total, g.T, hidden, beta=0 if first else 1, alpha=head.scale, out=total)
         return
-    product = hidden.new_empty((min(vocab, _block(hidden.shape[1], g.dtype, scratch)), hidden.shape[1]))
     for block in slices(vocab, len(product)):
         to = product[: block.stop - block.start]
         torch.addmm(to, g[:, block].T, hidden, beta=0, alpha=head.scale, out=to)
-        _widen_and_add(total[block], to)
+        if first:
+            total[block].copy_(to)
+        else:
+            _widen_and_add(total[block], to)
 
 
 def _column_sums(g: Tensor, dtype: torch.dtype) -> Tensor:
