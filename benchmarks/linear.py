@@ -19,6 +19,7 @@ Memory is the most that torch's allocator held at a time during a step beyond wh
 
 import argparse
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -62,9 +63,9 @@ def contenders(rows: int, classes: int, hidden: int, dtype: str) -> dict:
 
     def step(function):
         def run():
+            function(*leaves).backward()
             for leaf in leaves:
                 leaf.grad = None
-            function(*leaves).backward()
 
         return run
 
@@ -126,7 +127,7 @@ def commit() -> str:
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--shape", help="one ROWSxCLASSESxHIDDEN, and no memory curve")
+    parser.add_argument("--shape", nargs="+", help="these ROWSxCLASSESxHIDDEN, and no memory curve")
     parser.add_argument("--dtype", choices=list(SHAPES))
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
     parser.add_argument("--json", type=Path, help="write what was measured here")
@@ -136,10 +137,10 @@ def main(arguments=None):
     from rich.console import Console
     from rich.table import Table
 
-    console, found = Console(), dict(machine=machine(), commit=commit(), time=[], memory=[])
+    console, found = Console(), dict(machine=machine(), commit=commit(), load=os.getloadavg(), time=[], memory=[])
     table, names = Table(), ()
     for dtype in [options.dtype] if options.dtype else SHAPES:
-        for shape in [options.shape] if options.shape else SHAPES[dtype]:
+        for shape in options.shape or SHAPES[dtype]:
             console.print(f"{shape} {dtype} ...", highlight=False)
             found["time"].append(result := measure_time(shape, dtype))
             ms = result["ms"]
@@ -155,7 +156,8 @@ def main(arguments=None):
         found["memory"].append(measure_memory(rows))
         save(found, options.json)
     console.print(table)
-    console.print(f"milliseconds, medians; ratio: LinearLoss / products; {found['machine']}; commit {found['commit']}")
+    console.print(f"milliseconds, medians; ratio: LinearLoss / products; {found['machine']}; commit {found['commit']}; "
+                  f"load of the machine at the start {found['load'][0]:.1f}")  # fmt: skip
     for row in found["memory"]:
         console.print(f"{row['rows']} rows: " + ", ".join(f"{n} {b / 2**20:.0f} MiB" for n, b in row["bytes"].items()))
     if options.plot:
