@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from . import backends, logpartition, tape
 from .backends import BackendUnavailable, available_backends, use_backend
 from .functional import power_sum, power_transform
+from .linear import LinearLoss
 from .logpartition import *  # noqa: F403  (its __all__ is the catalogue)
 from .loss import Label, Loss, Moment, Point
 
@@ -14,8 +15,8 @@ except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    *logpartition.__all__, "BackendUnavailable", "Label", "Loss", "Moment", "Point", "available_backends", "backends",
-    "catalogue", "power_sum", "power_transform", "tape", "use_backend",
+    *logpartition.__all__, "BackendUnavailable", "Label", "LinearLoss", "Loss", "Moment", "Point", "available_backends",
+    "backends", "catalogue", "power_sum", "power_transform", "tape", "use_backend",
 ]  # fmt: skip
 
 

@@ -27,6 +27,13 @@ class Rows(NamedTuple):
     vocab: int
 
 
+class Shaped(NamedTuple):
+    """What the checks look at of logits that are never whole in memory."""
+
+    shape: torch.Size
+    device: torch.device
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -54,7 +61,7 @@ def dense(x: Tensor) -> Tensor:
     return x.unsqueeze(0) if x.dim() == 1 else x.reshape(-1, *x.shape[-2:])
 
 
-def _like(name: str, x, student: Tensor) -> Tensor:
+def _like(name: str, x, student: Tensor | Shaped) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.shape != student.shape[:-1]:
@@ -81,14 +88,7 @@ def check(loss: Loss, student, teacher, labels, row_weight, temperature, vocab_s
         TypeError, ValueError: naming the argument, its shape and what was expected.
     """
     check_logits("student_logits", student)
-    width = student.shape[-1]
-    if vocab_size is not None:
-        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-            raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
-        if not 1 <= vocab_size <= width:
-            raise ValueError(f"vocab_size must be in [1, {width}] for student_logits {tuple(student.shape)}, "
-                             f"got {vocab_size}")  # fmt: skip
-    vocab = vocab_size or width
+    vocab = check_vocab(vocab_size, student)
     if teacher is None:
         if loss._uses.teacher:
             raise ValueError(f"{type(loss).__name__} needs teacher_logits")
@@ -104,6 +104,29 @@ def check(loss: Loss, student, teacher, labels, row_weight, temperature, vocab_s
             raise ValueError(f"teacher_logits must be on student_logits' device {student.device}, got {teacher.device}")
         if not loss._uses.teacher:  # one signature for all losses, and no gradient from those that do not look at it
             teacher = None
+    labels, vocab_mask, row_weight = check_rows(loss, student, vocab, labels, row_weight, temperature, vocab_mask)
+    if loss.standardize:  # the gradient is a sum of two (through the row and its deviation): rounded once, at the end
+        student = student if student.dtype == torch.float64 else student.float()
+        if teacher is not None and teacher.dtype != torch.float64:
+            teacher = teacher.float()
+    return Rows(student, teacher, labels, vocab_mask, row_weight, vocab)
+
+
+def check_vocab(vocab_size: int | None, student: Tensor | Shaped) -> int:
+    """The number of classes: vocab_size, or the width of the student's logits."""
+    width = student.shape[-1]
+    if vocab_size is None:
+        return width
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    if not 1 <= vocab_size <= width:
+        raise ValueError(f"vocab_size must be in [1, {width}] for student_logits {tuple(student.shape)}, "
+                         f"got {vocab_size}")  # fmt: skip
+    return vocab_size
+
+
+def check_rows(loss: Loss, student: Tensor | Shaped, vocab: int, labels, row_weight, temperature, vocab_mask):
+    """What a call has beside logits: labels (N,) int64, mask (vocab,) and row weights (N,) float64, each or None."""
     if labels is None and loss._uses.labels:
         cause = "" if loss.needs_labels and loss.kd_weight else f" with ce_weight={loss.ce_weight}"
         raise ValueError(f"{type(loss).__name__}{cause} needs labels")
@@ -116,7 +139,7 @@ def check(loss: Loss, student, teacher, labels, row_weight, temperature, vocab_s
     if row_weight is not None:
         row_weight = _like("row_weight", row_weight, student)
         _constant("row_weight", row_weight)
-        row_weight = row_weight.reshape(-1).to(torch.float64)
+        row_weight = row_weight.reshape(-1).to(torch.float64).contiguous()
     if isinstance(temperature, Tensor):
         _temperature(temperature, student, None if labels is None else labels != loss.ignore_index)
     elif temperature is not None:
@@ -127,14 +150,10 @@ def check(loss: Loss, student, teacher, labels, row_weight, temperature, vocab_s
             live = labels[(labels != loss.ignore_index) & (labels >= 0) & (labels < vocab)]  # kernels refuse the rest
             if not (kept := vocab_mask[live]).all():
                 raise ValueError(f"labels must be classes that vocab_mask keeps, got {live[~kept][0].item()}")
-    if loss.standardize:  # the gradient is a sum of two (through the row and its deviation): rounded once, at the end
-        student = student if student.dtype == torch.float64 else student.float()
-        if teacher is not None and teacher.dtype != torch.float64:
-            teacher = teacher.float()
-    return Rows(student, teacher, labels, vocab_mask, row_weight, vocab)
+    return labels, vocab_mask, row_weight
 
 
-def _temperature(temperature: Tensor, student: Tensor, keep: Tensor | None) -> None:
+def _temperature(temperature: Tensor, student: Tensor | Shaped, keep: Tensor | None) -> None:
     _constant("temperature", temperature)
     if temperature.dim():
         _like("temperature", temperature, student)
@@ -180,7 +199,7 @@ def _footprint(x: Tensor) -> np.ndarray:
     return np.asarray(SimpleNamespace(__array_interface__=place))
 
 
-def _mask(mask, student: Tensor, vocab: int) -> Tensor:
+def _mask(mask, student: Tensor | Shaped, vocab: int) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"vocab_mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
     if mask.dim() != 1 or mask.shape[0] not in (student.shape[-1], vocab):

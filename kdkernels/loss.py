@@ -95,7 +95,7 @@ class Loss(nn.Module, metaclass=_PostInit):
         TypeError, ValueError: an option is not of its kind or out of its range.
     """
 
-    needs_teacher = True
+    needs_teacher = rowwise = True  # not rowwise: rows depend on each other, which rules out chunks of them
     needs_labels = False
     _double: Program
     _single: Program

@@ -187,6 +187,13 @@ def test_the_temperature_of_an_ignored_row_does_not_matter():
     assert kd.ForwardKLLoss()(S, T, Y, temperature=per_row).isfinite()
 
 
+def test_row_weights_may_have_any_strides():
+    for weight in (torch.full((1,), 2.0, dtype=F64).expand(4), torch.full((4, 3), 2.0, dtype=F64)[:, 1]):
+        s = S.clone().requires_grad_()
+        value = kd.ForwardKLLoss()(s, T, Y, row_weight=weight)
+        torch.testing.assert_close(value, 2 * kd.ForwardKLLoss()(S, T, Y))
+
+
 def test_value_and_grad_names_what_it_does_not_do():
     with pytest.raises(ValueError, match=r"reduction other than 'none'$"):
         kd.ForwardKLLoss(reduction="none").value_and_grad(S, T)

@@ -1,0 +1,168 @@
+"""Losses from hidden states: kdkernels.LinearLoss beside the matrix products alone and beside torch, in one run.
+
+    python -m benchmarks.linear                                     the whole table and the memory curve (15 minutes)
+    python -m benchmarks.linear --shape 1024x32000x1024 --dtype bfloat16
+    python -m benchmarks.linear --json result.json --plot result.png
+
+A shape is ROWSxCLASSESxHIDDEN, of student and teacher alike; the work is forward KL, forward and backward, with
+gradients of the student's hidden states and head. Times are medians of repeats in which the contenders take turns:
+
+    products    the four matrix products a step cannot do without (student, teacher, d hidden, d head), of all rows at
+                once, into given buffers: what everything here is measured in
+    LinearLoss  kdkernels, with its default memory budget; "in 64 MiB" with that one
+    logits      kdkernels.ForwardKLLoss on whole logits made by F.linear
+    eager       torch's own log_softmax and kl_div on whole logits made by F.linear
+    linear_ce   F.linear_cross_entropy with the teacher's probabilities as target: forward KL but for a constant
+
+Memory is the most that torch's allocator held at a time during a step beyond what was there before, gradients included.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import kdkernels as kd
+
+from . import eager  # puts tests/ on the path
+from .rows import interleaved, machine
+
+from allocations import allocations  # isort: skip
+
+SHAPES = {
+    "bfloat16": ["1024x32000x256", "1024x32000x512", "1024x32000x1024", "1024x32000x2048", "512x128256x1024",
+                 "64x32000x1024"],
+    "float32": ["1024x32000x256", "1024x32000x512", "1024x32000x1024", "64x32000x1024"],
+}  # fmt: skip
+PROMISED = 1.15  # times the products, from hidden size 1024 on
+MEMORY = dict(rows=(256, 512, 1024, 2048, 4096), classes=32000, hidden=128, dtype="float32")
+
+
+def contenders(rows: int, classes: int, hidden: int, dtype: str) -> dict:
+    """Name -> one step, forward and backward."""
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    new = lambda *shape: torch.randn(*shape).mul_(shape[-1] ** -0.25 * 1.5).to(kind)  # noqa: E731  (logits of deviation 2)
+    h, w, th, tw = new(rows, hidden), new(classes, hidden), new(rows, hidden), new(classes, hidden)
+    leaves = h.clone().requires_grad_(), w.clone().requires_grad_()
+    textbook, _ = eager.loss("ForwardKLLoss")
+    loss = kd.ForwardKLLoss()
+    linear, small = kd.LinearLoss(loss), kd.LinearLoss(loss, memory_budget=64 << 20)
+    buffers = [torch.empty(rows, classes, dtype=kind), torch.empty(rows, classes, dtype=kind)]
+    grads = [torch.empty_like(h), torch.empty_like(w)]
+
+    def products():
+        torch.mm(h, w.T, out=buffers[0])
+        torch.mm(th, tw.T, out=buffers[1])
+        torch.mm(buffers[0], w, out=grads[0])
+        torch.mm(buffers[0].T, h, out=grads[1])
+
+    def step(function):
+        def run():
+            function(*leaves).backward()
+            for leaf in leaves:
+                leaf.grad = None
+
+        return run
+
+    return {
+        "products": products,
+        "LinearLoss": step(lambda h, w: linear(h, w, th, tw)),
+        "in 64 MiB": step(lambda h, w: small(h, w, th, tw)),
+        "logits": step(lambda h, w: loss(F.linear(h, w), F.linear(th, tw))),
+        "eager": step(lambda h, w: textbook(F.linear(h, w), F.linear(th, tw), None)),
+        "linear_ce": step(lambda h, w: F.linear_cross_entropy(h, w, F.linear(th, tw).softmax(-1))),
+    }
+
+
+def measure_time(shape: str, dtype: str) -> dict:
+    return dict(shape=shape, dtype=dtype, ms=interleaved(contenders(*map(int, shape.split("x")), dtype)))
+
+
+def measure_memory(rows: int) -> dict:
+    found = contenders(rows, MEMORY["classes"], MEMORY["hidden"], MEMORY["dtype"])
+    del found["products"]
+    return dict(rows=rows, bytes={name: allocations(step).peak for name, step in found.items() if not step()})
+
+
+def plot(found: dict, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for dtype, style in (("bfloat16", "-"), ("float32", "--")):
+        curve = [r for r in found["time"] if r["dtype"] == dtype and r["shape"].startswith("1024x32000x")]
+        sizes = [int(r["shape"].split("x")[2]) for r in curve]
+        for k, name in enumerate(n for n in (curve[0]["ms"] if curve else ()) if n != "products"):
+            ratios = [r["ms"][name] / r["ms"]["products"] for r in curve]
+            left.plot(sizes, ratios, style, color=f"C{k}", marker="o", label=f"{name}, {dtype}")
+    left.axhline(1, color="black", lw=0.8)
+    left.set(xscale="log", xlabel="hidden size (1024 rows, 32000 classes)", ylabel="time / the four products alone")
+    for k, name in enumerate(found["memory"][0]["bytes"] if found["memory"] else ()):
+        right.plot([r["rows"] for r in found["memory"]], [r["bytes"][name] / 2**20 for r in found["memory"]],
+                   color=f"C{k}", marker="o", label=name)  # fmt: skip
+    right.set(xscale="log", yscale="log", ylabel="peak memory of a step, MiB")
+    right.set_xlabel(f"rows ({MEMORY['classes']} classes, hidden size {MEMORY['hidden']}, {MEMORY['dtype']})")
+    left.legend(fontsize=7)
+    right.legend(fontsize=7)
+    figure.suptitle(found["machine"], fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def save(found: dict, path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def commit() -> str:
+    """The commit of the source tree, with a + where it has been edited since."""
+    git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True, check=False,  # noqa: E731
+                                        cwd=Path(__file__).parent).stdout.strip()  # fmt: skip
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "../kdkernels") else "")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--shape", nargs="+", help="these ROWSxCLASSESxHIDDEN, and no memory curve")
+    parser.add_argument("--dtype", choices=list(SHAPES))
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
+    parser.add_argument("--json", type=Path, help="write what was measured here")
+    parser.add_argument("--plot", type=Path, help="draw it here")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    from rich.console import Console
+    from rich.table import Table
+
+    console, found = Console(), dict(machine=machine(), commit=commit(), load=os.getloadavg(), time=[], memory=[])
+    table, names = Table(), ()
+    for dtype in [options.dtype] if options.dtype else SHAPES:
+        for shape in options.shape or SHAPES[dtype]:
+            console.print(f"{shape} {dtype} ...", highlight=False)
+            found["time"].append(result := measure_time(shape, dtype))
+            ms = result["ms"]
+            if not names:
+                names = tuple(ms)
+                table = Table("shape", "dtype", *names, "ratio", f"<= {PROMISED}")
+            ratio = ms["LinearLoss"] / ms["products"]
+            kept = ("yes" if ratio <= PROMISED else "NO") if int(shape.split("x")[2]) >= 1024 else ""
+            save(found, options.json)
+            table.add_row(shape, dtype, *(f"{ms[n]:.1f}" for n in names), f"{ratio:.3f}", kept)
+    for rows in () if options.shape else MEMORY["rows"]:
+        console.print(f"memory of {rows} rows ...", highlight=False)
+        found["memory"].append(measure_memory(rows))
+        save(found, options.json)
+    console.print(table)
+    console.print(f"milliseconds, medians; ratio: LinearLoss / products; {found['machine']}; commit {found['commit']}; "
+                  f"load of the machine at the start {found['load'][0]:.1f}")  # fmt: skip
+    for row in found["memory"]:
+        console.print(f"{row['rows']} rows: " + ", ".join(f"{n} {b / 2**20:.0f} MiB" for n, b in row["bytes"].items()))
+    if options.plot:
+        plot(found, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Fused linear: a loss from hidden states and heads, whose logits exist only a chunk of rows at a time."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, call
+from .loss import Loss
+from .options import check_number
+from .sweep import Inputs, LinearRows, Plan, cast_dtype
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+BUDGET_CPU, BUDGET = 256 << 20, 1 << 30
+
+
+class LinearLoss(nn.Module):
+    """`loss` of the logits student_hidden @ student_head.T and teacher_hidden @ teacher_head.T, neither ever whole.
+
+        loss = kdkernels.LinearLoss(kdkernels.ForwardKLLoss(temperature=2.0))
+        loss(hidden, lm_head.weight, teacher_hidden, teacher_lm_head.weight.detach(), labels).backward()
+
+    One sweep over chunks of rows makes a chunk's logits, softcap * tanh(scale * (hidden @ head.T + bias) / softcap),
+    the value, and the gradients of hidden, head and bias. Beside the gradients that takes the memory of a chunk,
+    whatever the number of rows. With reduction "none", in float16, and for a second backward, which all need to know
+    the incoming gradient first, the sweep is made again in the backward.
+
+    The gradients of head and bias are summed over the chunks in float32 (float64 in float64) and rounded once, after
+    the incoming gradient has multiplied them. Under torch.compile a call is a graph break. Double backward raises.
+
+    Args:
+        loss: any loss of the library, or of one's own, whose rows do not depend on each other; its options may change.
+        chunk: rows of logits at a time, or "auto": as many as the budget holds, all of them if they fit.
+        memory_budget: bytes of logits at a time for chunk="auto": the student's, the teacher's, and their gradient
+            where it does not take the student's place (not the float64 copies of the reference backend). An eighth of
+            it may go to a product waiting to be added up, or to a block of a dequantised head. None: 256 MiB on a CPU,
+            1 GiB elsewhere.
+        student_logit_scale, teacher_logit_scale: factor of the logits, in front of the cap.
+        student_softcap, teacher_softcap: c > 0 of a soft-cap c * tanh(x / c), or None.
+
+    Raises:
+        TypeError, ValueError: an option is not of its kind or out of its range; the loss is not row-wise.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        chunk: int | str = "auto",
+        *,
+        memory_budget: int | None = None,
+        student_logit_scale: float = 1.0,
+        teacher_logit_scale: float = 1.0,
+        student_softcap: float | None = None,
+        teacher_softcap: float | None = None,
+    ):
+        super().__init__()
+        self.loss, self.chunk, self.memory_budget = loss, chunk, memory_budget
+        self.student_logit_scale, self.teacher_logit_scale = student_logit_scale, teacher_logit_scale
+        self.student_softcap, self.teacher_softcap = student_softcap, teacher_softcap
+        self._check_options()
+
+    def extra_repr(self) -> str:
+        names = ("chunk", "memory_budget", "student_logit_scale", "teacher_logit_scale", "student_softcap",
+                 "teacher_softcap")  # fmt: skip
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_head: Tensor,
+        teacher_hidden: Tensor | None = None,
+        teacher_head: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        teacher_head_scale: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        temperature: float | Tensor | None = None,
+        vocab_size: int | None = None,
+        vocab_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of student_hidden (..., H).
+
+        Args:
+            student_hidden: (..., H), float64, float32, float16 or bfloat16.
+            student_head: (V, H), of student_hidden's dtype; under autocast both are cast, as by F.linear. Without
+                requires_grad it costs no gradient.
+            teacher_hidden, teacher_head: (..., H2) and (V, H2), constants. The student's own head may be given, and is
+                a constant in this place. An int8 or float8 head is dequantised a block at a time.
+            student_bias, teacher_bias: (V,).
+            teacher_head_scale: of a quantised head, which stands for head * scale: a scalar, (V,), or (V, G): one for
+                each G-th of a row's columns.
+            teacher_logits: (..., V), a constant taken as it is, in place of teacher_hidden and teacher_head.
+            labels, row_weight, num_items, temperature, vocab_size, vocab_mask: as in a call of the loss. The mean is
+                over the rows of all chunks. A head's rows from vocab_size on are not read.
+
+        Returns:
+            What the loss returns for those logits.
+
+        Raises:
+            TypeError, ValueError: an argument is missing, or not of the dtype, device, shape or range it should be; a
+                tensor of the teacher's requires grad.
+            NotImplementedError: in a double backward.
+        """
+        x = Inputs(student_hidden, student_head, student_bias, teacher_hidden, teacher_head, teacher_bias,
+                   teacher_head_scale, teacher_logits, labels, row_weight, temperature, vocab_mask)  # fmt: skip
+        run = torch.compiler.disable(self._run) if torch.compiler.is_compiling() else self._run
+        return run(x, num_items, vocab_size)
+
+    def _run(self, x: Inputs, num_items, vocab_size: int | None) -> Tensor:
+        self._check_options()
+        loss, cast = self.loss, _autocast(x.student_hidden)
+        _check_head("student", x.student_hidden, x.student_head, x.student_bias, cast)
+        logits = call.Shaped(torch.Size((*x.student_hidden.shape[:-1], len(x.student_head))), x.student_hidden.device)
+        vocab = call.check_vocab(vocab_size, logits)
+        x = _check_teacher(loss, x, logits, vocab_size, cast)
+        labels, mask, weight = call.check_rows(loss, logits, vocab, x.labels, x.factor, x.temperature, x.mask)
+        rows = call.Rows(x.student_hidden, None, labels, mask, weight, vocab)
+        factor = call.factor(*call.weighting(loss, rows, num_items), labels, loss.ignore_index, x.student_hidden)
+        number = None if isinstance(x.temperature, Tensor) else x.temperature
+        x = x._replace(labels=labels, factor=factor, mask=mask, temperature=x.temperature if number is None else None)
+        x = x.flat()
+        value = LinearRows.apply(self._plan(x, vocab, cast, number), torch.is_grad_enabled(), *x)
+        return value.view(logits.shape[:-1]) if loss.reduction == "none" else value
+
+    def _plan(self, x: Inputs, vocab: int, cast: torch.dtype | None, temperature: float | None) -> Plan:
+        backend = backends.pick(x.student_hidden, x.teacher_logits if x.teacher_hidden is None else x.teacher_hidden)
+        budget = int(self.memory_budget or (BUDGET_CPU if x.student_hidden.is_cpu else BUDGET))
+        if isinstance(self.chunk, int):
+            chunk = self.chunk
+        else:
+            in_place = backend.OPERATORS and backend.OPERATORS.step_out and not self.loss.standardize
+            copies = 1 if in_place and self.student_softcap is None else 2
+            width = copies * cast_dtype(x.student_hidden, cast).itemsize
+            width += 0 if x.teacher_hidden is None else cast_dtype(x.teacher_hidden, cast).itemsize
+            rows, chunk = max(len(x.student_hidden), 1), max(budget // (vocab * width), 1)
+            chunk = -(-rows // -(-rows // chunk))  # as many chunks, but of one size
+        scales = (self.student_logit_scale, self.teacher_logit_scale)
+        caps = (self.student_softcap, self.teacher_softcap)
+        name = backend.__name__.rpartition(".")[-1]
+        return Plan(copy.copy(self.loss), name, cast, chunk, budget // 8, vocab, scales, caps, temperature)
+
+    def _check_options(self) -> None:
+        if not isinstance(self.loss, Loss):
+            raise TypeError(f"loss must be a kdkernels loss, such as ForwardKLLoss(), got {self.loss!r}")
+        if not self.loss.rowwise:
+            raise ValueError(f"loss must be row-wise: {type(self.loss).__name__} relates rows to each other, and only "
+                             "a chunk of them has logits at a time; call it on the logits")  # fmt: skip
+        if self.chunk != "auto" and (isinstance(self.chunk, bool) or not isinstance(self.chunk, int) or self.chunk < 1):
+            raise ValueError(f"chunk must be 'auto' or an int >= 1, got {self.chunk!r}")
+        if self.memory_budget is not None:
+            check_number("memory_budget", self.memory_budget, least=1)
+        for side in ("student", "teacher"):
+            check_number(f"{side}_logit_scale", getattr(self, f"{side}_logit_scale"))
+            if getattr(self, f"{side}_softcap") is not None:
+                check_number(f"{side}_softcap", getattr(self, f"{side}_softcap"), above=0)
+
+
+def _autocast(hidden) -> torch.dtype | None:
+    """What autocast makes of a product on this device; None where it is off."""
+    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
+        return None
+    return torch.get_autocast_dtype(hidden.device.type)
+
+
+def _tensor(name: str, x, shape: str, dim: int | None = None) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if hasattr(x, "full_tensor"):
+        raise TypeError(f"{name} is a DTensor; pass it whole, {name}.full_tensor()")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got {x.layout}")
+    if (x.dim() == 0 if dim is None else x.dim() != dim) or x.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+    return x
+
+
+def _check_head(side: str, hidden, head, bias, cast: torch.dtype | None, quantised: bool = False) -> None:
+    hidden_name, head_name = f"{side}_hidden", f"{side}_head"
+    _tensor(hidden_name, hidden, "(..., H)")
+    _tensor(head_name, head, "(V, H)", 2)
+    if hidden.dtype not in FLOATS:
+        raise TypeError(f"{hidden_name} must be float64, float32, float16 or bfloat16, got {hidden.dtype}")
+    if head.shape[1] != hidden.shape[-1] or not len(head):
+        raise ValueError(f"{head_name} must have shape (V, {hidden.shape[-1]}) for {hidden_name} of shape "
+                         f"{tuple(hidden.shape)}, got {tuple(head.shape)}")  # fmt: skip
+    weights = [] if quantised else [(head_name, head)]
+    if bias is not None:
+        weights.append((f"{side}_bias", _tensor(f"{side}_bias", bias, f"({len(head)},)", 1)))
+        if len(bias) != len(head):
+            raise ValueError(f"{side}_bias must have shape ({len(head)},), got {tuple(bias.shape)}")
+    for name, x in weights:
+        if x.dtype not in FLOATS or cast_dtype(x, cast) != cast_dtype(hidden, cast):
+            raise TypeError(f"{name} must be {hidden.dtype} like {hidden_name}, got {x.dtype}")
+    for name, x in [(head_name, head), *weights]:
+        if x.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden_name}'s device {hidden.device}, got {x.device}")
+
+
+def _check_teacher(loss: Loss, x: Inputs, student: call.Shaped, vocab_size: int | None, cast) -> Inputs:
+    """The inputs with the teacher's as constants, or without a teacher where the loss looks at none."""
+    names = ("teacher_hidden", "teacher_head", "teacher_bias", "teacher_head_scale", "teacher_logits")
+    if not loss._uses.teacher:
+        return x._replace(**dict.fromkeys(names))
+    if x.teacher_logits is not None:
+        if given := [name for name in names[:-1] if getattr(x, name) is not None]:
+            raise ValueError(f"teacher_logits stand in for the teacher's hidden states and head: pass no {given[0]}")
+        call.check_logits("teacher_logits", x.teacher_logits)
+        shape, source, device = x.teacher_logits.shape, "teacher_logits", x.teacher_logits.device
+    else:
+        if x.teacher_hidden is None or x.teacher_head is None:
+            raise ValueError(f"{type(loss).__name__} needs teacher_hidden and teacher_head, or teacher_logits")
+        x = _check_scale(x)
+        quantised = x.teacher_head_scale is not None
+        _check_head("teacher", x.teacher_hidden, x.teacher_head, x.teacher_bias, cast, quantised)
+        shape = torch.Size((*x.teacher_hidden.shape[:-1], len(x.teacher_head)))
+        source, device = "teacher_hidden and teacher_head", x.teacher_hidden.device
+    fits = shape[-1] == student.shape[-1] if vocab_size is None else shape[-1] >= vocab_size
+    if shape[:-1] != student.shape[:-1] or not fits:
+        raise ValueError(f"{source} must give logits of the student's shape {tuple(student.shape)}, got {tuple(shape)}")
+    if device != student.device:
+        raise ValueError(f"{source} must be on the student's device {student.device}, got {device}")
+    tied = (x.student_head, x.student_bias)
+    for name in names:
+        y = getattr(x, name)
+        if y is not None and y.requires_grad and torch.is_grad_enabled() and not any(y is own for own in tied):
+            raise ValueError(f"{name} requires grad, but LinearLoss gives a teacher no gradient: it keeps no logits "
+                             f"to pass one through; pass {name}.detach(), or call the loss on logits")  # fmt: skip
+    return x._replace(**{n: None if getattr(x, n) is None else getattr(x, n).detach() for n in names})
+
+
+def _check_scale(x: Inputs) -> Inputs:
+    """With teacher_head_scale () or (V, G), where there is one."""
+    head, scale = x.teacher_head, x.teacher_head_scale
+    quantised = isinstance(head, Tensor) and head.dtype in QUANTISED
+    if scale is None or not quantised:
+        if quantised or scale is not None:
+            got = f"{getattr(head, 'dtype', type(head).__name__)} and {'no ' if scale is None else 'a '}scale"
+            raise ValueError(f"teacher_head_scale belongs to a teacher_head in int8 or float8, got {got}")
+        return x
+    if not isinstance(scale, Tensor) or not scale.is_floating_point():
+        raise TypeError(f"teacher_head_scale must be a floating-point tensor, got {getattr(scale, 'dtype', scale)!r}")
+    if scale.device != head.device:
+        raise ValueError(f"teacher_head_scale must be on teacher_head's device {head.device}, got {scale.device}")
+    shaped = scale.reshape(()) if scale.numel() == 1 else scale[:, None] if scale.dim() == 1 else scale
+    if shaped.dim() and (shaped.dim() != 2 or len(shaped) != len(head) or head.shape[-1] % max(shaped.shape[1], 1)):
+        raise ValueError(f"teacher_head_scale must be a scalar, (V,) or (V, G) with G groups of columns of "
+                         f"teacher_head {tuple(head.shape)}, got {tuple(scale.shape)}")  # fmt: skip
+    return x._replace(teacher_head_scale=shaped.to(torch.promote_types(shaped.dtype, torch.float32)))

@@ -1,0 +1,299 @@
+"""Value and gradients of a loss from hidden states, in one sweep over chunks of rows, and its autograd function.
+
+For a chunk of n rows: logits (n, V) = hidden @ head.T, the loss's value and the gradient g (n, V) of those logits in
+their place, then g @ head and the chunk's part of g.T @ hidden. The buffers of a chunk serve the next one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .call import result_dtype
+from .loss import Loss, Program
+from .options import readable
+
+CACHED = 1 << 20  # bytes that are widened at a time on a CPU
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call. Any is a tensor or None; before it is checked, whatever a user passes."""
+
+    student_hidden: Any  # (N, H)
+    student_head: Any  # (V, H)
+    student_bias: Any
+    teacher_hidden: Any  # (N, H2)
+    teacher_head: Any  # (V2, H2)
+    teacher_bias: Any
+    teacher_head_scale: Any  # () or (V2, G): the unit of a quantised head, of groups of H2 / G columns
+    teacher_logits: Any  # (N, V2)
+    labels: Any  # (N,) int64
+    factor: Any  # (1 or N,) float64: what a row's loss is multiplied with
+    temperature: Any  # () or (N,)
+    mask: Any  # (vocab,)
+
+    def flat(self) -> Inputs:
+        """With rows (N, .) from rows (..., .)."""
+        wide = {n: getattr(self, n) for n in ("student_hidden", "teacher_hidden", "teacher_logits")}
+        flat = {n: x.reshape(-1, x.shape[-1]) for n, x in wide.items() if x is not None}
+        if self.temperature is not None and self.temperature.dim():
+            flat["temperature"] = self.temperature.reshape(-1)
+        return self._replace(**flat)
+
+
+class Plan(NamedTuple):
+    """What else there is to know about a call.
+
+    Attributes:
+        loss: a copy: its options may change before the backward.
+        backend: the name of the one that runs, in the backward too.
+        cast: what autocast makes of hidden states and heads, if it is on.
+        chunk: rows of logits at a time.
+        scratch: bytes that a product waiting to be added up, or a block of a dequantised head, may take.
+        vocab: classes; rows of a head from here on are never looked at.
+        scales, softcaps: of student and teacher.
+        temperature: the call's, where it is a number.
+    """
+
+    loss: Loss
+    backend: str
+    cast: torch.dtype | None
+    chunk: int
+    scratch: int
+    vocab: int
+    scales: tuple[float, float]
+    softcaps: tuple[float | None, float | None]
+    temperature: float | None
+
+
+class Gradients(NamedTuple):
+    """Of hidden (N, H), head (V, H) and bias (V,); None where none is wanted. The sums over rows may be wider."""
+
+    hidden: Tensor | None
+    head: Tensor | None
+    bias: Tensor | None
+
+
+class Head(NamedTuple):
+    """Makes logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) of chunks of hidden states."""
+
+    weight: Tensor  # (vocab, H)
+    bias: Tensor | None
+    quantum: Tensor | None  # () or (vocab, G)
+    scale: float
+    softcap: float | None
+    scratch: int
+
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """hidden (n, H) -> out (n, vocab)."""
+        block = len(self.weight) if self.quantum is None else _block(self.weight.shape[1], hidden.dtype, self.scratch)
+        for at in slices(len(self.weight), block):
+            weight, to = self._dequantized(at, hidden.dtype), out[:, at]
+            bias, beta = (to, 0.0) if self.bias is None else (self.bias[at], self.scale)
+            torch.addmm(bias, hidden, weight.T, beta=beta, alpha=self.scale, out=to)
+        return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def uncap(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """From the gradient of the capped logits, which are lost, to that of the uncapped ones, in place."""
+        if self.softcap is None:
+            return gradient
+        return torch.ops.aten.tanh_backward.grad_input(gradient, logits.div_(self.softcap), grad_input=gradient)
+
+    def _dequantized(self, at: slice, dtype: torch.dtype) -> Tensor:
+        weight = self.weight[at]
+        if self.quantum is None:
+            return weight
+        unit = self.quantum[at] if self.quantum.dim() else self.quantum
+        groups = weight.to(unit.dtype).view(len(weight), unit.shape[1] if unit.dim() else 1, -1)
+        return groups.mul_(unit[..., None]).view(weight.shape).to(dtype)
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, count)) for i in range(0, count, size))
+
+
+def _block(width: int, dtype: torch.dtype, scratch: int) -> int:
+    """Rows of a (., width) matrix that fit into `scratch` bytes."""
+    return max(1, scratch // (width * dtype.itemsize))
+
+
+def sweep(plan: Plan, x: Inputs, factor: Tensor, wants: tuple[bool, bool, bool], per_row: bool = False):
+    """-> value, the sum of factor * loss (or (N,), each for itself), and those `Gradients` of it that are wanted."""
+    device = x.student_hidden.device.type
+    with torch.no_grad(), torch.autocast(device, enabled=False), backends.use_backend(plan.backend):
+        return _sweep(plan, x, factor.expand(len(x.student_hidden)), wants, per_row)
+
+
+def _sweep(plan, x, factor, wants, per_row):
+    rows, vocab = len(x.student_hidden), plan.vocab
+    student, teacher = _heads(plan, x)
+    dtype = student.weight.dtype
+    chunk = max(min(plan.chunk, rows), 1)
+    s_buffer = x.student_hidden.new_empty((chunk, vocab), dtype=dtype)
+    g_buffer = torch.empty_like(s_buffer) if student.softcap is not None and any(wants) else s_buffer
+    t_dtype = dtype if teacher is None else cast_dtype(x.teacher_hidden, plan.cast)
+    t_buffer = s_buffer if teacher is None else torch.empty_like(s_buffer, dtype=t_dtype)
+    grads, values, product = _empty(x, wants, vocab, rows > chunk), [], None
+    if grads.head is not None and grads.head.dtype != dtype:
+        width = x.student_head.shape[1]
+        product = s_buffer.new_empty((min(vocab, _block(width, dtype, plan.scratch)), width))
+    counts = factor != 0 if x.labels is None else (factor != 0) & (x.labels != plan.loss.ignore_index)
+    for at in slices(rows, chunk):
+        # Whatever a row holds that does not count: its gradient is 0, and 0 * NaN is not.
+        hidden = torch.where(counts[at, None], x.student_hidden[at], 0.0).to(dtype)
+        s, t = student.logits(hidden, s_buffer[: len(hidden)]), None
+        if teacher is not None:
+            others = torch.where(counts[at, None], x.teacher_hidden[at], 0.0).to(t_dtype)
+            t = teacher.logits(others, t_buffer[: len(hidden)])
+        elif x.teacher_logits is not None:
+            t = x.teacher_logits[at, :vocab]
+        loss = _part(plan.loss, at, rows, "none" if per_row else "sum")
+        labels, temperature = (None if y is None else y[at] if y.dim() else y for y in (x.labels, x.temperature))
+        given = dict(temperature=plan.temperature if temperature is None else temperature, vocab_mask=x.mask)
+        if not any(wants):
+            values.append(loss(s, t, labels, row_weight=factor[at], **given))
+            continue
+        value, g = _value_and_grad(loss, s, t, labels, g_buffer[: len(s)], row_weight=factor[at], **given)
+        values.append(value)
+        _add_up(grads, at, student.uncap(g, s), student, hidden, product)
+    values = values or [factor.new_zeros(0 if per_row else ())]
+    value = torch.cat(values) if per_row else torch.stack(values).sum(dtype=torch.float64)
+    return value.to(result_dtype(s_buffer)), grads
+
+
+def cast_dtype(x: Tensor, cast: torch.dtype | None) -> torch.dtype:
+    return x.dtype if cast is None or x.dtype == torch.float64 else cast
+
+
+def _heads(plan: Plan, x: Inputs) -> tuple[Head, Head | None]:
+    dtype = cast_dtype(x.student_hidden, plan.cast)
+    bias = None if x.student_bias is None else x.student_bias[: plan.vocab].to(dtype)
+    weight = x.student_head[: plan.vocab].to(dtype)
+    student = Head(weight, bias, None, plan.scales[0], plan.softcaps[0], plan.scratch)
+    if x.teacher_head is None:
+        return student, None
+    dtype, unit = cast_dtype(x.teacher_hidden, plan.cast), x.teacher_head_scale
+    weight = x.teacher_head[: plan.vocab]
+    if unit is None:
+        weight = weight.to(dtype)
+    bias = None if x.teacher_bias is None else x.teacher_bias[: plan.vocab].to(dtype)
+    return student, Head(weight, bias, unit, plan.scales[1], plan.softcaps[1], plan.scratch)
+
+
+def _part(loss: Loss, at: slice, rows: int, reduction: str) -> Loss:
+    """The loss of some of the rows; its points may have coefficients of each."""
+    part = copy.copy(loss)
+    part.__dict__["reduction"] = reduction
+    for name in ("_single", "_double"):
+        code, args = vars(loss)[name]
+        if 1 < len(args) != rows:
+            raise ValueError(f"{type(loss).__name__} has {len(args)} rows of point coefficients, student_hidden {rows}")
+        part.__dict__[name] = Program(code, args[at] if len(args) == rows > 1 else args)
+    return part
+
+
+def _value_and_grad(loss: Loss, s: Tensor, t: Tensor | None, labels: Tensor | None, out: Tensor, **given):
+    if not loss.standardize:
+        return loss.value_and_grad(s, t, labels, out=out, **given)
+    with torch.enable_grad():  # z-scores make the row's scale a function of its logits
+        leaf = s.detach().requires_grad_()
+        value = loss(leaf, t, labels, **given)
+        return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+def _empty(x: Inputs, wants: tuple[bool, bool, bool], vocab: int, several: bool) -> Gradients:
+    """Where the gradients go. What is summed over several chunks is summed in float32 at least."""
+    dtypes = [torch.promote_types(y.dtype, torch.float32) if several and y is not None else None for y in x[1:3]]
+    hidden = torch.empty_like(x.student_hidden) if wants[0] else None
+    # The first chunk writes a head's gradient, all of it if no row of the head is padding.
+    new = torch.empty_like if len(x.student_hidden) and vocab == len(x.student_head) else torch.zeros_like
+    head = new(x.student_head, dtype=dtypes[0]) if wants[1] else None
+    return Gradients(hidden, head, torch.zeros_like(x.student_bias, dtype=dtypes[1]) if wants[2] else None)
+
+
+def _add_up(grads: Gradients, at: slice, g: Tensor, head: Head, hidden: Tensor, product: Tensor | None) -> None:
+    """Adds a chunk's part, from the gradient g (n, vocab) of its uncapped logits and its hidden states (n, H).
+
+    product (., H) is where a part goes whose sum is of another dtype.
+    """
+    vocab, first = g.shape[1], at.start == 0
+    if grads.hidden is not None:
+        grads.hidden[at] = torch.addmm(hidden, g, head.weight, beta=0, alpha=head.scale)
+    if grads.bias is not None:
+        grads.bias[:vocab].add_(_column_sums(g, grads.bias.dtype), alpha=head.scale)
+    if grads.head is None:
+        return
+    total = grads.head[:vocab]
+    if product is None:
+        torch.addmm(total, g.T, hidden, beta=0 if first else 1, alpha=head.scale, out=total)
+        return
+    for block in slices(vocab, len(product)):
+        to = product[: block.stop - block.start]
+        torch.addmm(to, g[:, block].T, hidden, beta=0, alpha=head.scale, out=to)
+        if first:
+            total[block].copy_(to)
+        else:
+            _widen_and_add(total[block], to)
+
+
+def _column_sums(g: Tensor, dtype: torch.dtype) -> Tensor:
+    if not g.is_cpu or g.dtype == dtype:
+        return g.sum(0, dtype=dtype)
+    blocks = slices(g.shape[1], _block(len(g), dtype, CACHED))  # a wider sum of all of g would first widen all of it
+    return torch.cat([g[:, block].sum(0, dtype=dtype) for block in blocks])
+
+
+def _widen_and_add(total: Tensor, part: Tensor) -> None:
+    if not total.is_cpu:
+        total.add_(part)
+        return
+    for block in slices(len(total), _block(total.shape[1], total.dtype, CACHED)):  # a mixed add_ takes 5 times as long
+        total[block].add_(part[block].to(total.dtype))
+
+
+class LinearRows(torch.autograd.Function):
+    """`sweep`: gradients are made in the forward and handed over once; whatever is wanted later is made later."""
+
+    @staticmethod
+    def forward(ctx, plan, enabled, *tensors):
+        x, per_row = Inputs(*tensors), plan.loss.reduction == "none"
+        ctx.plan, ctx.wants = plan, tuple(wanted and enabled for wanted in ctx.needs_input_grad[2:5])
+        # float16 would round what a GradScaler is about to multiply.
+        now = any(ctx.wants) and not per_row and cast_dtype(x.student_hidden, plan.cast) != torch.float16
+        value, grads = sweep(plan, x, x.factor, ctx.wants if now else (False,) * 3, per_row)
+        ctx.ready = grads if now else None
+        ctx.save_for_backward(*tensors)
+        return value
+
+    @staticmethod
+    def backward(ctx, grad):
+        ready, ctx.ready = ctx.ready, None  # they are the caller's from here on, who may write to them
+        x = Inputs(*ctx.saved_tensors)
+        if ready is None:
+            ready = sweep(ctx.plan, x, x.factor * grad.reshape(-1).to(torch.float64), ctx.wants)[1]
+        elif not (readable(grad) and grad == 1):
+            ready = Gradients(*(None if g is None else g.mul_(grad) for g in ready))
+        out = [None if g is None else g.to(like.dtype) for g, like in zip(ready, x[:3], strict=True)]
+        if torch.is_grad_enabled():
+            out = _Once.apply(*out, grad, *x[:3])
+        return None, None, *out, *(None,) * (len(Inputs._fields) - 3)
+
+
+class _Once(torch.autograd.Function):
+    """Three gradients under create_graph=True: right once, and a clear error when differentiated again."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        return tuple(None if g is None else g.view_as(g) for g in tensors[:3])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            "kdkernels: the gradient of LinearLoss is not itself differentiable; for double backward call its loss on "
+            "the logits, under kdkernels.use_backend('reference')"
+        )
