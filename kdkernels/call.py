@@ -27,6 +27,11 @@ class Rows(NamedTuple):
     vocab: int
 
 
+def detached(rows: Rows) -> Rows:
+    teacher = None if rows.teacher is None else rows.teacher.detach()
+    return rows._replace(student=rows.student.detach(), teacher=teacher)
+
+
 class Shaped(NamedTuple):
     """What the checks look at of logits that are never whole in memory."""
 

@@ -179,6 +179,8 @@ class Loss(nn.Module, metaclass=_PostInit):
         if backend.OPERATORS is None:
             value = backend.row_losses(self, rows, program, args)
             return call.reduced(value, student_logits, rows.labels, weight, divisor, ignore, per_row)
+        if not torch.is_grad_enabled():  # which an autograd Function does not look at: it would make a gradient
+            rows, args = call.detached(rows), args.detach()
         return RowLoss.apply(
             rows.student, rows.teacher, args, rows.labels, rows.mask, weight, divisor, program.code,
             backend.OPERATORS, rows.vocab, ignore, per_row,

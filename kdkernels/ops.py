@@ -140,7 +140,7 @@ class RowLoss(torch.autograd.Function):
                 slope = _Spread.apply(spread, *inputs) if torch.is_grad_enabled() else spread(*inputs)
                 out[side] = slope.view(student.shape if side == 0 else teacher.shape)
         if ctx.needs_input_grad[2]:  # the scales 1/T of standardised rows: d value / d log scale stands in coef
-            slopes = coef[:, :, -1, 4].transpose(0, 1) * grad[:, None]
+            slopes = torch.where(grad[:, None] == 0, 0.0, coef[:, :, -1, 4].transpose(0, 1) * grad[:, None])
             by_args = torch.zeros_like(args)
             by_args[:, : len(coef)] = slopes / args[:, : len(coef)]
             out[2] = by_args

@@ -288,3 +288,26 @@ def test_wttm_weight_is_detached_only_on_request(backend):
     grads = [run(case, backend, rows, teacher_grad=True).dt for case in kinds]
     assert (grads[0] - grads[1]).norm() > 0.01 * grads[1].norm()
     assert math.isclose(grads[0].sum(-1).abs().max().item(), 0, abs_tol=1e-4)
+
+
+@on_every_backend
+def test_a_row_of_weight_0_passes_nothing_on(backend):
+    rows = batch(4, 9).to(F32)
+    s, t, weight = rows.s.clone(), rows.t.clone(), torch.tensor([1.0, 0.0, 2.0, 1.0])
+    s[1], t[1, 3] = float("nan"), float("nan")
+    leaf, kept = s.requires_grad_(), rows.s[[0, 2, 3]].requires_grad_()
+    with only(backend):
+        value = kd.KDLoss()(leaf, t, rows.y, row_weight=weight)
+        value.backward()
+        expected = kd.KDLoss()(kept, t[[0, 2, 3]], rows.y[[0, 2, 3]], row_weight=weight[[0, 2, 3]], num_items=4)
+        expected.backward()
+    assert torch.equal(value, expected) and not leaf.grad[1].any()
+    assert torch.equal(leaf.grad[[0, 2, 3]], kept.grad)
+
+
+def test_no_gradient_is_made_that_nobody_wants():
+    s, t = batch(4, 9).to(F32)[:2]
+    before = kd.backends.calls.copy()
+    with torch.no_grad(), kd.use_backend("cpu"):
+        assert not kd.ForwardKLLoss()(s.requires_grad_(), t).requires_grad
+    assert {name for _, name in kd.backends.calls - before} == {"reduce", "rows"}

@@ -43,6 +43,8 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
         calls["reference", "row_losses"] += 1
     labels = rows.labels
     keep = None if labels is None else labels != loss.ignore_index
+    if rows.weight is not None:  # a row that counts nothing passes nothing on, whatever it holds
+        keep = rows.weight != 0 if keep is None else keep & (rows.weight != 0)
     s = _prepare(rows.student, rows, keep)
     t = torch.zeros_like(s) if rows.teacher is None else _prepare(rows.teacher, rows, keep)
     gone_s, gone_t = s == -math.inf, t == -math.inf

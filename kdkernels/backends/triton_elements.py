@@ -221,6 +221,8 @@ def spread_kernel(
             d += _slope(c, tl.where(use, u2, 0.0), tl.where(use, v2, 0.0), use).to(tl.float32)
         else:
             d += _slope(c, u, v, use)
-    d = tl.where(live, d * tl.load(grad_ptr + n * grad_row).to(tl.float32), 0.0)
+    grad = tl.load(grad_ptr + n * grad_row).to(tl.float32)
+    d = tl.where(live, d * grad, 0.0)
     d = tl.where(cols < limit, d + tl.where(slope != slope, NAN, 0.0), d)
+    d = tl.where(grad == 0, 0.0, d)  # a row that counts nothing
     tl.store(out_ptr + n * width + cols, d.to(out_ptr.dtype.element_ty), mask=cols < width)
