@@ -21,9 +21,10 @@ def _load() -> str | None:
     if not LIBRARY.exists():
         return f"{LIBRARY} is not built; reinstall kdkernels (pip install .) with a C++ compiler"
     torch.ops.load_library(str(LIBRARY))
-    from ..ops import register
+    from .. import ops, rankops
 
-    register("")
+    ops.register("")
+    rankops.register()
     return None
 
 
@@ -68,3 +69,5 @@ def _checked(launch):
 
 OPERATORS = (_checked(_counted("reduce")), _counted("rows"), _counted("spread"), _checked(_counted("step")),
              _checked(_counted("step_out")))  # fmt: skip
+COMPARE = (_checked(_counted("compare")), _checked(_counted("compare_step")))
+METRICS = {name: _counted(name) for name in ("rankdata", "spearman", "kendall_tau")}
