@@ -21,7 +21,8 @@ class RankLoss(BaseLoss):
 
     A class is live where vocab_size and vocab_mask keep it and neither logit is -inf; the others are left out of every
     count and mean, and their gradient is 0. A row with fewer than two live classes, or in which the live logits of
-    either side are all equal, has loss 1 and gradient 0. A NaN or +inf makes its row NaN, and no other.
+    either side are all equal, has loss 1 and gradient 0 (`PlackettLuceLoss` has a value for equal logits). A NaN or
+    +inf makes its row NaN, and no other.
 
     Args:
         temperature: T > 0, divides both rows. Ranks and the correlation of logits do not depend on it.
@@ -90,6 +91,8 @@ class Comparison(RankLoss):
     kind: int
     dead_in_both = False
     """Whether only classes at -inf in both rows are dead."""
+    needs_spread = True
+    """Whether a row of equal logits has no value."""
     _args: Tensor
 
     def settings(self) -> tuple[float, float, float]:
@@ -151,7 +154,9 @@ class Comparison(RankLoss):
         top = int(self.settings()[1])
         if top:
             live = live & largest(t.detach(), live, top)
-        flat = (live.sum(-1) < 2) | constant(s.detach(), live) | constant(t.detach(), live)
+        flat = live.sum(-1) < 2
+        if self.needs_spread:
+            flat = flat | constant(s.detach(), live) | constant(t.detach(), live)
         odd = (flat | spoilt)[:, None]  # rows that are decided here get something harmless instead
         ramp = torch.arange(s.shape[-1], dtype=s.dtype, device=s.device)
         live = torch.where(odd, ramp < max(top or s.shape[-1], 2), live)

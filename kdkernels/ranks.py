@@ -81,6 +81,7 @@ class PlackettLuceLoss(Comparison):
     """
 
     kind = PLACKETT_LUCE
+    needs_spread = False
 
     def __init__(self, weights: str = "teacher", top_k: int | None = None, **options):
         super().__init__(**options)

@@ -22,8 +22,8 @@ def deviation(x: Tensor) -> Tensor:
 def soft_ranks(s: Tensor, tau: float) -> Tensor:
     """LapSum: sum_j F((s_i - s_j) / (tau std)), F the distribution function of Laplace."""
     x = (s[:, None] - s) / (tau * deviation(s))
-    tail = (-x.abs()).exp() / 2
-    return torch.where(x < 0, tail, 1 - tail).sum(-1)
+    below, zero = x < 0, torch.zeros_like(x)  # at 0 the slope is 1/2, which |x| would not know
+    return torch.where(below, torch.where(below, x, zero).exp() / 2, 1 - torch.where(below, zero, -x).exp() / 2).sum(-1)
 
 
 def rho(a: Tensor, b: Tensor) -> Tensor:
@@ -80,7 +80,8 @@ class Case:
         index = (~gone).nonzero()[:, 0]
         top = self.options.get("top_k", 128 if self.options.get("mode", "") == "topk" else None)
         if top is not None:
-            index = torch.tensor(sorted(sorted(index.tolist(), key=lambda i: (-t[i].item(), i))[:top]), dtype=torch.long)
+            first = sorted(index.tolist(), key=lambda i: (-t[i].item(), i))[:top]
+            index = torch.tensor(sorted(first), dtype=torch.long)
         return index
 
     def row(self, s: Tensor, t: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ class Case:
         T = self.options.get("temperature", 1.0)
         live = self.live(s, t)
         s, t = s[live] / T, t[live] / T
-        if len(live) < 2 or (s == s[0]).all() or (t == t[0]).all():
+        if len(live) < 2 or (self.formula is not plackett_luce and ((s == s[0]).all() or (t == t[0]).all())):
             return s.sum() * 0 + 1
         return self.options.get("kd_weight", 1.0) * self.formula(s, t, **options)
 

@@ -5,7 +5,10 @@
 namespace kd {
 
 constexpr int kTeacherBins = 1 << 14, kLeastBins = 1 << 12, kMostBins = 1 << 16;
-constexpr double kBinsPerBandwidth = 32;  // linear interpolation then errs by about (1 / 32)^2 / 8
+constexpr double kBinsPerBandwidth = 32;
+// Between entries of one bin the kernel's kink is missed, an error of up to 1 / 32: their share has to be small.
+constexpr double kOwnShare = 1. / 16;
+constexpr int64_t kCrowd = 1024;  // a bin with more than one in so many of the teacher's entries is sorted
 
 struct Range { float low, high; double mean, variance; uint32_t bits; };
 
@@ -27,13 +30,36 @@ inline Range range_of(const float* x, int64_t n) {
   return {low, high, mean, squares / double(n), bits};
 }
 
-// The teacher's doubled centred ranks: within a bin of c entries they rise by 2 c around the bin's mid-rank, which
-// belongs to the mean position of its entries. A bin of ties has their exact mid-rank.
-inline double grid_ranks(const float* t, int64_t n, const Range& range, std::vector<float>& grid, float* rank) {
-  const float scale = kTeacherBins / (range.high - range.low), low = range.low;
+// Exact ranks of the entries in w.crowd: crowded bins are sorted together, and what lies below each run is counted from
+// the run's bin on.
+template <typename F> double crowd_ranks(const float* t, int64_t n, F bin_of, SpearmanScratch& w) {
+  if (w.crowd.empty()) return 0;
+  const int64_t m = int64_t(w.crowd.size());
+  w.wide_t.resize(m);
+  for (int64_t i = 0; i < m; ++i) w.wide_t[i] = t[w.crowd[i]];
+  Order<float>& order = w.float_order[1];
+  order.sort(w.wide_t.data(), m);
+  double squares = 0, before = 0;  // entries of bins that are not crowded, below
+  int64_t next = 0;
+  order.runs([&](int64_t first, int64_t end) {
+    float f;
+    const int64_t bin = bin_of(w.wide_t[order.at(first)], &f);
+    for (; next < bin; ++next) before += w.plain[next];
+    const double r = 2 * before + double(first + end) - double(n);
+    squares += double(end - first) * r * r;
+    for (int64_t i = first; i < end; ++i) w.rank[w.crowd[order.at(i)]] = float(r);
+  });
+  return squares;
+}
+
+// The teacher's doubled centred ranks, and the sum of their squares: within a bin of c entries they rise by 2 c around the
+// bin's mid-rank, which belongs to the mean position of its entries. Entries of crowded bins are sorted, for exact ranks.
+inline double grid_ranks(const float* t, int64_t n, const Range& range, SpearmanScratch& w) {
   struct Bin { float count, position; };
-  grid.assign(2 * kTeacherBins, 0);
-  Bin* bins = reinterpret_cast<Bin*>(grid.data());
+  const float scale = kTeacherBins / (range.high - range.low), low = range.low;
+  float* rank = w.rank.data();
+  w.grid.assign(2 * kTeacherBins, 0);
+  Bin* bins = reinterpret_cast<Bin*>(w.grid.data());
   const auto bin_of = [&](float x, float* fraction) {
     const float p = (x - low) * scale;
     const int k = std::min(int(p), kTeacherBins - 1);
@@ -46,21 +72,27 @@ inline double grid_ranks(const float* t, int64_t n, const Range& range, std::vec
     bin.count += 1;
     bin.position += f;
   }
-  float below = float(-n);
+  const float crowd = float(std::max<int64_t>(2, n / kCrowd));
+  w.plain.resize(kTeacherBins);
+  double below = -double(n);
+  bool crowded = false;
   for (int k = 0; k < kTeacherBins; ++k) {
-    const float c = bins[k].count;
-    const float middle = below + c;  // the rank is middle + 2 c (f - position / c)
-    below += 2 * c;
-    bins[k] = {2 * c, middle - 2 * bins[k].position};
+    const float c = bins[k].count, middle = float(below + c);  // the rank is middle + 2 c (f - position / c)
+    below += 2. * c;
+    crowded |= c > crowd;
+    w.plain[k] = c > crowd ? 0 : c;
+    bins[k] = c > crowd ? Bin{NAN, 0} : Bin{2 * c, middle - 2 * bins[k].position};
   }
   double squares = 0;
+  w.crowd.clear();
   for (int64_t i = 0; i < n; ++i) {
     float f;
     const Bin& bin = bins[bin_of(t[i], &f)];
     rank[i] = bin.count * f + bin.position;
-    squares += double(rank[i]) * rank[i];
+    if (crowded && rank[i] != rank[i]) w.crowd.push_back(uint32_t(i));
+    else squares += double(rank[i]) * rank[i];
   }
-  return squares;
+  return squares + crowd_ranks(t, n, bin_of, w);
 }
 
 // Each entry's count and rank are shared between the two nodes around it, and the gradient is interpolated there: both
@@ -69,7 +101,7 @@ template <typename O>
 double spearman_by_grid(const Pair<float>& z, const Range& s, const Range& t, int64_t bins, double tau, double g,
                         const O& out, SpearmanScratch& w) {
   w.rank.resize(z.n);
-  const double squares = grid_ranks(z.t, z.n, t, w.grid, w.rank.data());
+  const double squares = grid_ranks(z.t, z.n, t, w);
   const float scale = float(bins) / (s.high - s.low), low = s.low;
   const auto node_of = [&](float x, float* fraction) {
     const float p = (x - low) * scale;
@@ -90,6 +122,7 @@ double spearman_by_grid(const Pair<float>& z, const Range& s, const Range& t, in
   const double width = (double(s.high) - s.low) / double(bins);
   for (int64_t k = 0; k <= bins; ++k) w.sum.add(s.low + double(k) * width, nodes[k][0], nodes[k][1]);
   const double value = w.sum.loss(double(z.n), tau, s.mean, s.variance, squares, g, out.to);
+  if (w.sum.own_share > kOwnShare) return spearman_by_sort(z, z.s, z.t, tau, g, out, w);
   if (out.to)
     out.write(z, w.out, [&](int64_t i) {
       float f;

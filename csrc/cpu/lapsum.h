@@ -26,6 +26,7 @@ class LapSum {
  public:
   std::vector<double> x, mass, ranks;  // a caller's: position, count, sum of doubled centred ranks of each bin
   std::vector<Line> line;              // out
+  double own_share = 0;                // of the kernel's sum at an entry, what its own bin contributes: the mean
 
   void clear() { x.clear(); mass.clear(); ranks.clear(); }
   void add(double value, double count, double sum) {
@@ -44,7 +45,12 @@ class LapSum {
     soft_ranks(a);
     double own = 0, joint = 0;
     const double teacher = squares / (4 * n * n * n);
-    for (int64_t m = 0; m < M; ++m) { own += mass[m] * R_[m] * R_[m]; joint += R_[m] * ranks[m]; }
+    own_share = 0;
+    for (int64_t m = 0; m < M; ++m) {
+      own += mass[m] * R_[m] * R_[m];
+      joint += R_[m] * ranks[m];
+      own_share += mass[m] * mass[m] / K_[m];
+    }
     if (!(own > 0)) return 1;
     const double rho = joint / std::sqrt(own) / std::sqrt(teacher);
     if (gradient) lines(n, a, mean, variance, -1 / std::sqrt(own) / std::sqrt(teacher), rho / own, g);

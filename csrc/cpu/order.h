@@ -49,7 +49,6 @@ template <typename R> class Order {
     }
   }
   bool same(int64_t i, int64_t j) const { return entries_[i].key == entries_[j].key; }
-  bool constant() const { return !entries_.size() || entries_.front().key == entries_.back().key; }
 
  private:
   struct Entry { Key<R> key; uint32_t at; };

@@ -31,11 +31,11 @@ template <typename R>
 double plackett_luce(const Pair<R>& z, bool teacher, double inverse_T, double inverse_teacher_T, double g,
                      const RowOut& out, PlackettScratch<R>& w) {
   const int64_t n = z.n;
-  w.order.sort(z.t, n);
-  if (n < 2 || w.order.constant()) {
+  if (n < 2) {
     if (out.to) out.fill(0);
     return 1;
   }
+  w.order.sort(z.t, n);
   plackett_weights(z, teacher, inverse_teacher_T, w);
   w.power.resize(n);
   w.pivot.clear();

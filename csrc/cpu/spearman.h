@@ -75,7 +75,8 @@ struct SpearmanScratch {
   std::vector<double> double_rank, double_out;
   std::vector<uint32_t> bin;
   std::vector<uint16_t> half_s, half_t;
-  std::vector<float> grid;
+  std::vector<float> grid, plain;
+  std::vector<uint32_t> crowd;
   std::vector<Two> nodes;
 
   template <typename R> Order<R>& order(int i) { return either<R>(float_order[i], double_order[i]); }

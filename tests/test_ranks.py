@@ -1,0 +1,409 @@
+"""Rank and correlation losses against their definitions, at their limits, and in the traps of ranks."""
+
+import math
+
+import pytest
+import torch
+from accuracy import BF16, F16, F32, F64, only
+from scipy.stats import somersd
+from textbook_ranks import CASES, dist, midranks, rho
+
+import kdkernels as kd
+from kdkernels import metrics
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+on_both = pytest.mark.parametrize("backend", ["cpu", "reference"])
+in_every_dtype = pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+CORNERS = {  # what the definition gives in float64, rounded once, is off by this much of its norm
+    F64: 1e-11, F32: 1e-5, BF16: torch.finfo(BF16).eps, F16: torch.finfo(F16).eps,
+}  # fmt: skip
+
+
+def make(case, **options):
+    return getattr(kd, case.name)(**case.options, **options)
+
+
+def batch(N, V, dtype=F64, scale=3.0, offset=0.0, kind="random", seed=0):
+    g = torch.Generator().manual_seed(seed)
+    t, noise = scale * torch.randn(2, N, V, generator=g, dtype=F64)
+    s = 0.7 * t + 0.5 * noise
+    if kind == "ties":
+        s, t = (2 * s / scale).round() * scale, (t / scale).round() * scale
+    elif kind == "heavy":
+        s, t = s**3, t**3
+    elif kind == "holes":
+        s[:, : V // 8] = t[:, V // 2 : V // 2 + 2] = -torch.inf
+    return (s + offset).to(dtype), (t + offset).to(dtype)
+
+
+def run(loss, s, t, **call):
+    s = s.detach().clone().requires_grad_()
+    value = loss(s, t, **call)
+    value.sum().backward()
+    return value.detach(), s.grad
+
+
+def distance(found, exact, s=None) -> float:
+    """||found - exact|| / ||exact||; with s beside the size 1 / ||s - mean|| that a scale-free loss can reach."""
+    found, exact = found.double(), exact.double()
+    own = 0.0
+    if s is not None:
+        live = s.double().masked_fill(~s.isfinite(), 0.0)
+        own = (1 / (live - live.mean(-1, keepdim=True)).norm(dim=-1).clamp(min=1e-3)).norm()
+    return ((found - exact).norm() / (exact.norm() + own)).item()
+
+
+REGIMES = {
+    "V=2": dict(V=2), "V=3": dict(V=3), "V=37": dict(V=37), "V=257": dict(V=257), "small": dict(V=37, scale=0.01),
+    "large": dict(V=37, scale=50.0), "offset": dict(V=37, offset=300.0), "ties": dict(V=37, kind="ties"),
+    "holes": dict(V=37, kind="holes"), "heavy": dict(V=257, kind="heavy"),
+}  # fmt: skip
+
+
+@on_both
+@in_every_dtype
+@every_case
+def test_agrees_with_the_textbook(case, dtype, backend):
+    for name, regime in REGIMES.items():
+        s, t = batch(4, dtype=dtype, **regime)
+        value, gradient = case.rows(s, t)
+        with only(backend):
+            found = run(make(case, reduction="none"), s, t)
+        off = (found[0].double() - value).norm() / (1 + value.norm())
+        assert off <= (1e-11 if dtype == F64 else 1e-6), name
+        assert distance(found[1], gradient, s) <= CORNERS[dtype], name
+
+
+# --- wide rows: the definition is the reference backend, which the test above holds to the textbook
+
+
+def gradients(loss, s, t):
+    with kd.use_backend("reference"):
+        exact = run(loss, s.double(), t.double())
+    with only("cpu"):
+        return run(loss, s, t), exact
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "heavy", "holes"])
+@pytest.mark.parametrize("tau", [0.01, 0.1, 1.0])
+def test_spearman_of_bfloat16_numbers_is_exact(tau, kind):
+    s, t = batch(2, 32768, BF16, kind=kind, seed=5)
+    loss = kd.SpearmanLoss(tau=tau)
+    (value, gradient), exact = gradients(loss, s.float(), t.float())  # float32: the gradient before its rounding
+    assert distance(value, exact[0]) <= 1e-6 and distance(gradient, exact[1]) <= 1e-6
+    with only("cpu"):
+        assert torch.equal(run(loss, s, t)[1], gradient.to(BF16))
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "heavy", "holes"])
+def test_spearman_of_float16_numbers_is_exact(kind):
+    s, t = batch(2, 32768, F16, kind=kind, seed=5)
+    loss = kd.SpearmanLoss(reduction="sum", kd_weight=2.0**12)  # away from where float16 underflows
+    (value, gradient), exact = gradients(loss, s, t)
+    assert distance(value, exact[0]) <= 1e-6
+    error = (gradient.double() - exact[1]).abs()
+    one_rounding = torch.finfo(F16).eps / 2 * exact[1].abs() + torch.finfo(F16).smallest_normal * torch.finfo(F16).eps
+    assert (error <= one_rounding * 1.001).all()
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "heavy", "holes"])
+@pytest.mark.parametrize("tau", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("V", [5000, 131072])
+def test_spearman_of_float32_rows(V, tau, kind):
+    s, t = batch(1, V, F32, kind=kind, seed=7)
+    for exact_option, bound in ((False, 1e-3), (True, 1e-5)):
+        found, exact = gradients(kd.SpearmanLoss(tau=tau, exact=exact_option), s, t)
+        assert distance(found[0], exact[0]) <= bound and distance(found[1], exact[1]) <= bound
+
+
+def test_float32_student_with_a_teacher_of_ties():
+    """A teacher of bfloat16 or float16 numbers in float32: many tied classes in one bin."""
+    s, t = batch(2, 32768, F32, seed=8)
+    for narrow in (BF16, F16):
+        found, exact = gradients(kd.SpearmanLoss(), s, t.to(narrow).float())
+        assert distance(found[1], exact[1]) <= 1e-3
+        found, exact = gradients(kd.SpearmanLoss(), s, t.to(narrow))
+        assert distance(found[1], exact[1]) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+@every_case
+def test_wide_rows_agree_with_the_definition(case, dtype):
+    s, t = batch(2, 8192, dtype, seed=5)
+    found, exact = gradients(make(case, reduction="sum"), s, t)
+    binned = case.name in ("SpearmanLoss", "CMKDLoss") and dtype == F32 and not case.options.get("exact")
+    assert distance(found[0], exact[0]) <= (1e-3 if binned else 1e-10 if dtype == F64 else 1e-5)
+    assert distance(found[1], exact[1]) <= (1e-3 if binned else max(CORNERS[dtype], 1e-10))
+
+
+def test_pearson_of_nearly_uniform_probabilities():
+    """Power sums would lose 1.8e-2 of this."""
+    s, t = batch(2, 131072, F32, scale=0.01)
+    found, exact = gradients(kd.PearsonLoss("probs"), s, t)
+    assert distance(found[0], exact[0]) <= 1e-6 and distance(found[1], exact[1]) <= 1e-6
+
+
+# --- limits and invariants
+
+
+@pytest.mark.parametrize("dtype, V", [(F64, 300), (F32, 300), (F32, 8192), (BF16, 8192), (F16, 8192)], ids=str)
+@pytest.mark.parametrize("kind", ["random", "ties", "holes"])
+def test_a_small_tau_gives_the_hard_rho(kind, dtype, V):
+    s, t = batch(2, V, dtype, kind=kind)
+    live = s[0].isfinite() & t[0].isfinite()
+    hard = 1 - metrics.spearman(s[:, live], t[:, live])
+    value, gradient = run(kd.SpearmanLoss(tau=1e-9, reduction="none", exact=True), s, t)
+    torch.testing.assert_close(value.double(), hard, rtol=1e-6, atol=1e-7)
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(run(kd.SpearmanLoss(tau=1e-9, reduction="none"), s, t)[0], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype, V", [(F64, 300), (F32, 300), (F32, 8192), (BF16, 8192)], ids=str)
+def test_a_large_tau_gives_the_correlation_with_the_ranks(dtype, V):
+    s, t = batch(2, V, dtype)
+    ranks = metrics.rankdata(t)
+    value, gradient = run(kd.SpearmanLoss(tau=1e6), s, t)
+    want, slope = run(kd.PearsonLoss(), s, ranks)
+    torch.testing.assert_close(value, want.to(value.dtype), rtol=0, atol=1e-6)
+    assert distance(gradient, slope) <= max(1e-5, CORNERS[dtype])  # the kernel's curvature, of order 1 / tau
+
+
+def test_kendalls_limit_is_somers():
+    s, t = batch(1, 40, kind="random")
+    for top_k in (40, 16):
+        value = kd.KendallLoss(top_k=top_k, tau=1e-9)(s, t).item()
+        order = t[0].argsort(descending=True)[:top_k]
+        assert value == pytest.approx(1 - somersd(t[0, order].numpy(), s[0, order].numpy()).statistic, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype, V", [(F64, 200), (F32, 6000), (BF16, 6000)], ids=str)
+def test_gradients_are_orthogonal_to_shifts_and_scalings(dtype, V):
+    s, t = batch(2, V, dtype)
+    for loss in (kd.SpearmanLoss(), kd.PearsonLoss(), kd.KendallLoss(tau=0.5), kd.KendallLoss("shifts", seed=0)):
+        s32 = s if dtype == F64 else s.float()  # of bfloat16: before the rounding
+        gradient = run(loss, s32, t)[1].double()
+        size = gradient.norm(dim=-1)
+        for direction in (torch.ones_like(gradient), s.double() - s.double().mean(-1, keepdim=True)):
+            component = (gradient * direction).sum(-1) / direction.norm(dim=-1)
+            assert (component.abs() <= (1e-10 if dtype == F64 else 1e-6) * size).all(), loss
+
+
+@pytest.mark.parametrize("V, dtype", [(200, F64), (6000, F32)], ids=str)
+def test_rank_losses_know_no_scale_offset_or_order(V, dtype):
+    s, t = batch(2, V, dtype)
+    g = torch.randperm(V)
+    for loss in (kd.SpearmanLoss(exact=True), kd.KendallLoss(tau=0.5)):
+        value, gradient = run(loss, s, t)
+        size = gradient.abs().max().item()
+        close = dict(rtol=1e-4, atol=1e-4 * size) if dtype == F32 else dict(rtol=1e-9, atol=1e-9 * size)
+        for other in (4 * s, s + 2.0):
+            torch.testing.assert_close(run(loss, other, t.exp())[0], value, **close)
+        torch.testing.assert_close(run(loss, 4 * s, t)[1], gradient / 4, **close)
+        torch.testing.assert_close(run(loss, s[:, g], t[:, g])[1], gradient[:, g], **close)
+
+
+def test_monotone_maps_agree_or_disagree_completely():
+    s, _ = batch(2, 5000, F32)
+    for loss in (kd.SpearmanLoss(tau=1e-6), kd.KendallLoss(top_k=100, tau=1e-6)):
+        assert loss(s, s.sinh()).item() == pytest.approx(0, abs=1e-6)
+        assert loss(s, -(s**3)).item() == pytest.approx(2, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+def test_top_k_of_all_classes_is_the_whole_row(dtype):
+    s, t = batch(2, 500, dtype, kind="ties")
+    for cls in (kd.SpearmanLoss, kd.PlackettLuceLoss):
+        want, found = (run(cls(top_k=k), s, t) for k in (None, 500))
+        assert all(torch.equal(a, b) for a, b in zip(want, found, strict=True))
+
+
+@on_both
+def test_ties_at_the_edge_of_top_k_go_to_the_first(backend):
+    t = torch.tensor([[1.0, 2.0, 2.0, -0.0, 0.0, 2.0]])
+    with kd.use_backend(backend):
+        gradient = run(kd.SpearmanLoss(top_k=2), torch.randn(1, 6), t)[1]
+        assert (gradient == 0).all()  # two tied classes: a constant teacher
+        gradient = run(kd.PlackettLuceLoss(top_k=5), torch.randn(1, 6), t)[1]
+    assert gradient[0, 4] == 0 and (gradient[0, [0, 1, 2, 3, 5]] != 0).all()
+
+
+def test_shifted_pairs_are_unbiased():
+    s, t = batch(1, 60)
+    loss = kd.KendallLoss("shifts", shifts=4, tau=0.5)
+    estimates, slopes = [], []
+    for seed in range(600):
+        loss.seed = seed
+        value, gradient = run(loss, s, t)
+        estimates.append(value)
+        slopes.append(gradient[0])
+    want, slope = run(kd.KendallLoss("topk", top_k=60, tau=0.5), s, t)
+    for found, exact in ((torch.stack(estimates), want), (torch.stack(slopes), slope[0])):
+        error = found.std(0) / len(found) ** 0.5
+        assert ((found.mean(0) - exact).abs() <= 4.5 * error).all()
+
+
+def test_shifts_are_drawn_anew_unless_seeded():
+    s, t = batch(1, 60)
+    loss = kd.KendallLoss("shifts", shifts=2)
+    torch.manual_seed(0)
+    first, second = loss(s, t), loss(s, t)
+    torch.manual_seed(0)
+    assert torch.equal(loss(s, t), first) and not torch.equal(first, second)
+    loss.seed = 1
+    assert torch.equal(loss(s, t), loss(s, t))
+
+
+def test_plackett_luce_is_the_strict_order_without_ties():
+    s, t = batch(3, 5000)
+    order = t.argsort(-1)
+    strict = s.gather(-1, order).logcumsumexp(-1) - s.gather(-1, order)
+    torch.testing.assert_close(kd.PlackettLuceLoss("uniform", reduction="none")(s, t), strict.mean(-1))
+    weighted = (t.softmax(-1).gather(-1, order) * strict).sum(-1)
+    torch.testing.assert_close(kd.PlackettLuceLoss(reduction="none")(s, t), weighted)
+
+
+def test_plackett_luce_far_apart():
+    """Scores beyond what exp can hold: the denominators are kept relative to the largest score so far."""
+    s, t = batch(2, 300, scale=2000.0)
+    for backend in ("cpu", "reference"):
+        with kd.use_backend(backend):
+            value, gradient = run(kd.PlackettLuceLoss("uniform"), s, t)
+        order = t.argsort(-1)
+        strict = (s.gather(-1, order).cummax(-1).values - s.gather(-1, order)).mean(-1)
+        torch.testing.assert_close(value, strict.mean(), rtol=1e-3, atol=0)
+        assert gradient.isfinite().all()
+
+
+# --- traps
+
+
+LOSSES = [
+    kd.SpearmanLoss(reduction="none"), kd.SpearmanLoss(top_k=50, reduction="none"), kd.PearsonLoss(reduction="none"),
+    kd.PearsonLoss("probs", reduction="none"), kd.PlackettLuceLoss(reduction="none"),
+    kd.KendallLoss(top_k=20, reduction="none"), kd.KendallLoss("shifts", seed=0, reduction="none"),
+    kd.CMKDLoss(hard="both", reduction="none"),
+]  # fmt: skip
+every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda x: f"{type(x).__name__}")
+SIZES = pytest.mark.parametrize("V, dtype", [(60, F64), (60, BF16), (5000, F32), (5000, BF16), (5000, F16)], ids=str)
+
+
+@on_both
+@SIZES
+@every_loss
+def test_a_constant_row_has_loss_1_and_no_gradient(loss, V, dtype, backend):
+    s, t = batch(4, V, dtype)
+    s[0], t[1] = 0.3, -2.0
+    s[2, 1:] = t[2, 1:] = -torch.inf
+    s[3] = t[3] = -torch.inf
+    with kd.use_backend(backend):
+        value, gradient = run(loss, s, t)
+    want = 2.0 if isinstance(loss, kd.CMKDLoss) else 1.0
+    first = 2 if isinstance(loss, kd.PlackettLuceLoss) else 0  # an order can be likely under equal scores, and tied
+    assert (value[first:] == want).all() and (gradient[first:] == 0).all()
+    assert value.isfinite().all() and gradient.isfinite().all()
+
+
+@on_both
+@SIZES
+@every_loss
+def test_a_nan_spoils_its_row_and_no_other(loss, V, dtype, backend):
+    s, t = batch(4, V, dtype)
+    s[1, 3], t[2, 5], s[3, V - 1] = torch.nan, torch.nan, torch.inf
+    with kd.use_backend(backend):
+        value, gradient = run(loss, s, t)
+        alone = run(loss, s[:1], t[:1])
+    assert value[1:].isnan().all() and gradient[1:].isnan().all()
+    assert torch.equal(value[:1], alone[0]) and torch.equal(gradient[:1], alone[1])
+
+
+@on_both
+@SIZES
+@every_loss
+def test_classes_left_out_are_as_if_they_were_not_there(loss, V, dtype, backend):
+    """By -inf, by vocab_mask, by vocab_size, whatever they hold."""
+    s, t = batch(3, V, dtype)
+    out = torch.zeros(V, dtype=bool)
+    out[V // 3 : V // 2] = out[-7:] = True
+    junk = torch.full_like(s, torch.nan)
+    with kd.use_backend(backend):
+        value, gradient = run(loss, s[:, ~out], t[:, ~out])
+        holes = run(loss, s.masked_fill(out, -torch.inf), t.masked_fill(out, -torch.inf))
+        masked = run(loss, torch.where(out, junk, s), torch.where(out, junk, t), vocab_mask=~out)
+        padded = run(loss, torch.cat((s[:, ~out], junk), -1), torch.cat((t[:, ~out], junk[:, :5]), -1),
+                     vocab_size=int((~out).sum()))  # fmt: skip
+    same = dict(rtol=0, atol=0) if backend == "cpu" else {}  # torch adds up in another order there
+    for v, g in (holes, masked):
+        torch.testing.assert_close(v, value, **same)
+        torch.testing.assert_close(g[:, ~out], gradient, **same)
+        assert (g[:, out] == 0).all()
+    kept = gradient.shape[-1]
+    torch.testing.assert_close(padded[0], value, **same)
+    torch.testing.assert_close(padded[1][:, :kept], gradient, **same)
+    assert (padded[1][:, kept:] == 0).all()
+
+
+@on_both
+@SIZES
+@every_loss
+def test_the_two_zeros_tie(loss, V, dtype, backend):
+    s, t = (x.round() for x in batch(2, V, dtype))
+    negative = torch.rand(V) < 0.5
+    flip = lambda x: torch.where((x == 0) & negative, -0.0, x.masked_fill(x == 0, 0.0))  # noqa: E731
+    assert flip(s).signbit().sum() > s.masked_fill(s == 0, 0.0).signbit().sum()
+    with kd.use_backend(backend):
+        want, found = run(loss, s + 0.0, t + 0.0), run(loss, flip(s), flip(t))
+    assert all(torch.equal(a, b) for a, b in zip(want, found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_giant_ties_and_a_wide_vocabulary(dtype):
+    """More ties than 16 bits count, and V^3 / 3 = 6e15."""
+    s, t = batch(1, 262_144, dtype)
+    s[:, :100_000], t[:, 50_000:200_000] = 1.5, -0.25
+    found, exact = gradients(kd.SpearmanLoss(), s, t)
+    assert distance(found[0], exact[0]) <= 1e-4
+    if dtype != F16:  # where these numbers underflow
+        assert distance(found[1], exact[1]) <= max(1e-3, CORNERS[dtype])
+
+
+@pytest.mark.parametrize("fill", [-1e4, -3e38])
+def test_a_finite_fill_is_finite(fill):
+    s, t = batch(1, 8192, F32)
+    s[:, 5], t[:, 5] = fill, fill
+    for loss in (kd.SpearmanLoss(), kd.SpearmanLoss(top_k=64), kd.PlackettLuceLoss(), kd.KendallLoss()):
+        value, gradient = run(loss, s, t)
+        assert value.isfinite() and gradient.isfinite().all(), loss
+
+
+def test_distributions_of_whole_batches():
+    s, t = batch(5, 12)
+    for options in ({}, dict(beta=0.3, gamma=2.0, temperature=4.0)):
+        want = s.clone().requires_grad_()
+        value = dist(want, t, **options)
+        value.backward()
+        for backend in ("cpu", "reference"):
+            with kd.use_backend(backend):
+                found = run(kd.DISTLoss(**options), s, t)
+                teacher = t.clone().requires_grad_()
+                kd.DISTLoss(**options)(s, teacher).backward()
+            torch.testing.assert_close(found[0], value.detach())
+            torch.testing.assert_close(found[1], want.grad)
+            assert teacher.grad.abs().sum() > 0
+    labels = torch.tensor([0, 1, -100, 2, -100])
+    torch.testing.assert_close(kd.DISTLoss()(s, t, labels), dist(s[labels >= 0], t[labels >= 0]))
+    mask = torch.arange(12) != 4
+    torch.testing.assert_close(kd.DISTLoss()(s, t, vocab_mask=mask), dist(s[:, mask], t[:, mask]))
+
+
+def test_a_permutahedron_at_eps_1_is_pearson():
+    torchsort = pytest.importorskip("torchsort")
+    s, t = (x.float() for x in batch(2, 1000))
+    soft = torchsort.soft_rank(s, regularization_strength=1.0)
+    for a, b, r in zip(soft, s, t, strict=True):
+        assert rho(a.double(), midranks(r)).item() == pytest.approx(rho(b.double(), midranks(r)).item(), abs=1e-3)
+
+
+def test_somewhere_a_gradient_is_not_zero():
+    for loss in LOSSES:
+        assert run(loss, *batch(2, 60))[1].abs().max() > 1e-6, loss
+    assert math.isfinite(kd.CMKDLoss()(*batch(2, 60)).item())
