@@ -147,6 +147,8 @@ class Comparison(RankLoss):
         if not torch.compiler.is_compiling():
             calls["reference", "compare"] += 1
         keep = None if rows.labels is None else rows.labels != self.ignore_index
+        if rows.weight is not None:
+            keep = rows.weight != 0 if keep is None else keep & (rows.weight != 0)
         s, t = _prepare(rows.student, rows, keep), _prepare(rows.teacher, rows, keep)
         gone = (s == -math.inf, t == -math.inf)
         live = ~(gone[0] & gone[1] if self.dead_in_both else gone[0] | gone[1])

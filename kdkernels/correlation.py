@@ -131,9 +131,10 @@ class CMKDLoss(RankLoss):
     """a_i (1 - Pearson(s, t)) + b_i (1 - Spearman(s, t)), weighed by the teacher's uncertainty. [Niu et al. 2024]
 
     From the paper's abstract: Pearson and Spearman correlation together, and weights that follow the difficulty of the
-    sample. The paper's exact weights were not available; ours are, with h = H(p) / log V the teacher's entropy between
-    0 and 1, a = pearson_weight (1 - h) and b = spearman_weight h, so that hard samples lean on ranks. The soft ranks
-    are `SpearmanLoss`'s. z-scores of the logits, which the paper takes, change neither correlation.
+    sample. The paper's exact weights were not available, these are ours: h = H(p) / log V is the teacher's entropy
+    over its own classes, between 0 and 1, a = pearson_weight (1 - h) and b = spearman_weight h, so that hard samples
+    lean on ranks. The soft ranks are those of `SpearmanLoss`. z-scores of the logits, which the paper takes, change
+    neither correlation.
 
     Args:
         pearson_weight, spearman_weight: >= 0.
@@ -170,21 +171,18 @@ class CMKDLoss(RankLoss):
     def _term(self, rows, student_logits, num_items, temperature):
         self._check_teacher(rows.teacher)
         pearson, spearman, uncertainty = self._parts
-        weights: tuple = (1.0, 1.0)
-        if self.hard != "both":
+        if self.hard == "both":
+            weights = (rows.weight, rows.weight)
+        else:
             with torch.no_grad():
                 alone = rows._replace(student=rows.teacher, teacher=None, weight=None)
                 h = uncertainty._evaluate(alone, rows.teacher, None, temperature).reshape(-1).double()
-            weights = (1 - h, h) if self.hard == "spearman" else (h, 1 - h)
-        total = 0.0
-        for part, weight in zip((pearson, spearman), weights, strict=True):
-            if part.kd_weight:
-                own = (
-                    rows.weight
-                    if isinstance(weight, float)
-                    else weight
-                    if rows.weight is None
-                    else weight * rows.weight
-                )
-                total = total + part._term(rows._replace(weight=own), student_logits, num_items, temperature)
-        return total
+            hard, easy = h, 1 - h
+            if rows.weight is not None:  # a weight of 0 counts nothing, whatever the row holds
+                hard, easy = (torch.where(rows.weight == 0, 0.0, x * rows.weight) for x in (hard, easy))
+            weights = (easy, hard) if self.hard == "spearman" else (hard, easy)
+        first, second = (
+            part._term(rows._replace(weight=weight), student_logits, num_items, temperature)
+            for part, weight in zip((pearson, spearman), weights, strict=True)
+        )
+        return first + second

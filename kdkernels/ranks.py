@@ -120,6 +120,7 @@ class KendallLoss(Comparison):
     """
 
     kind = KENDALL
+    _places: Tensor | None
 
     def __init__(self, mode: str = "topk", top_k: int = 128, shifts: int = 16, tau: float = 0.1,
                  seed: int | None = None, **options):  # fmt: skip
@@ -138,11 +139,17 @@ class KendallLoss(Comparison):
     def settings(self):
         return self.tau, self.top_k if self.mode == "topk" else 0, 0.0
 
+    def _prepare(self):
+        super()._prepare()
+        self.__dict__["_places"] = None
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed)
+            self.__dict__["_places"] = torch.rand(self.shifts, generator=generator, dtype=torch.float64)
+
     def columns(self):
         if self.mode == "topk":
             return None
-        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
-        return torch.rand(self.shifts, generator=generator, dtype=torch.float64)
+        return torch.rand(self.shifts, dtype=torch.float64) if self._places is None else self._places
 
     def definition(self, s, t, live, args):
         a, n = bandwidth(s, live, args[:, 2]), live.sum(-1, keepdim=True)

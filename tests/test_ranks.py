@@ -165,7 +165,8 @@ def test_a_large_tau_gives_the_correlation_with_the_ranks(dtype, V):
     value, gradient = run(kd.SpearmanLoss(tau=1e6), s, t)
     want, slope = run(kd.PearsonLoss(), s, ranks)
     torch.testing.assert_close(value, want.to(value.dtype), rtol=0, atol=1e-6)
-    assert distance(gradient, slope) <= max(1e-5, CORNERS[dtype])  # the kernel's curvature, of order 1 / tau
+    binned = dtype == F32 and V > 4096
+    assert distance(gradient, slope) <= (1e-3 if binned else max(1e-5, CORNERS[dtype]))
 
 
 def test_kendalls_limit_is_somers():

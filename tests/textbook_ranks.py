@@ -57,9 +57,9 @@ def kendall(s, t, mode="topk", shifts=16, tau=0.1, seed=None):
     return 1 - torch.stack([agree[i, (i + 1 + int(u * (n - 1))) % n].mean() for u in places]).mean()
 
 
-def cmkd(s, t, pearson_weight=1.0, spearman_weight=1.0, hard="spearman", tau=0.1):
-    p = t.softmax(-1)
-    h = -(p * p.log()).sum() / math.log(len(t))
+def cmkd(s, t, whole_t, pearson_weight=1.0, spearman_weight=1.0, hard="spearman", tau=0.1):
+    """The entropy is the teacher's over all of its classes, live in the student or not."""
+    h = torch.special.entr(whole_t.softmax(-1)).sum() / math.log(len(whole_t))
     a, b = {"spearman": (1 - h, h), "pearson": (h, 1 - h), "both": (1.0, 1.0)}[hard]
     return a * pearson_weight * pearson(s, t) + b * spearman_weight * spearman(s, t, tau)
 
@@ -89,6 +89,8 @@ class Case:
         options = {k: v for k, v in self.options.items() if k not in ("top_k", "temperature", "kd_weight")}
         T = self.options.get("temperature", 1.0)
         live = self.live(s, t)
+        if self.formula is cmkd:
+            options["whole_t"] = t[~t.isneginf()] / T
         s, t = s[live] / T, t[live] / T
         if len(live) < 2 or (self.formula is not plackett_luce and ((s == s[0]).all() or (t == t[0]).all())):
             return s.sum() * 0 + 1
