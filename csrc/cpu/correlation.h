@@ -35,9 +35,13 @@ template <typename R> bool deviations(const R* x, int64_t n, bool probabilities,
   const double scale = double(n) / total, shift = std::log(scale), near = sizeof(R) == 4 ? 0.35 : 0.1;
   for (int64_t i = 0; i < n; ++i) {
     const double d = (x[i] - high) * inverse_T + shift;  // log(V q_i)
-    const double series = d * (1 + d / 2 * (1 + d / 3 * (1 + d / 4 * (1 + d / 5 * (1 + d / 6 * (1 + d / 7 *
-                              (1 + d / 8 * (1 + d / 9 * (1 + d / 10 * (1 + d / 11))))))))));
-    u[i] = R(std::fabs(d) < near ? series : u[i] * scale - 1);
+    if (std::fabs(d) < near) {
+      double series = 1;
+      for (int k = 11; k > 1; --k) series = 1 + d * (1. / k) * series;
+      u[i] = R(d * series);
+    } else {
+      u[i] = R(u[i] * scale - 1);
+    }
   }
   return true;
 }

@@ -69,13 +69,14 @@ template <typename T> class Live {
     if (all && (top <= 0 || top >= x.vocab)) return {s, t, x.vocab, nullptr, false};
     at_.clear();
     at_.reserve(1);  // never null
-    for (int64_t i = 0; i < x.vocab; ++i) {
+    for (int64_t i = 0; i < x.vocab && !all; ++i) {
       if (x.mask && !x.mask[i]) continue;
       if (of_s.nan(s[i]) || of_t.nan(t[i]) || of_s.high(s[i]) || of_t.high(t[i])) return {s, t, 0, nullptr, true};
       const bool low_s = of_s.low(s[i]), low_t = of_t.low(t[i]);
       if (!(both ? low_s && low_t : low_s || low_t)) at_.push_back(uint32_t(i));
     }
-    if (top > 0 && top < int64_t(at_.size())) keep_largest(t, top);
+    if (all) keep_largest(t, top, x.vocab, [](int64_t i) { return uint32_t(i); });
+    else if (top > 0 && top < int64_t(at_.size())) keep_largest(t, top, at_.size(), [this](int64_t i) { return at_[i]; });
     const int64_t n = int64_t(at_.size());
     live_s_.resize(n);
     live_t_.resize(n);
@@ -95,26 +96,27 @@ template <typename T> class Live {
     return copy.data();
   }
 
-  void keep_largest(const T* t, int64_t top) {
+  // at_ becomes the `top` of the n classes of(0), of(1), ... (ascending) with the largest logits.
+  template <typename F> void keep_largest(const T* t, int64_t top, int64_t n, F of) {
     constexpr int shift = 8 * (sizeof(Key<T>) - 2);
     counts_.assign(1 << 16, 0);
-    for (const uint32_t i : at_) ++counts_[key_of(t[i]) >> shift];
+    for (int64_t i = 0; i < n; ++i) ++counts_[key_of(t[of(i)]) >> shift];
     int64_t above = 0, bin = 0xffff;
     while (above + counts_[bin] < top) above += counts_[bin--];
-    edge_.clear();
-    for (const uint32_t i : at_)
-      if (int64_t(key_of(t[i]) >> shift) == bin) edge_.push_back(i);
-    const auto last = edge_.begin() + (top - above - 1);
+    kept_.clear();
+    for (int64_t i = 0; i < n; ++i)
+      if (int64_t(key_of(t[of(i)]) >> shift) >= bin) kept_.push_back(of(i));
     const auto before = [&](uint32_t a, uint32_t b) {
       return key_of(t[a]) != key_of(t[b]) ? key_of(t[a]) > key_of(t[b]) : a < b;
     };
-    std::nth_element(edge_.begin(), last, edge_.end(), before);
-    const uint32_t limit = *last;
-    std::erase_if(at_, [&](uint32_t i) { return i != limit && before(limit, i); });
+    std::nth_element(kept_.begin(), kept_.begin() + (top - 1), kept_.end(), before);
+    kept_.resize(top);
+    std::sort(kept_.begin(), kept_.end());
+    at_.swap(kept_);
   }
 
   std::vector<T> s_, t_, live_s_, live_t_;
-  std::vector<uint32_t> at_, edge_, counts_;
+  std::vector<uint32_t> at_, kept_, counts_;
 };
 
 // Where a row's gradient goes: classes [0, vocab) of `width`, the rest is padding.
