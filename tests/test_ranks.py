@@ -1,12 +1,15 @@
 """Rank and correlation losses against their definitions, at their limits, and in the traps of ranks."""
 
+import importlib.util
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from accuracy import BF16, F16, F32, F64, only
 from scipy.stats import somersd
-from textbook_ranks import CASES, dist, midranks, rho
+from textbook_ranks import CASES, dist
 
 import kdkernels as kd
 from kdkernels import metrics
@@ -396,12 +399,20 @@ def test_distributions_of_whole_batches():
     torch.testing.assert_close(kd.DISTLoss()(s, t, vocab_mask=mask), dist(s[:, mask], t[:, mask]))
 
 
+PERMUTAHEDRON = """
+import torch, torchsort
+s, t = (3 * torch.randn(1, 1000) for _ in "st")
+soft = torchsort.soft_rank(s, regularization_strength=1.0)
+print(torch.corrcoef(torch.cat((soft, s))).abs()[0, 1].item())
+"""
+
+
 def test_a_permutahedron_at_eps_1_is_pearson():
-    torchsort = pytest.importorskip("torchsort")
-    s, t = (x.float() for x in batch(2, 1000))
-    soft = torchsort.soft_rank(s, regularization_strength=1.0)
-    for a, b, r in zip(soft, s, t, strict=True):
-        assert rho(a.double(), midranks(r)).item() == pytest.approx(rho(b.double(), midranks(r)).item(), abs=1e-3)
+    """Projected ranks are affine in the logits there. In a process of its own: torchsort is built with fast-math."""
+    if importlib.util.find_spec("torchsort") is None:
+        pytest.skip("torchsort is not installed")
+    shown = subprocess.run([sys.executable, "-c", PERMUTAHEDRON], capture_output=True, text=True, check=True).stdout
+    assert float(shown) == pytest.approx(1, abs=1e-4)
 
 
 def test_somewhere_a_gradient_is_not_zero():
