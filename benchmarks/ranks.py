@@ -214,7 +214,7 @@ def main(arguments=None):
     from rich.console import Console
     from rich.table import Table
 
-    console, results = Console(), []
+    console, results, found = Console(), [], commit()
     table = Table("loss", "shape", "dtype", "ms", "others, ms", "error", "beyond, MB", "promised")
     for shape, dtype in SHAPES:
         if options.shape not in (None, shape) or options.dtype not in (None, dtype):
@@ -226,7 +226,7 @@ def main(arguments=None):
             results.append((measure_loss if name in LOSSES else measure_metric)(name, shape, dtype))
             table.add_row(*report(results[-1]))
             if options.json:
-                written = {"machine": machine(), "commit": commit(), "results": results}
+                written = {"machine": machine(), "commit": found, "results": results}
                 options.json.write_text(json.dumps(written, indent=1) + "\n")
     console.print(table)
     console.print(f"milliseconds, medians; {machine()}")

@@ -39,7 +39,7 @@ class RankLoss(BaseLoss):
     """
 
     teacher_gradient = False
-    _cross_entropy: ForwardKLLoss | None
+    _cross_entropy: ForwardKLLoss
 
     def __init__(
         self,
@@ -63,17 +63,16 @@ class RankLoss(BaseLoss):
         super()._prepare()
         shared = {name: getattr(self, name) for name in ("ce_weight", "label_smoothing", "z_loss", "reduction",
                                                          "ignore_index")}  # fmt: skip
-        self.__dict__["_cross_entropy"] = ForwardKLLoss(kd_weight=0.0, **shared) if self.ce_weight else None
+        self.__dict__["_cross_entropy"] = ForwardKLLoss(kd_weight=0.0, **shared)
 
     def _evaluate(self, rows, student_logits, num_items, temperature):
-        if self.kd_weight:
-            value = self._term(rows, student_logits, num_items, temperature)
-            if self._cross_entropy is None:
-                return value
-        alone = rows._replace(teacher=None)
-        cross_entropy = self._cross_entropy or ForwardKLLoss(kd_weight=0.0, reduction=self.reduction)
-        ce = cross_entropy._evaluate(alone, student_logits, num_items, None)
-        return value + ce if self.kd_weight else ce
+        parts = []
+        if self._uses.teacher:
+            parts.append(self._term(rows, student_logits, num_items, temperature))
+        if not parts or self._uses.labels:  # without either term, the 0 of a cross-entropy that has no weight
+            alone = rows._replace(teacher=None)
+            parts.append(self._cross_entropy._evaluate(alone, student_logits, num_items, None))
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def _term(self, rows: call.Rows, student_logits: Tensor, num_items, temperature) -> Tensor:
         """The reduced (or per-row) distillation term."""
@@ -94,6 +93,7 @@ class Comparison(RankLoss):
     needs_spread = True
     """Whether a row of equal logits has no value."""
     _args: Tensor
+    _factor: Tensor
 
     def settings(self) -> tuple[float, float, float]:
         """What the kernels are told: tau, top_k (0: all classes) and a switch of the kind's own."""
@@ -110,7 +110,9 @@ class Comparison(RankLoss):
     def _prepare(self) -> None:
         super()._prepare()
         scale = 1 / self.temperature
+        # Tensors: torch.compile would guard on the numbers that it sees read.
         self.__dict__["_args"] = torch.tensor([[scale, scale, *self.settings()]], dtype=torch.float64)
+        self.__dict__["_factor"] = torch.tensor([self.kd_weight], dtype=torch.float64)
 
     def _term(self, rows, student_logits, num_items, temperature):
         self._check_teacher(rows.teacher)
@@ -136,7 +138,7 @@ class Comparison(RankLoss):
             args = torch.cat((scale, scale, args[:, 2:].expand(len(scale), -1)), -1)
         if (more := self.columns()) is not None:
             args = torch.cat((args, more.to(device).expand(len(args), -1)), -1)
-        factor = args.new_full((1,), self.kd_weight)
+        factor = self._factor.to(device)
         return args.contiguous(), factor / args[:, 0] ** 2 if self.t_squared else factor
 
     def _by_definition(self, rows: call.Rows, args: Tensor) -> Tensor:
@@ -150,6 +152,8 @@ class Comparison(RankLoss):
         if rows.weight is not None:
             keep = rows.weight != 0 if keep is None else keep & (rows.weight != 0)
         s, t = _prepare(rows.student, rows, keep), _prepare(rows.teacher, rows, keep)
+        if not len(s):
+            return s.sum(-1)
         gone = (s == -math.inf, t == -math.inf)
         live = ~(gone[0] & gone[1] if self.dead_in_both else gone[0] | gone[1])
         spoilt = ((s != s) | (t != t) | (s == math.inf) | (t == math.inf)).any(-1)
@@ -164,7 +168,8 @@ class Comparison(RankLoss):
         live = torch.where(odd, ramp < max(top or s.shape[-1], 2), live)
         s, t = (torch.where(odd, ramp, x).masked_fill(~live, 0.0) for x in (s, t))
         value = torch.where(flat, 1.0, self.definition(s, t, live, args))
-        logits = torch.where(spoilt[:, None], rows.student.reshape(len(s), -1).double(), 0.0)
+        logits = rows.student.reshape(-1, rows.student.shape[-1])[:, : rows.vocab].double()
+        logits = torch.where(spoilt[:, None], logits, 0.0)  # their gradient is NaN as well
         value = torch.where(spoilt, math.nan, value) + logits.sum(-1) * torch.where(spoilt, math.nan, 0.0)
         return value if keep is None else torch.where(keep, value, 0.0)
 

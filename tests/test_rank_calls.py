@@ -7,6 +7,7 @@ import torch
 from accuracy import BF16, F16, F32, F64, only
 from test_ranks import batch, run
 from textbook_ranks import CASES
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -91,9 +92,12 @@ def test_an_added_cross_entropy(name, options):
     torch.testing.assert_close(gradient, alone[1] + ce[1])
     with pytest.raises(ValueError, match=r"ce_weight=0\.3 needs labels"):
         make(name, options, ce_weight=0.3)(s, t)
-    only_ce = make(name, options, **more)
-    only_ce.kd_weight = 0.0
-    torch.testing.assert_close(only_ce(s, None, y), ce[0])
+    part = make(name, options, **more)
+    part.kd_weight = 0.0
+    torch.testing.assert_close(part(s, None, y), ce[0])
+    part = make(name, options)
+    part.kd_weight = 0.0  # annealed away
+    assert run(part, s, t)[0] == 0
 
 
 def test_strides_and_dtypes_of_their_own():
@@ -107,7 +111,10 @@ def test_strides_and_dtypes_of_their_own():
     for dtype in (BF16, F16):
         wide = run(kd.SpearmanLoss(), s, t.to(dtype).float())
         torch.testing.assert_close(run(kd.SpearmanLoss(), s, t.to(dtype)), wide)
-    assert run(kd.SpearmanLoss(), torch.empty(0, 5), torch.empty(0, 5))[0] == 0
+    for backend in ("cpu", "reference"):
+        with kd.use_backend(backend):
+            for name, options in MADE:
+                assert run(make(name, options), torch.empty(0, 5), torch.empty(0, 5))[0] == 0
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -180,13 +187,13 @@ def test_compiles_as_one_graph(name, options):
 
 def test_annealing_does_not_recompile():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     loss = kd.SpearmanLoss()
     step = torch.compile(loss, fullgraph=True, backend=counter)
     s, t = batch(3, 30, F32)
     for tau in (0.1, 0.2, 0.3, 0.4):
-        loss.tau = tau
-        torch.testing.assert_close(step(s, t), kd.SpearmanLoss(tau=tau)(s, t))
+        loss.tau = loss.kd_weight = tau
+        torch.testing.assert_close(step(s, t), kd.SpearmanLoss(tau=tau, kd_weight=tau)(s, t))
     assert counter.frame_count == 1
 
 
