@@ -42,8 +42,8 @@ inline Tensor empty_as(const Tensor& x) {
   return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
 }
 
-inline Batch batch(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask, int64_t vocab,
-            int64_t ignore) {
+inline Batch batch(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
+                   int64_t vocab, int64_t ignore) {
   Batch x;
   x.s = logits(s);
   x.rows = rows_of(s);

@@ -52,8 +52,9 @@ template <typename F> double crowd_ranks(const float* t, int64_t n, F bin_of, Sp
   return squares;
 }
 
-// The teacher's doubled centred ranks, and the sum of their squares: within a bin of c entries they rise by 2 c around the
-// bin's mid-rank, which belongs to the mean position of its entries. Entries of crowded bins are sorted, for exact ranks.
+// The teacher's doubled centred ranks, and the sum of their squares: within a bin of c entries they rise by 2 c around
+// the bin's mid-rank, which belongs to the mean position of its entries. Entries of crowded bins are sorted, for exact
+// ranks.
 inline double grid_ranks(const float* t, int64_t n, const Range& range, SpearmanScratch& w) {
   struct Bin { float count, position; };
   const float scale = kTeacherBins / (range.high - range.low), low = range.low;

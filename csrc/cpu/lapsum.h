@@ -20,7 +20,7 @@ template <typename R> void exp2_in_place(R* y, int64_t n) {
 // The line rank -> gradient of the classes in a bin: slope * (the teacher's doubled centred rank) + offset.
 struct Line { double slope, offset; };
 
-// LapSum [Struski et al. 2025]: R_i = sum_j F((x_i - x_j) / a) with F the Laplace distribution function, a = tau std(x).
+// LapSum [Struski et al. 2025]: R_i = sum_j F((x_i - x_j) / a), F the Laplace distribution function, a = tau std(x).
 // Here in units of n: M bins of x (ascending), masses c / n, and S, the sum over a bin of the teacher's ranks.
 class LapSum {
  public:

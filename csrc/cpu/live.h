@@ -76,7 +76,7 @@ template <typename T> class Live {
       if (!(both ? low_s && low_t : low_s || low_t)) at_.push_back(uint32_t(i));
     }
     if (all) keep_largest(t, top, x.vocab, [](int64_t i) { return uint32_t(i); });
-    else if (top > 0 && top < int64_t(at_.size())) keep_largest(t, top, at_.size(), [this](int64_t i) { return at_[i]; });
+    else if (const int64_t n = at_.size(); top > 0 && top < n) keep_largest(t, top, n, [&](int64_t i) { return at_[i]; });
     const int64_t n = int64_t(at_.size());
     live_s_.resize(n);
     live_t_.resize(n);

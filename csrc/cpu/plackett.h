@@ -26,7 +26,8 @@ void plackett_weights(const Pair<R>& z, bool teacher, double inverse_T, Plackett
 }
 
 // -sum_i w_i (s_i - log D_i), D_i the sum of e^s over the classes ranked no higher than i (Breslow's ties).
-// D is kept relative to the largest score so far: at least 1, whatever the scores are. g times the gradient by s to `out`.
+// D is kept relative to the largest score so far: at least 1, whatever the scores are. g times the gradient by s goes
+// to `out`.
 template <typename R>
 double plackett_luce(const Pair<R>& z, bool teacher, double inverse_T, double inverse_teacher_T, double g,
                      const RowOut& out, PlackettScratch<R>& w) {

@@ -138,7 +138,8 @@ double rho_by_bits(const Pair<uint16_t>& z) {
   SpearmanScratch& w = kept_by_thread<SpearmanScratch>();
   BitTables& b = w.bits;
   b.count(z);
-  const int64_t q = BitTables::ranks_of(b.s, b.used_s, z.n, b.own_rank), r = BitTables::ranks_of(b.t, b.used_t, z.n, b.rank);
+  const int64_t q = BitTables::ranks_of(b.s, b.used_s, z.n, b.own_rank);
+  const int64_t r = BitTables::ranks_of(b.t, b.used_t, z.n, b.rank);
   int64_t joint = 0;
   for (int64_t i = 0; i < z.n; ++i) joint += int64_t(b.own_rank[z.s[i]]) * b.rank[z.t[i]];
   b.clear();

@@ -1,4 +1,4 @@
-// Spearman's loss of a row: histograms of 16-bit numbers (exact), a grid over float32 (interpolated), or a sort (exact).
+// Spearman's loss of a row: histograms of 16-bit numbers (exact), a grid over float32 (interpolated), a sort (exact).
 #pragma once
 #include "lapsum.h"
 #include "live.h"
