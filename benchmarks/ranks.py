@@ -13,6 +13,7 @@ measured where it is installed (pip install --no-build-isolation torchsort).
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -214,7 +215,7 @@ def main(arguments=None):
     from rich.console import Console
     from rich.table import Table
 
-    console, results, found = Console(), [], commit()
+    console, results, found, load = Console(), [], commit(), os.getloadavg()[0]  # other work on the machine
     table = Table("loss", "shape", "dtype", "ms", "others, ms", "error", "beyond, MB", "promised")
     for shape, dtype in SHAPES:
         if options.shape not in (None, shape) or options.dtype not in (None, dtype):
@@ -226,7 +227,7 @@ def main(arguments=None):
             results.append((measure_loss if name in LOSSES else measure_metric)(name, shape, dtype))
             table.add_row(*report(results[-1]))
             if options.json:
-                written = {"machine": machine(), "commit": found, "results": results}
+                written = {"machine": machine(), "load": load, "commit": found, "results": results}
                 options.json.write_text(json.dumps(written, indent=1) + "\n")
     console.print(table)
     console.print(f"milliseconds, medians; {machine()}")
