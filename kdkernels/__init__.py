@@ -2,12 +2,16 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import backends, logpartition, tape
+from . import backends, correlation, logpartition, metrics, ranks, tape
 from .backends import BackendUnavailable, available_backends, use_backend
+from .base import BaseLoss
+from .compare import RankLoss
+from .correlation import *  # noqa: F403
 from .functional import power_sum, power_transform
 from .linear import LinearLoss
 from .logpartition import *  # noqa: F403  (its __all__ is the catalogue)
 from .loss import Label, Loss, Moment, Point
+from .ranks import *  # noqa: F403
 
 try:
     __version__ = version("kdkernels")
@@ -15,15 +19,15 @@ except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    *logpartition.__all__, "BackendUnavailable", "Label", "LinearLoss", "Loss", "Moment", "Point", "available_backends",
-    "backends", "catalogue", "power_sum", "power_transform", "tape", "use_backend",
+    *logpartition.__all__, *ranks.__all__, *correlation.__all__, "BackendUnavailable", "Label", "LinearLoss", "Loss",
+    "Moment", "Point", "RankLoss", "available_backends", "backends", "catalogue", "metrics", "power_sum",
+    "power_transform", "tape", "use_backend",
 ]  # fmt: skip
 
 
 backends.load_defaults()
 
 
-def catalogue() -> dict[str, type[Loss]]:
+def catalogue() -> dict[str, type[BaseLoss]]:
     """Class name -> class of every loss the library declares."""
-    found = {name: globals()[name] for name in __all__}
-    return {n: c for n, c in found.items() if isinstance(c, type) and issubclass(c, Loss) and c is not Loss}
+    return {name: globals()[name] for name in (*logpartition.__all__, *ranks.__all__, *correlation.__all__)}

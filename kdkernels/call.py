@@ -13,6 +13,7 @@ from torch import Tensor
 from .options import check_number, readable
 
 if TYPE_CHECKING:
+    from .base import BaseLoss
     from .loss import Loss, Program
 
 
@@ -86,7 +87,7 @@ def _constant(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} requires grad, but no gradient flows to it; pass {name}.detach()")
 
 
-def check(loss: Loss, student, teacher, labels, row_weight, temperature, vocab_size, vocab_mask) -> Rows:
+def check(loss: BaseLoss, student, teacher, labels, row_weight, temperature, vocab_size, vocab_mask) -> Rows:
     """The call's tensors in the shapes kernels take.
 
     Raises:
@@ -130,7 +131,7 @@ def check_vocab(vocab_size: int | None, student: Tensor | Shaped) -> int:
     return vocab_size
 
 
-def check_rows(loss: Loss, student: Tensor | Shaped, vocab: int, labels, row_weight, temperature, vocab_mask):
+def check_rows(loss: BaseLoss, student: Tensor | Shaped, vocab: int, labels, row_weight, temperature, vocab_mask):
     """What a call has beside logits: labels (N,) int64, mask (vocab,) and row weights (N,) float64, each or None."""
     if labels is None and loss._uses.labels:
         cause = "" if loss.needs_labels and loss.kd_weight else f" with ce_weight={loss.ce_weight}"
@@ -169,7 +170,7 @@ def _temperature(temperature: Tensor, student: Tensor | Shaped, keep: Tensor | N
             raise ValueError(f"temperature must be > 0 and finite, got {temperature.reshape(-1)[bad][0].item()}")
 
 
-def check_out(loss: Loss, out, student: Tensor, teacher: Tensor | None) -> None:
+def check_out(loss: BaseLoss, out, student: Tensor, teacher: Tensor | None) -> None:
     """What value_and_grad asks for beside a call's."""
     if loss.reduction == "none":
         raise ValueError("value_and_grad needs a reduction other than 'none'")
@@ -251,7 +252,7 @@ def _inverse_deviation(logits: Tensor, rows: Rows) -> Tensor:
     return scale.reshape(-1).to(torch.float64)
 
 
-def weighting(loss: Loss, rows: Rows, num_items) -> tuple[Tensor | None, float]:
+def weighting(loss: BaseLoss, rows: Rows, num_items) -> tuple[Tensor | None, float]:
     """weight (N or 1,) float64 or None, and the divisor: a row's loss counts weight / divisor times.
 
     Divisor 0 stands for the number of kept rows, which only the labels know.

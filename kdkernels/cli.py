@@ -156,11 +156,13 @@ def run_losses(options):
 
     rows = []
     for name, cls in kd.catalogue().items():
-        _, formula, paper, _ = describe(cls)
-        points = ", ".join(map(spelled_point, cls().points()))
+        _, formula, paper = describe(cls)
+        loss = cls()
+        points = ", ".join(map(spelled_point, loss.points())) if isinstance(loss, kd.Loss) else "none: whole rows"
         rows.append([short(name), constructor(cls), needs(cls), formula, paper, points])
     shared = ", ".join(f"{name}={value!r}" for name, value in options_of(kd.Loss).items())
-    foot = f"Every loss also takes {shared} (KDLoss: alpha in place of kd_weight and ce_weight)."
+    foot = f"Every loss also takes {shared} (KDLoss: alpha in place of kd_weight and ce_weight; those without points " \
+           "have no teacher_temperature and no standardize)."
     columns = ["--loss", "class", "needs", "formula", "paper", "points"]
     print_catalogue(columns, rows, f"{foot} With a ce_weight it needs labels.")
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, call
+from .base import BaseLoss
 from .loss import Loss
 from .options import check_number
 from .sweep import Inputs, LinearRows, Plan, cast_dtype
@@ -147,11 +148,14 @@ class LinearLoss(nn.Module):
         return Plan(copy.copy(self.loss), name, cast, chunk, budget // 8, vocab, scales, caps, temperature)
 
     def _check_options(self) -> None:
-        if not isinstance(self.loss, Loss):
+        if not isinstance(self.loss, BaseLoss):
             raise TypeError(f"loss must be a kdkernels loss, such as ForwardKLLoss(), got {self.loss!r}")
         if not self.loss.rowwise:
             raise ValueError(f"loss must be row-wise: {type(self.loss).__name__} relates rows to each other, and only "
                              "a chunk of them has logits at a time; call it on the logits")  # fmt: skip
+        if not isinstance(self.loss, Loss):
+            raise ValueError(f"loss must be of the log-partition (kdkernels.Loss) for now, which "
+                             f"{type(self.loss).__name__} is not; call it on the logits")  # fmt: skip
         if self.chunk != "auto" and (isinstance(self.chunk, bool) or not isinstance(self.chunk, int) or self.chunk < 1):
             raise ValueError(f"chunk must be 'auto' or an int >= 1, got {self.chunk!r}")
         if self.memory_budget is not None:

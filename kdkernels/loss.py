@@ -8,13 +8,13 @@ A `Loss` names its points and computes its value from those numbers; every backe
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import backends, call, options, tape
+from .base import BaseLoss
 from .ops import RowLoss, value_and_grad
 
 MOMENTS = 6  # lse, s, t, ss, st, tt
@@ -62,20 +62,7 @@ class Program(NamedTuple):
     args: Tensor
 
 
-class _PostInit(type):
-    """Traces a loss once its outermost __init__ is done, so that a subclass may set its options in any order."""
-
-    def __call__(cls, *args, **kwargs):
-        with options.explain_constructor(cls):
-            loss = super().__call__(*args, **kwargs)
-        options.check_new(loss)
-        loss._trace()
-        return loss
-
-    __signature__ = property(options.signature)
-
-
-class Loss(nn.Module, metaclass=_PostInit):
+class Loss(BaseLoss):
     """Base class of the losses: subclass it, declare `points` and `value`, and have a loss on every backend.
 
     Args:
@@ -95,16 +82,8 @@ class Loss(nn.Module, metaclass=_PostInit):
         TypeError, ValueError: an option is not of its kind or out of its range.
     """
 
-    needs_teacher = rowwise = True  # not rowwise: rows depend on each other, which rules out chunks of them
-    needs_labels = False
     _double: Program
     _single: Program
-    _uses: options.Uses
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if cls.__doc__:
-            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\nShared options and the call: see `kdkernels.Loss`."
 
     def __init__(
         self,
@@ -136,44 +115,11 @@ class Loss(nn.Module, metaclass=_PostInit):
         """The loss of a row from its moments (and `label` where `needs_labels`), in torch-like arithmetic."""
         raise NotImplementedError(f"{type(self).__name__} must declare value()")
 
-    def check(self) -> None:
-        """Raises if an option is out of range; called whenever the loss is traced: when made, and when one is set."""
-
     def minimizer(self, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
         """Student logits at which the distillation term is smallest."""
         return teacher_logits * (self.temperature / (self.teacher_temperature or self.temperature))
 
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        row_weight: Tensor | None = None,
-        num_items: float | Tensor | None = None,
-        temperature: float | Tensor | None = None,
-        vocab_size: int | None = None,
-        vocab_mask: Tensor | None = None,
-    ) -> Tensor:
-        """The loss of student_logits (..., V).
-
-        Args:
-            student_logits: (..., V), float64, float32, float16 or bfloat16, any strides.
-            teacher_logits: (..., V), logits or log-probabilities, a dtype of its own; losses that need none ignore it.
-            labels: (...) integers; rows at `ignore_index` are left out.
-            row_weight: (...) factors of the rows.
-            num_items: denominator of "mean", in place of the number of kept rows; 0 where there are none.
-            temperature: in place of the constructor's, a number or one for each row (...).
-            vocab_size: classes from here on are padding: probability 0 in both rows. The widths may then differ.
-            vocab_mask: (V,) booleans, False where a class is padding.
-
-        Returns:
-            A scalar, or (...) with reduction "none"; float64 for float64 logits, else float32.
-
-        Raises:
-            TypeError, ValueError: an argument is missing, or not of the dtype, device, shape or range it should be.
-        """
-        rows = call.check(self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
+    def _evaluate(self, rows, student_logits, num_items, temperature):
         backend, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
         per_row, ignore = self.reduction == "none", self.ignore_index
         if backend.OPERATORS is None:
@@ -193,53 +139,11 @@ class Loss(nn.Module, metaclass=_PostInit):
         args = call.arguments(self, program, rows, temperature)
         return backend, program, args, *call.weighting(self, rows, num_items)
 
-    @torch.no_grad()
-    def value_and_grad(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        out: Tensor | None = None,
-        row_weight: Tensor | None = None,
-        num_items: float | Tensor | None = None,
-        temperature: float | Tensor | None = None,
-        vocab_size: int | None = None,
-        vocab_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The reduced loss and its gradient by student_logits, in one pass and without a graph.
-
-            logits = model(tokens)
-            value, gradient = loss.value_and_grad(logits.detach(), teacher_logits, labels)
-            logits.backward(gradient)
-
-        Args:
-            out: where the gradient goes: a tensor of student_logits' shape, dtype and device, student_logits itself
-                included (its logits are then gone) but no part of it. Without it a new tensor.
-
-        Raises:
-            TypeError, ValueError: as in a call; `out` does not fit; the reduction is "none"; the loss standardises.
-        """
-        rows = call.check(self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
-        call.check_out(self, out, rows.student, rows.teacher)
+    def _value_and_grad(self, rows, student_logits, num_items, temperature, out):
         backend, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
         if backend.OPERATORS is None or backend.OPERATORS.step is None:
-            with torch.enable_grad():
-                leaf = student_logits.detach().requires_grad_()
-                extra = dict(row_weight=row_weight, num_items=num_items, temperature=temperature)
-                value = self(leaf, teacher_logits, labels, vocab_size=vocab_size, vocab_mask=vocab_mask, **extra)
-                (gradient,) = torch.autograd.grad(value, leaf)
-            return value.detach(), gradient if out is None else out.copy_(gradient)
+            return super()._value_and_grad(rows, student_logits, num_items, temperature, out)
         return value_and_grad(backend.OPERATORS, rows, args, weight, divisor, program.code, self.ignore_index, out)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_") and k not in _MODULE)
-
-    def __setattr__(self, name: str, value) -> None:
-        with options.all_or_nothing(vars(self)):  # a refused option leaves the loss as it was
-            super().__setattr__(name, value)
-            if "_single" in self.__dict__ and not name.startswith("_") and name not in _MODULE:
-                self._trace()
 
     def all_points(self) -> tuple[Point, ...]:
         """`points()` and those of the cross-entropy."""
@@ -269,17 +173,12 @@ class Loss(nn.Module, metaclass=_PostInit):
             total = total + self.ce_weight * ce
         return total
 
-    def _trace(self) -> None:
-        options.check_options(self)
-        self.check()
-        self.__dict__["_uses"] = options.uses(self)
+    def _prepare(self) -> None:
+        super()._prepare()
         for name, resolution in (("_double", 1e-16), ("_single", 1e-8)):
             shadow = copy.copy(self)
             shadow.__dict__["resolution"] = resolution
             self.__dict__[name] = _traced(shadow)
-
-
-_MODULE = {"training", "resolution"} | set(vars(nn.Module()))
 
 
 def _traced(loss: Loss) -> Program:

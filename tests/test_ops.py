@@ -62,6 +62,8 @@ def test_operators_pass_opcheck(backend):
 def test_every_operator_is_checked():
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("kdkernels::")}
     names -= {"kdkernels::isa", "kdkernels::exp2"}  # no loss calls them
+    of_ranks = "compare", "compare_step", "rankdata", "spearman", "kendall_tau"  # in tests of their own
+    names -= {f"kdkernels::{name}" for name in of_ranks}
     ran = set()
     for backend in BACKENDS:
         ran |= {op.name() for op in recorded(backend)}

@@ -131,6 +131,22 @@ def pick(student: Tensor, teacher: Tensor | None = None) -> ModuleType:
     return _checked("reference")
 
 
+def pick_compare(student: Tensor, teacher: Tensor) -> ModuleType:
+    """The same for losses that compare orders, whose kernels not every backend has.
+
+    Raises:
+        BackendUnavailable: the backend asked for has none.
+    """
+    backend = pick(student, teacher)
+    if backend.__name__.endswith(".reference") or hasattr(backend, "COMPARE"):
+        return backend
+    if (name := _choice.name or _forced) is not None:
+        raise BackendUnavailable(f"backend {name!r} has no kernels for rank losses in this version of kdkernels")
+    if not torch.compiler.is_compiling():
+        _say_slow(backend.__name__.rpartition(".")[2], "it has no kernels for rank losses")
+    return _checked("reference")
+
+
 @functools.cache
 def _say_slow(name: str, reason: str) -> None:
     warnings.warn(f"kdkernels runs its reference backend, which is slow: {name!r} cannot run, {reason}", stacklevel=5)

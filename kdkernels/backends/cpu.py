@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .. import rankops
 from ..ops import Operators, register, rescale
 from . import calls
 
@@ -23,6 +24,7 @@ def _load() -> str | None:
         return f"{LIBRARY} is not built; reinstall kdkernels (pip install .) with a C++ compiler"
     torch.ops.load_library(str(LIBRARY))
     register("")
+    rankops.register()
     return None
 
 
@@ -67,3 +69,5 @@ def _checked(launch):
 
 OPERATORS = Operators(_checked(_counted("reduce")), _counted("rows"), _counted("spread"), _checked(_counted("step")),
                       _checked(_counted("step_out")), rescale)  # fmt: skip
+COMPARE = (_checked(_counted("compare")), _checked(_counted("compare_step")))
+METRICS = {name: _counted(name) for name in ("rankdata", "spearman", "kendall_tau")}

@@ -74,7 +74,8 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
     return value if keep is None else torch.where(keep, value, 0.0)
 
 
-def _prepare(x: Tensor, rows: Rows, keep: Tensor | None) -> Tensor:
+def _prepare(x: Tensor | None, rows: Rows, keep: Tensor | None) -> Tensor:
+    assert x is not None
     x = x.reshape(-1, x.shape[-1])[:, : rows.vocab].to(torch.float64)
     if rows.mask is not None:
         x = torch.where(rows.mask, x, -math.inf)

@@ -79,10 +79,8 @@ def label(loss, options):
 
 
 def describe(cls):
-    """-> name, formula, paper, points, from the class itself."""
+    """-> name, formula, paper, from the class itself."""
     text = inspect.getdoc(cls) or ""
     paper = "; ".join(re.findall(r"\[([^\[\]]*(?:19|20)\d\d[^\[\]]*)\]", text))
     formula = re.sub(r"\s*\[[^\[\]]*(?:19|20)\d\d[^\[\]]*\]", "", text.split("\n")[0]).strip()
-    points = cls().points()
-    points = points if isinstance(points, (tuple, list)) else [points]
-    return cls.__name__, formula, paper, ", ".join(map(str, points))
+    return cls.__name__, formula, paper

@@ -1,0 +1,243 @@
+"""Rank and correlation losses and metrics beside eager torch, torchsort and scipy, interleaved in one run.
+
+    python -m benchmarks.ranks                      the whole table (some 10 minutes)
+    python -m benchmarks.ranks --only Spearman --shape 64x131072
+    python -m benchmarks.ranks --json result.json   and what was measured, for a machine to read
+
+Times are medians of repeats in which the contenders take turns; ratios are of those. `error` is the distance of the
+gradient (of the value, for a metric) from the float64 definition over the definition's norm, on two rows, before the
+gradient is rounded to 16 bits; `beyond, MB` what a step took at its peak beside logits and gradient. torchsort is
+measured where it is installed (pip install --no-build-isolation torchsort).
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import torch
+
+import kdkernels as kd
+from kdkernels import metrics
+
+from .rows import interleaved, machine
+
+SHAPES = [("64x131072", "bfloat16"), ("64x131072", "float32"), ("64x1000", "float32"), ("64x1000", "bfloat16")]
+# (contender, shape, dtype) -> the least ratio that the library promises.
+PROMISED = {
+    ("eager LapSum", "64x131072", "bfloat16"): 80, ("eager hard, forward", "64x131072", "bfloat16"): 50,
+    ("torchsort", "64x131072", "bfloat16"): 80, ("torchsort", "64x1000", "float32"): 1,
+    ("scipy", "64x131072", "bfloat16"): 5,
+}  # fmt: skip
+
+
+def hard_ranks(x):
+    return x.argsort(-1).argsort(-1).float()
+
+
+def scattered_ranks(x):
+    """The same with one sort."""
+    places = torch.arange(x.shape[-1]).expand_as(x)
+    return torch.empty_like(places).scatter_(-1, x.argsort(-1), places).float()
+
+
+def correlation(a, b):
+    a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
+    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+
+
+def eager_lapsum(s, t, tau=0.1):
+    """Soft ranks as one writes them in torch: a sort and two cumulative sums in the log domain."""
+    s = s.float()
+    x, order = (s / (tau * s.std(-1, correction=0, keepdim=True))).sort(-1)
+    below = (x.logcumsumexp(-1) - x).exp() - 1
+    above = ((-x).flip(-1).logcumsumexp(-1).flip(-1) + x).exp() - 1
+    soft = torch.arange(x.shape[-1], dtype=x.dtype) + (1 - below + above) / 2
+    return (1 - correlation(soft, scattered_ranks(t).gather(-1, order))).mean()
+
+
+def eager_hard(s, t):
+    return (1 - correlation(hard_ranks(s), hard_ranks(t))).mean()
+
+
+def eager_scattered(s, t):
+    return (1 - correlation(scattered_ranks(s), scattered_ranks(t))).mean()
+
+
+def torchsort_spearman(s, t):
+    import torchsort
+
+    return (1 - correlation(torchsort.soft_rank(s.float()), scattered_ranks(t))).mean()
+
+
+def eager_pearson(s, t):
+    return (1 - correlation(s.float(), t.float())).mean()
+
+
+def eager_pearson_probs(s, t):
+    return (1 - correlation(s.float().softmax(-1), t.float().softmax(-1))).mean()
+
+
+def eager_plackett_luce(s, t):
+    t, order = t.float().sort(-1)
+    s = s.float().gather(-1, order)
+    return (t.softmax(-1) * (s.logcumsumexp(-1) - s)).sum(-1).mean()
+
+
+def eager_kendall(s, t, k=128, tau=0.1):
+    t, index = t.topk(k, -1)
+    s = s.gather(-1, index).float()
+    s = s / (tau * s.std(-1, correction=0, keepdim=True))
+    agree = (t[:, :, None] - t[:, None]).sign() * (s[:, :, None] - s[:, None]).tanh()
+    return (1 - agree.sum((-1, -2)) / (k * (k - 1))).mean()
+
+
+LOSSES = {  # name -> loss, {contender: function, whether it is differentiated}
+    "Spearman": (kd.SpearmanLoss(), {"eager LapSum": (eager_lapsum, True), "eager hard, forward": (eager_hard, False),
+                                     "the same, one sort a row": (eager_scattered, False),
+                                     "torchsort": (torchsort_spearman, True)}),
+    "Spearman exact": (kd.SpearmanLoss(exact=True), {"eager LapSum": (eager_lapsum, True)}),
+    "Spearman top 128": (kd.SpearmanLoss(top_k=128), {}),
+    "Pearson": (kd.PearsonLoss(), {"eager": (eager_pearson, True)}),
+    "Pearson of probabilities": (kd.PearsonLoss("probs"), {"eager": (eager_pearson_probs, True)}),
+    "Plackett-Luce": (kd.PlackettLuceLoss(), {"eager": (eager_plackett_luce, True)}),
+    "Kendall top 128": (kd.KendallLoss(), {"eager": (eager_kendall, True)}),
+    "Kendall 16 shifts": (kd.KendallLoss("shifts", seed=0), {}),
+}  # fmt: skip
+METRICS = {"rho": (metrics.spearman, scipy.stats.spearmanr), "tau-b": (metrics.kendall_tau, scipy.stats.kendalltau)}
+
+
+def logits(rows, classes, dtype):
+    torch.manual_seed(0)
+    t = 3 * torch.randn(rows, classes)
+    return (0.7 * t + 1.5 * torch.randn(rows, classes)).to(dtype), t.to(dtype)
+
+
+def step(function, leaf, t, differentiated):
+    def run():
+        leaf.grad = None
+        if differentiated:
+            function(leaf, t).backward()
+        else:
+            with torch.no_grad():
+                function(leaf, t)
+
+    return run
+
+
+def gradient_error(loss, s, t):
+    """Of two rows, in float32: 16-bit numbers that are held in float32 take the same way, and keep their gradient."""
+    found = []
+    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+        leaf = s[:2].to(dtype).requires_grad_()
+        with kd.use_backend(backend):
+            loss(leaf, t[:2].to(dtype)).backward()
+        found.append(leaf.grad.double())
+    return ((found[0] - found[1]).norm() / found[1].norm()).item()
+
+
+def beyond(name, shape, dtype):
+    """MB at the peak of a process's first step beside what was there and the gradient; None if the system is silent."""
+    rows, classes = map(int, shape.split("x"))
+    s, t = logits(rows, classes, getattr(torch, dtype))
+    leaf = s.clone().requires_grad_()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        status = lambda key: int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024  # noqa: E731
+        before = status("VmRSS")
+        LOSSES[name][0](leaf, t).backward()
+        return status("VmHWM") - before - s.nbytes / 2**20
+    except (OSError, IndexError):
+        return None
+
+
+def beyond_in_a_process_of_its_own(*cell):
+    code = f"from benchmarks import ranks; print(ranks.json.dumps(ranks.beyond(*{cell!r})))"
+    return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def measure_loss(name, shape, dtype):
+    rows, classes = map(int, shape.split("x"))
+    s, t = logits(rows, classes, getattr(torch, dtype))
+    loss, others = LOSSES[name]
+    leaf = s.clone().requires_grad_()
+    ours = step(loss, leaf, t, True)
+    extra = beyond_in_a_process_of_its_own(name, shape, dtype)
+    contenders = {
+        other: step(function, leaf, t, differentiated) for other, (function, differentiated) in others.items()
+        if other != "torchsort" or importlib.util.find_spec("torchsort")
+    }  # fmt: skip
+    slow = rows * classes > 1 << 20
+    ms = interleaved({**contenders, "kdkernels": ours}, repeats=3 if slow else 20)
+    return dict(name=name, shape=shape, dtype=dtype, ms=ms, error=gradient_error(loss, s, t), beyond_mb=extra)
+
+
+def measure_metric(name, shape, dtype):
+    rows, classes = map(int, shape.split("x"))
+    s, t = logits(min(rows, 8), classes, getattr(torch, dtype))
+    function, theirs = METRICS[name]
+    a, b = s.double().numpy(), t.double().numpy()
+    scipy_of = lambda: np.array([theirs(x, y).statistic for x, y in zip(a, b, strict=True)])  # noqa: E731
+    ms = interleaved({"scipy": scipy_of, "kdkernels": lambda: function(s, t)}, repeats=3)
+    error = np.abs(function(s, t).numpy() - scipy_of()).max().item()
+    return dict(name=f"{name} ({len(s)} rows)", shape=shape, dtype=dtype, ms=ms, error=error, beyond_mb=None)
+
+
+def report(result):
+    ours = result["ms"]["kdkernels"]
+    ratios, kept = [], []
+    for other, ms in result["ms"].items():
+        if other != "kdkernels":
+            ratios.append(f"{other} {ms:.4g} ({ms / ours:.1f}x)")
+            least = PROMISED.get((other, result["shape"], result["dtype"]))
+            if least and (other != "eager LapSum" or result["name"] == "Spearman") and "rho" not in result["name"]:
+                kept.append(f"{other} {least}x: {'yes' if ms / ours >= least else 'NO'}")
+    extra = "" if result["beyond_mb"] is None else f"{result['beyond_mb']:.1f}"
+    return [result["name"], result["shape"], result["dtype"], f"{ours:.3g}", "\n".join(ratios),
+            f"{result['error']:.1e}", extra, "\n".join(kept)]  # fmt: skip
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--only", default="", help="losses and metrics whose name contains this")
+    parser.add_argument("--shape", help="one ROWSxCLASSES, such as 64x131072")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
+    parser.add_argument("--json", type=Path, help="write what was measured here")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    from rich.console import Console
+    from rich.table import Table
+
+    console, results, found, load = Console(), [], commit(), os.getloadavg()[0]  # other work on the machine
+    table = Table("loss", "shape", "dtype", "ms", "others, ms", "error", "beyond, MB", "promised")
+    for shape, dtype in SHAPES:
+        if options.shape not in (None, shape) or options.dtype not in (None, dtype):
+            continue
+        for name in (n for n in (*LOSSES, *METRICS) if options.only.lower() in n.lower()):
+            if "exact" in name and dtype != "float32":  # numbers of 16 bits are exact anyway
+                continue
+            console.print(f"{name} {shape} {dtype} ...", highlight=False)
+            results.append((measure_loss if name in LOSSES else measure_metric)(name, shape, dtype))
+            table.add_row(*report(results[-1]))
+            if options.json:
+                written = {"machine": machine(), "load": load, "commit": found, "results": results}
+                options.json.write_text(json.dumps(written, indent=1) + "\n")
+    console.print(table)
+    console.print(f"milliseconds, medians; {machine()}")
+
+
+def commit() -> str:
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                           cwd=Path(__file__).parent)  # fmt: skip
+    return found.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

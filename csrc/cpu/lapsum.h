@@ -1,0 +1,109 @@
+// Soft ranks of numbers that stand in ascending bins, the loss 1 - rho, and its gradient as a line in each bin.
+#pragma once
+#include <cmath>
+#include <vector>
+
+#include "parallel.h"
+
+namespace kd {
+
+// y becomes 2^y; y below the smallest exponent gives 0.
+template <typename R> void exp2_in_place(R* y, int64_t n) {
+  constexpr R least = sizeof(R) == 4 ? R(-1e6) : R(-1e9);
+  for (int64_t i = 0; i < n; i += kTile) {
+    const int count = int(std::min<int64_t>(kTile, n - i));
+    for (int j = 0; j < count; ++j) y[i + j] = y[i + j] > least ? y[i + j] : least;  // -inf is not taken
+    tiles<R>().exp2(y + i, count, y + i);
+  }
+}
+
+// The line rank -> gradient of the classes in a bin: slope * (the teacher's doubled centred rank) + offset.
+struct Line { double slope, offset; };
+
+// LapSum [Struski et al. 2025]: R_i = sum_j F((x_i - x_j) / a), F the Laplace distribution function, a = tau std(x).
+// Here in units of n: M bins of x (ascending), masses c / n, and S, the sum over a bin of the teacher's ranks.
+class LapSum {
+ public:
+  std::vector<double> x, mass, ranks;  // a caller's: position, count, sum of doubled centred ranks of each bin
+  std::vector<Line> line;              // out
+  double own_share = 0;                // of the kernel's sum at an entry, what its own bin contributes: the mean
+
+  void clear() { x.clear(); mass.clear(); ranks.clear(); }
+  void add(double value, double count, double sum) {
+    x.push_back(value);
+    mass.push_back(count);
+    ranks.push_back(sum);
+  }
+
+  // n entries, teacher's squares = the sum of its squared doubled centred ranks; g scales the gradient.
+  double loss(double n, double tau, double mean, double variance, double squares, double g, bool gradient) {
+    const int64_t M = int64_t(x.size());
+    line.assign(gradient ? M : 0, Line{0, 0});
+    if (n < 2 || M < 2 || !(variance > 0) || !(squares > 0)) return 1;
+    const double a = tau * std::sqrt(variance);
+    for (int64_t m = 0; m < M; ++m) { mass[m] /= n; ranks[m] /= 2 * n * n; }
+    soft_ranks(a);
+    double own = 0, joint = 0;
+    const double teacher = squares / (4 * n * n * n);
+    own_share = 0;
+    for (int64_t m = 0; m < M; ++m) {
+      own += mass[m] * R_[m] * R_[m];
+      joint += R_[m] * ranks[m];
+      own_share += mass[m] * mass[m] / K_[m];
+    }
+    if (!(own > 0)) return 1;
+    const double rho = joint / std::sqrt(own) / std::sqrt(teacher);
+    if (gradient) lines(n, a, mean, variance, -1 / std::sqrt(own) / std::sqrt(teacher), rho / own, g);
+    return 1 - rho;
+  }
+
+ private:
+  // R: centred soft ranks; K: sum of the kernel e^(-|x_i - x_j| / a), both over n.
+  void soft_ranks(double a) {
+    const int64_t M = int64_t(x.size());
+    decay_.resize(M); R_.resize(M); K_.resize(M); G_.resize(M);
+    decay_[0] = 0;
+    for (int64_t m = 1; m < M; ++m) decay_[m] = (x[m - 1] - x[m]) / a * kLog2e;
+    exp2_in_place(decay_.data() + 1, M - 1);
+    double below = 0, count = 0, above = 0;
+    for (int64_t m = 0; m < M; ++m) {
+      below *= decay_[m];
+      R_[m] = count - below / 2 - 0.5;
+      K_[m] = below;
+      count += mass[m];
+      below += mass[m];
+    }
+    for (int64_t m = M - 1; m >= 0; --m) {
+      R_[m] += (mass[m] + above) / 2;
+      K_[m] += mass[m] + above;
+      above = (above + mass[m]) * decay_[m];
+    }
+  }
+
+  // The loss's slope by R_i is (ct T_i + cr R_i) / n; through the kernel, and through a, which follows the deviation.
+  void lines(double n, double a, double mean, double variance, double ct, double cr, double g) {
+    const int64_t M = int64_t(x.size());
+    double below = 0, above = 0, radial = 0;
+    for (int64_t m = 0; m < M; ++m) {
+      below *= decay_[m];
+      G_[m] = below;
+      below += ct * ranks[m] + cr * mass[m] * R_[m];
+    }
+    const double scale = 1 / (2 * a * n);
+    for (int64_t m = M - 1; m >= 0; --m) {
+      const double slope = ct * ranks[m] + cr * mass[m] * R_[m];
+      const double G = G_[m] + slope + above;
+      above = (above + slope) * decay_[m];
+      line[m] = {scale * ct * K_[m], scale * (cr * R_[m] * K_[m] - G)};
+      radial += (x[m] - mean) * (line[m].slope * ranks[m] + mass[m] * line[m].offset);
+    }
+    for (int64_t m = 0; m < M; ++m) {
+      line[m].offset = g * (line[m].offset - radial / variance * (x[m] - mean));
+      line[m].slope *= g / (2 * n);
+    }
+  }
+
+  std::vector<double> decay_, R_, K_, G_;
+};
+
+}  // namespace kd

@@ -1,0 +1,148 @@
+"""What every loss is, whatever it computes: a module with checked options, one call, value and gradient."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from . import call, options
+
+
+class _PostInit(type):
+    """Prepares a loss once its outermost __init__ is done, so that a subclass may set its options in any order."""
+
+    def __call__(cls, *args, **kwargs):
+        with options.explain_constructor(cls):
+            loss = super().__call__(*args, **kwargs)
+        options.check_new(loss)
+        loss._prepare()
+        return loss
+
+    __signature__ = property(options.signature)
+
+
+class BaseLoss(nn.Module, metaclass=_PostInit):
+    """The call and the options of a loss. A family of losses (`Loss`, `RankLoss`) says how rows are evaluated."""
+
+    needs_teacher = True
+    needs_labels = False
+    rowwise = True
+    """Whether rows do not depend on each other, so that a chunk of them may be computed at a time."""
+    standardize = False
+    teacher_temperature: float | None = None
+    temperature: float
+    t_squared: bool
+    kd_weight: float
+    ce_weight: float
+    label_smoothing: float
+    z_loss: float
+    reduction: str
+    ignore_index: int
+    _uses: options.Uses
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        family = next(base for base in cls.__mro__ if BaseLoss in base.__bases__)
+        if cls.__doc__ and family is not cls:
+            shared = f"Shared options and the call: see `kdkernels.{family.__name__}`."
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n{shared}"
+
+    def check(self) -> None:
+        """Raises if an option is out of range; called whenever the loss is prepared: when made, and when one is set."""
+
+    def minimizer(self, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Student logits at which the distillation term is smallest."""
+        return teacher_logits
+
+    def _prepare(self) -> None:
+        options.check_options(self)
+        self.check()
+        self.__dict__["_uses"] = options.uses(self)
+
+    def _evaluate(self, rows: call.Rows, student_logits: Tensor, num_items, temperature) -> Tensor:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        row_weight: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        temperature: float | Tensor | None = None,
+        vocab_size: int | None = None,
+        vocab_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of student_logits (..., V).
+
+        Args:
+            student_logits: (..., V), float64, float32, float16 or bfloat16, any strides.
+            teacher_logits: (..., V), logits or log-probabilities, a dtype of its own; losses that need none ignore it.
+            labels: (...) integers; rows at `ignore_index` are left out.
+            row_weight: (...) factors of the rows.
+            num_items: denominator of "mean", in place of the number of kept rows; 0 where there are none.
+            temperature: in place of the constructor's, a number or one for each row (...).
+            vocab_size: classes from here on are padding: probability 0 in both rows. The widths may then differ.
+            vocab_mask: (V,) booleans, False where a class is padding.
+
+        Returns:
+            A scalar, or (...) with reduction "none"; float64 for float64 logits, else float32.
+
+        Raises:
+            TypeError, ValueError: an argument is missing, or not of the dtype, device, shape or range it should be.
+        """
+        rows = call.check(self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
+        return self._evaluate(rows, student_logits, num_items, temperature)
+
+    @torch.no_grad()
+    def value_and_grad(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        temperature: float | Tensor | None = None,
+        vocab_size: int | None = None,
+        vocab_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The reduced loss and its gradient by student_logits, in one pass and without a graph.
+
+            logits = model(tokens)
+            value, gradient = loss.value_and_grad(logits.detach(), teacher_logits, labels)
+            logits.backward(gradient)
+
+        Args:
+            out: where the gradient goes: a tensor of student_logits' shape, dtype and device, student_logits itself
+                included (its logits are then gone) but no part of it. Without it a new tensor.
+
+        Raises:
+            TypeError, ValueError: as in a call; `out` does not fit; the reduction is "none"; the loss standardises.
+        """
+        rows = call.check(self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
+        call.check_out(self, out, rows.student, rows.teacher)
+        return self._value_and_grad(rows, student_logits.detach(), num_items, temperature, out)
+
+    def _value_and_grad(self, rows: call.Rows, student_logits: Tensor, num_items, temperature, out):
+        with torch.enable_grad():
+            leaf = student_logits.requires_grad_()
+            value = self._evaluate(rows._replace(student=leaf), leaf, num_items, temperature)
+            (gradient,) = torch.autograd.grad(value, leaf)
+        return value.detach(), gradient if out is None else out.copy_(gradient)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_") and k not in _MODULE)
+
+    def __setattr__(self, name: str, value) -> None:
+        with options.all_or_nothing(vars(self)):  # a refused option leaves the loss as it was
+            super().__setattr__(name, value)
+            if "_uses" in self.__dict__ and not name.startswith("_") and name not in _MODULE:
+                self._prepare()
+
+
+_MODULE = {"training", "resolution"} | set(vars(nn.Module()))

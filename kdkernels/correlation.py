@@ -1,0 +1,189 @@
+"""Losses by correlation: Pearson's, that of whole batches of classes, and mixed with ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import call, tape
+from .backends.reference import _prepare
+from .compare import PEARSON, Comparison, RankLoss, check_choice, correlation
+from .loss import Loss, Point
+from .options import check_number
+from .ranks import SpearmanLoss
+
+__all__ = ["CMKDLoss", "DISTLoss", "PearsonLoss"]
+
+
+class PearsonLoss(Comparison):
+    """1 - rho of the two rows, of their logits or of their probabilities. [Pearson 1895; Huang et al. 2022, DIST eq. 4]
+
+    Of probabilities q, p the deviations V q_i - 1 are summed, as expm1(s_i - L + log V) with L the log-partition: sums
+    of squares minus 1 / V would cancel. A class at -inf in one row is then a class of probability 0 there, and only
+    classes at -inf in both are left out. The teacher's gradient is there too.
+
+    Args:
+        space: "logits" or "probs".
+    """
+
+    kind = PEARSON
+    teacher_gradient = True
+
+    def __init__(self, space: str = "logits", **options):
+        super().__init__(**options)
+        self.space = space
+
+    def check(self):
+        check_choice("space", self.space, ("logits", "probs"))
+        self.__dict__["dead_in_both"] = self.space == "probs"
+
+    def settings(self):
+        return 1.0, 0, self.space == "probs"
+
+    def definition(self, s, t, live, args):
+        return 1 - correlation(*(self._deviations(x, live, args[:, k, None]) for k, x in enumerate((s, t))))
+
+    def _deviations(self, x, live, scale):
+        n = live.sum(-1, keepdim=True)
+        if self.space == "probs":
+            x = torch.where(live, x * scale, -torch.inf)
+            x = torch.where(live, torch.expm1(x.log_softmax(-1) + n.log()), 0.0)  # its mean is 0 but for rounding
+        return (x - x.sum(-1, keepdim=True) / n) * live
+
+
+class DISTLoss(RankLoss):
+    """beta mean_i (1 - rho(q_i, p_i)) + gamma mean_k (1 - rho(q_.k, p_.k)), rho Pearson's. [Huang et al. 2022, eq. 9]
+
+    The first term compares the probabilities of a row, the second those of a class over the rows of the batch; a class
+    that one side gives the same probability in all rows counts 1 there. row_weight and num_items act on the first term
+    only. The authors add the cross-entropy, and use temperature 4 with T^2 on CIFAR-100 and 1 on ImageNet. There is a
+    gradient for the teacher. The second term is computed in float64 by torch, in memory of a few times the logits'.
+
+    Args:
+        temperature: T > 0 of both softmaxes.
+        beta: weight of the inter-class term, >= 0.
+        gamma: weight of the intra-class term, >= 0; it knows the whole batch, so that reduction must be "mean".
+    """
+
+    teacher_gradient = True
+    rowwise = False
+    _inter: PearsonLoss
+
+    def __init__(self, temperature: float = 1.0, beta: float = 1.0, gamma: float = 1.0, *, t_squared: bool = True,
+                 **options):  # fmt: skip
+        super().__init__(temperature=temperature, t_squared=t_squared, **options)
+        self.beta, self.gamma = beta, gamma
+
+    def check(self):
+        check_number("beta", self.beta, least=0)
+        check_number("gamma", self.gamma, least=0)
+        if self.reduction != "mean":
+            raise ValueError(f"reduction must be 'mean' for a loss over whole batches, got {self.reduction!r}")
+
+    def _prepare(self):
+        super()._prepare()
+        self.__dict__["_inter"] = PearsonLoss(
+            "probs", temperature=self.temperature, t_squared=self.t_squared, ignore_index=self.ignore_index
+        )
+
+    def _term(self, rows, student_logits, num_items, temperature):
+        inter = self._inter._term(rows, student_logits, num_items, temperature)
+        T = self.temperature if temperature is None else temperature
+        if isinstance(T, Tensor) and T.dim():
+            T = T.reshape(-1, 1)
+        keep = None if rows.labels is None else rows.labels != self.ignore_index
+        squared = T**2 if self.t_squared else 1.0
+        if isinstance(squared, Tensor) and squared.dim():
+            raise ValueError("temperature must be one number for t_squared: the classes of a batch share the factor")
+        intra = squared * class_correlation(rows, keep, T)
+        return self.kd_weight * (self.beta * inter + self.gamma * intra.to(inter.dtype))
+
+
+def class_correlation(rows: call.Rows, keep: Tensor | None, T) -> Tensor:
+    """Mean over the live classes of 1 - rho of its probabilities over the kept rows."""
+    s, t = (_prepare(x, rows, keep) / T for x in (rows.student, rows.teacher))
+    some = torch.ones_like(s[:, :1]) if keep is None else keep[:, None].to(s.dtype)
+    live = (((s != -math.inf) | (t != -math.inf)) & (some > 0)).any(0)
+    u, v = (torch.expm1(x.log_softmax(-1) + math.log(rows.vocab)) * some for x in (s, t))
+    u, v = ((x - x.sum(0) / some.sum().clamp(min=1)) * some for x in (u, v))
+    uu, vv = (u * u).sum(0), (v * v).sum(0)
+    varied = live & (uu > 0) & (vv > 0)
+    rho = (u * v).sum(0) / torch.where(varied, uu, 1.0).sqrt() / torch.where(varied, vv, 1.0).sqrt()
+    return torch.where(live, 1 - torch.where(varied, rho, 0.0), 0.0).sum() / live.sum().clamp(min=1)
+
+
+class _Uncertainty(Loss):
+    """H(p) / log V of one row, between 0 and 1; 0 for a row with one class."""
+
+    needs_teacher = False
+
+    def points(self):
+        return Point(student=1), Point()
+
+    def value(self, p, u):
+        several = u.lse > 0
+        return tape.where(several, (p.lse - p.s) / tape.where(several, u.lse, 1.0), 0.0)
+
+
+class CMKDLoss(RankLoss):
+    """a_i (1 - Pearson(s, t)) + b_i (1 - Spearman(s, t)), weighed by the teacher's uncertainty. [Niu et al. 2024]
+
+    From the paper's abstract: Pearson and Spearman correlation together, and weights that follow the difficulty of the
+    sample. The paper's exact weights were not available, these are ours: h = H(p) / log V is the teacher's entropy
+    over its own classes, between 0 and 1, a = pearson_weight (1 - h) and b = spearman_weight h, so that hard samples
+    lean on ranks. The soft ranks are those of `SpearmanLoss`. z-scores of the logits, which the paper takes, change
+    neither correlation.
+
+    Args:
+        pearson_weight, spearman_weight: >= 0.
+        hard: the term that rows with an uncertain teacher lean on: "spearman", "pearson", or "both", which leaves both
+            weights constant.
+        tau, top_k: of `SpearmanLoss`.
+        temperature: of the softmax whose entropy is taken.
+    """
+
+    _parts: tuple
+
+    def __init__(self, pearson_weight: float = 1.0, spearman_weight: float = 1.0, hard: str = "spearman",
+                 tau: float = 0.1, top_k: int | None = None, **options):  # fmt: skip
+        super().__init__(**options)
+        self.pearson_weight, self.spearman_weight, self.hard = pearson_weight, spearman_weight, hard
+        self.tau, self.top_k = tau, top_k
+
+    def check(self):
+        check_number("pearson_weight", self.pearson_weight, least=0)
+        check_number("spearman_weight", self.spearman_weight, least=0)
+        check_choice("hard", self.hard, ("spearman", "pearson", "both"))
+
+    def _prepare(self):
+        super()._prepare()
+        shared: dict[str, Any] = {
+            name: getattr(self, name) for name in ("temperature", "t_squared", "reduction", "ignore_index")
+        }
+        self.__dict__["_parts"] = (
+            PearsonLoss("logits", kd_weight=self.kd_weight * self.pearson_weight, **shared),
+            SpearmanLoss(self.tau, top_k=self.top_k, kd_weight=self.kd_weight * self.spearman_weight, **shared),
+            _Uncertainty(temperature=self.temperature, reduction="none", ignore_index=self.ignore_index),
+        )
+
+    def _term(self, rows, student_logits, num_items, temperature):
+        self._check_teacher(rows.teacher)
+        pearson, spearman, uncertainty = self._parts
+        if self.hard == "both":
+            weights = (rows.weight, rows.weight)
+        else:
+            with torch.no_grad():
+                alone = rows._replace(student=rows.teacher, teacher=None, weight=None)
+                h = uncertainty._evaluate(alone, rows.teacher, None, temperature).reshape(-1).double()
+            hard, easy = h, 1 - h
+            if rows.weight is not None:  # a weight of 0 counts nothing, whatever the row holds
+                hard, easy = (torch.where(rows.weight == 0, 0.0, x * rows.weight) for x in (hard, easy))
+            weights = (easy, hard) if self.hard == "spearman" else (hard, easy)
+        first, second = (
+            part._term(rows._replace(weight=weight), student_logits, num_items, temperature)
+            for part, weight in zip((pearson, spearman), weights, strict=True)
+        )
+        return first + second
