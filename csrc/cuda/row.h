@@ -102,6 +102,7 @@ KD_DEVICE const double* reduce_points(const P& row, const Program& program, cons
     }
     if (thread() == 0) reinterpret_cast<Moments*>(m.stats)[from + k] = x;
   }
+  if (from + K < program.points()) sync();  // the next points' records go where this one has been read
   return record;
 }
 
