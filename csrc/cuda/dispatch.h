@@ -1,6 +1,7 @@
 // From a task to a kernel of its dtypes and its number of points. Included by one source file for each dtype.
 #pragma once
 #include "cluster.h"
+#include "dtype.h"
 #include "passes.h"
 
 namespace kd::gpu {
@@ -73,30 +74,22 @@ template <typename S, typename T> int step_as(const StepTask& task, int form, vo
   });
 }
 
-// Student and teacher of dtype X, or the one named by the operation, and the other of any.
-template <typename X> struct Dtype {
-  static int reduce(const ReduceTask& task, bool same, void* stream) {
-    return same ? reduce_as<X, X>(task, stream) : reduce_as<X, Any>(task, stream);
-  }
-  static int step(const StepTask& task, bool same, int form, void* stream) {
-    return same ? step_as<X, X>(task, form, stream) : launch_mixed(task, stream);
-  }
-  static int launch_mixed(const StepTask& task, void* stream) {
-    return with_points(task.problem.points(), [&](auto K) {
-      return launch_rows(step_kernel<X, Any, K>, task, task.problem.rows, task.out.width, stream);
-    });
-  }
-  static int spread(const SpreadTask& task, bool same, void* stream) {
-    const int64_t rows = task.problem.rows, width = task.out.width;
-    if (task.side == 0)
-      return same ? launch_rows(spread_kernel<X, X, 0>, task, rows, width, stream)
-                  : launch_rows(spread_kernel<X, Any, 0>, task, rows, width, stream);
-    return same ? launch_rows(spread_kernel<X, X, 1>, task, rows, width, stream)
-                : launch_rows(spread_kernel<Any, X, 1>, task, rows, width, stream);
-  }
-};
-extern template struct Dtype<float>;
-extern template struct Dtype<F16>;
-extern template struct Dtype<BF16>;
+template <typename X> int Dtype<X>::reduce(const ReduceTask& task, bool same, void* stream) {
+  return same ? reduce_as<X, X>(task, stream) : reduce_as<X, Any>(task, stream);
+}
+template <typename X> int Dtype<X>::step(const StepTask& task, bool same, int form, void* stream) {
+  if (same) return step_as<X, X>(task, form, stream);
+  return with_points(task.problem.points(), [&](auto K) {
+    return launch_rows(step_kernel<X, Any, K>, task, task.problem.rows, task.out.width, stream);
+  });
+}
+template <typename X> int Dtype<X>::spread(const SpreadTask& task, bool same, void* stream) {
+  const int64_t rows = task.problem.rows, width = task.out.width;
+  if (task.side == 0)
+    return same ? launch_rows(spread_kernel<X, X, 0>, task, rows, width, stream)
+                : launch_rows(spread_kernel<X, Any, 0>, task, rows, width, stream);
+  return same ? launch_rows(spread_kernel<X, X, 1>, task, rows, width, stream)
+              : launch_rows(spread_kernel<Any, X, 1>, task, rows, width, stream);
+}
 
 }  // namespace kd::gpu

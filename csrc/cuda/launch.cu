@@ -1,7 +1,8 @@
 // The kernels that read no rows of logits, and which of the others a task goes to.
 #include "launch.h"
 
-#include "dispatch.h"
+#include "dtype.h"
+#include "row.h"
 
 namespace kd::gpu {
 namespace {
