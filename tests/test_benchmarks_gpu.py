@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.report import lines
 
 pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the command itself can be run here")
@@ -40,6 +41,12 @@ def test_measurements_have_every_mode_and_contender(result):
         assert all(isinstance(ms, float) for ms in cell["ms"].values()), cell["ms"]
         assert cell["roof"]["bytes"] > 0 and cell["roof"]["exp"] > 0
     assert "eager" in found["cells"][0]["ms"] and "wall" in found["cells"][0]
+
+
+def test_the_table_fits_a_short_log(result):
+    table = list(lines(result[0]["steps"]["measure"]))
+    assert len(table) == 2 and all(len(line) < 160 for line in table), table
+    assert "eager" in table[0] and "forward" in table[0]
 
 
 def test_a_result_can_be_drawn_later(result):

@@ -149,7 +149,7 @@ def incoming_gradients(kd, device, N, V):
     value = loss(leaf, t)
     first, second = (torch.autograd.grad(value, leaf, retain_graph=True)[0] for _ in "12")
     error = (first - second).norm() / first.norm()  # the second is made by launches of its own
-    assert error <= 1e-6, f"a second backward: {error:.1e}"
+    assert error <= 4e-6, f"a second backward: {error:.1e}"
 
 
 def more_than_2_31_logits(kd, device, N, V):

@@ -21,12 +21,34 @@ def row(cell, rates):
     return f"{cell['loss']:<9} {shape:<11} {cell['dtype'][:6]:<6} {cell['mode']:<7}", " | ".join(shown)
 
 
+def lines(found):
+    """A line for each loss and shape: milliseconds of ours, the best one's shares of the copy and of the lower roof."""
+    groups = {}
+    for cell in found.get("cells", []):
+        groups.setdefault((cell["loss"], *cell["shape"], cell["dtype"]), []).append(cell)
+    for (loss, rows, classes, dtype), cells in groups.items():
+        line = f"{loss:<9} {f'{rows}x{classes}':<11} {dtype[:6]:<6}"
+        for cell in cells:
+            good = {name: ms for name, ms in cell["ms"].items() if isinstance(ms, float)}
+            ours = {name: good[name] for name in OURS if name in good}
+            if not ours:
+                continue
+            best, roof = min(ours.values()), max(cell["roof"].values())
+            if cell["mode"] == "step":
+                line += " " + "/".join(f"{good[o]:.3f}" if o in good else "FAILED" for o in OURS if o in cell["ms"])
+                line += f" copy {cell['floor'] / best / found['rates']['copy']:.2f}"
+                line += "".join(f" {o} {ms / best:.1f}x" for o, ms in good.items() if o not in OURS)
+            line += f" {cell['mode']} {roof / best:.2f}"
+        yield line
+
+
 def show(result):
     """The compact table: what a terminal that keeps 12,000 characters keeps."""
     found = result["steps"].get("measure", {})
-    for cell in found.get("cells", []):
-        print(*row(cell, found["rates"]))
-    print("ms (GB/s at the floor's bytes, over a copy's rate, over the lower roof)")
+    print(*lines(found), sep="\n")
+    ours = "/".join(found.get("contenders", []))
+    print(f"ms, forward + backward, of {ours}; the rate of the best one's bytes over a copy's; others over the best;")
+    print("the best one's share of the lower roof in each mode (half: incoming gradient 0.5)")
     for name, step in result["steps"].items():
         if "checked" in step or "unavailable" in step:
             wrong = {k: v for k, v in step.get("properties", {}).items() if v != "ok"}
