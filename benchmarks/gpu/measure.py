@@ -136,6 +136,8 @@ def liger(name):
 def exponentials(loss, V, mode):
     """How many a class our step executes: one a point for the sums, one a point with a slope for the gradient."""
     s, t = torch.randn(2, 1, min(V, 4096))
+    if kd.available_backends()["cpu"] != "ok":  # it knows which points have a slope
+        return len(loss.all_points()) * (1 if mode == "forward" else 2)
     first, second = executed(loss, s, t, torch.zeros(1, dtype=torch.int64))
     return first + (0 if mode == "forward" else second)
 
