@@ -88,7 +88,8 @@ def build(seconds, cuda="1"):
     found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
     capability = found.stdout.strip() + ("a" if found.stdout.strip() == "9.0" else "")
     env = {"TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST") or capability, "KDKERNELS_CUDA": cuda}
-    return Job("build" if cuda == "1" else "build without CUDA", [sys.executable, "setup.py", "build_ext", "--inplace"], seconds, **env)
+    name = "build" if cuda == "1" else "build without CUDA"
+    return Job(name, [sys.executable, "setup.py", "build_ext", "--inplace"], seconds, **env)
 
 
 def sanitizer(tool, seconds):
