@@ -191,6 +191,20 @@ def graphs(kd, device, N, V):
         assert error < 1e-2, f"{function.__name__}: {error:.1e}"
 
 
+def waits_for_nothing(kd, device, N, V):
+    """No call that makes the host wait for the device."""
+    s, t, y = pair(device, N, V)
+    leaf, loss = s.clone().requires_grad_(), kd.KDLoss()
+    for mode in ("default", "error"):  # the first time programs are copied to the device
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            loss(leaf, t, y).backward()
+            loss(leaf, t, y, temperature=3.0).backward()
+            loss.value_and_grad(s, t, y)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def memory(kd, device, N, V):
     s, t, y = pair(device, 1024, 128256)
     leaf, loss = s.requires_grad_(), kd.KDLoss()
@@ -223,7 +237,7 @@ def check(backend, form, found, save, end, device, options):
     if options.dry_run:  # Triton's interpreter is slow
         tests = [(f, (5, 8)) for f in EVERYWHERE[3 if backend == "triton" else 0 :]]
     if device == "cuda":
-        tests += [(f, (64, 50257)) for f in (graphs, memory, more_than_2_31_logits)]
+        tests += [(f, (64, 50257)) for f in (waits_for_nothing, graphs, memory, more_than_2_31_logits)]
     for function, (N, V) in tests:
         key = f"{function.__name__} {N}x{V}"
         try:
