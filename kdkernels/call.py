@@ -226,7 +226,8 @@ def arguments(loss: Loss, program: Program, rows: Rows, temperature) -> Tensor:
                          f"{tuple(rows.student.shape)} another number of rows")  # fmt: skip
     if temperature is None and not loss.standardize:
         return args
-    args = args.to(rows.student.device)
+    if loss.standardize or isinstance(temperature, Tensor):  # numbers stay on the host: a copy waits for the device
+        args = args.to(rows.student.device)
     T = args[:, 2]
     if temperature is not None:
         if not isinstance(temperature, Tensor):  # torch.compile would hold a number in as_tensor constant

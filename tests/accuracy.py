@@ -131,7 +131,7 @@ def rounded_once():
 
     def moved(x):
         lp = logp(x)
-        sign = torch.randint(0, 2, lp.shape, generator=g) * 2 - 1
+        sign = torch.randint(0, 2, lp.shape, generator=g).to(lp.device) * 2 - 1
         return lp + torch.where(lp.isinf(), 0, lp.detach() * sign * torch.finfo(F32).eps)
 
     definitions.logp = moved

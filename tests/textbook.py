@@ -179,9 +179,9 @@ class Case:
 
     def living(self, s, t, y, temperature):
         T = self.setting("temperature", 1.0) if temperature is None else temperature
-        T = torch.as_tensor(T, dtype=s.dtype).reshape(-1)
+        T = torch.as_tensor(T, dtype=s.dtype, device=s.device).reshape(-1)
         T_teacher = self.setting("teacher_temperature", None)
-        T_teacher = T if T_teacher is None else torch.tensor([T_teacher], dtype=s.dtype)
+        T_teacher = T if T_teacher is None else s.new_tensor([T_teacher])
         z = standardized if self.setting("standardize", False) else lambda x: x
         params = {k: v for k, v in self.options.items() if k not in self.SHARED and k not in self.shared.get("own", ())}
         term = self.formula(z(s) / T[:, None], None if t is None else z(t) / T_teacher[:, None], y, **params)
@@ -203,13 +203,13 @@ class Case:
         if vocab_size is not None:
             s, t = s[:, :vocab_size], None if t is None else t[:, :vocab_size]
             vocab_mask = None if vocab_mask is None else vocab_mask[..., :vocab_size]
-        keep = torch.ones(len(s), dtype=torch.bool) if y is None else y != ignore_index
+        keep = s.new_ones(len(s), dtype=torch.bool) if y is None else y != ignore_index
         at = lambda x: x[keep] if torch.is_tensor(x) and x.dim() else x  # noqa: E731
         kept = self.rows(at(s), at(t), at(y), at(temperature), vocab_mask) if keep.any() else s[keep].sum(-1)
         if row_weight is not None:
             kept = kept * at(row_weight)
         if reduction == "none":
-            return torch.zeros(len(s), dtype=s.dtype).masked_scatter(keep, kept).view(shape)
+            return s.new_zeros(len(s)).masked_scatter(keep, kept).view(shape)
         if reduction == "sum" or len(kept) == 0:
             return kept.sum()
         divide = {"mean": int(keep.sum()) if num_items is None else num_items, "batchmean": shape[0] if shape else 1}

@@ -1,6 +1,7 @@
 // From a task to a kernel of its dtypes and its number of points. Included by one source file for each dtype.
 #pragma once
 #include "cluster.h"
+#include "dtype.h"
 #include "passes.h"
 
 namespace kd::gpu {

@@ -1,4 +1,7 @@
 // The kernels that read no rows of logits, and which of the others a task goes to.
+#include "launch.h"
+
+#include "dtype.h"
 #include "row.h"
 
 namespace kd::gpu {

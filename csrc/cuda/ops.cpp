@@ -204,16 +204,17 @@ Tensor step_to(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
 
 std::tuple<Tensor, Tensor> cuda_step(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
                                      const MaybeTensor& mask, const Tensor& args, const Tensor& program,
-                                     const MaybeTensor& weight, double divisor, int64_t vocab, int64_t ignore) {
+                                     const MaybeTensor& weight, double divisor, int64_t vocab, int64_t ignore,
+                                     int64_t form) {
   Tensor out = empty_as(s);
-  Tensor sum = step_to(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, false, 0);
+  Tensor sum = step_to(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, false, form);
   return {sum, out};
 }
 
 Tensor cuda_step_out(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
                      const Tensor& args, const Tensor& program, const MaybeTensor& weight, double divisor,
-                     int64_t vocab, int64_t ignore, Tensor out) {
-  return step_to(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, false, 0);
+                     int64_t vocab, int64_t ignore, Tensor out, int64_t form) {
+  return step_to(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, false, form);
 }
 
 void cuda_rescale(Tensor x, const Tensor& factor) {
@@ -233,9 +234,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def("cuda_spread(Tensor grad, Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor coef, "
         "SymInt vocab, int ignore_index, int side) -> Tensor");
   m.def("cuda_step(Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, "
-        "Tensor? weight, float divisor, SymInt vocab, int ignore_index) -> (Tensor, Tensor)");
+        "Tensor? weight, float divisor, SymInt vocab, int ignore_index, int form) -> (Tensor, Tensor)");
   m.def("cuda_step_out(Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, "
-        "Tensor? weight, float divisor, SymInt vocab, int ignore_index, Tensor(a!) out) -> Tensor");
+        "Tensor? weight, float divisor, SymInt vocab, int ignore_index, Tensor(a!) out, int form) -> Tensor");
   m.def("cuda_rescale(Tensor(a!) x, Tensor factor) -> ()");
 }
 

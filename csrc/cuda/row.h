@@ -102,6 +102,7 @@ KD_DEVICE const double* reduce_points(const P& row, const Program& program, cons
     }
     if (thread() == 0) reinterpret_cast<Moments*>(m.stats)[from + k] = x;
   }
+  if (from + K < program.points()) sync();  // the next points' records go where this one has been read
   return record;
 }
 
@@ -145,13 +146,5 @@ KD_SLOW double finish_row(const Program& program, const double* args, const doub
     row_coefs(program, args, x, row, adjoints, side, value != value ? NAN : 0, coef + side * side_stride);
   return value;
 }
-
-// The kernels for rows of dtype X (a gradient's, where there is one) beside rows of the same or of any dtype. Compiled in
-// a source file each (dispatch.h).
-template <typename X> struct Dtype {
-  static int reduce(const ReduceTask& task, bool same, void* stream);
-  static int step(const StepTask& task, bool same, int form, void* stream);
-  static int spread(const SpreadTask& task, bool same, void* stream);
-};
 
 }  // namespace kd::gpu

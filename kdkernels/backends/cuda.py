@@ -18,6 +18,7 @@ from . import calls
 DEVICES: tuple[str, ...] = ("cuda",)
 FLOAT64 = False
 LIBRARY = Path(__file__).parent.parent / "_cuda.abi3.so"
+form = 0  # of a step: 0 picks, 1 two sweeps over memory, 2 a cluster of blocks that holds the rows, where one can
 
 
 def unavailable() -> str | None:
@@ -44,11 +45,16 @@ def _counted(name: str):
     return launch
 
 
+def _formed(name: str):
+    launch = _counted(name)
+    return lambda *args: launch(*args, form)
+
+
 def _rescaled(gradient: Tensor, grad: Tensor) -> Tensor:
     """grad * gradient, in place, without waiting for grad: the kernel leaves at once where it is 1."""
     torch.ops.kdkernels.cuda_rescale(gradient, grad)
     return gradient
 
 
-OPERATORS = Operators(_counted("reduce"), _counted("rows"), _counted("spread"), _counted("step"), _counted("step_out"),
+OPERATORS = Operators(_counted("reduce"), _counted("rows"), _counted("spread"), _formed("step"), _formed("step_out"),
                       _rescaled)  # fmt: skip

@@ -43,9 +43,11 @@ def _on_device(code: bytes, device: torch.device) -> Tensor:
     return torch.frombuffer(bytearray(code), dtype=torch.float64).to(device)
 
 
-def _program(program: Tensor, device: torch.device) -> Tensor:
-    """The program on the device; it is the same call after call, and copied once."""
-    return _on_device(program.numpy().tobytes(), device)
+def _there(numbers: Tensor, device: torch.device) -> Tensor:
+    """A program or arguments on the device. The host's are the same call after call: copied once, for a copy waits."""
+    if numbers.device.type == device.type:
+        return numbers.contiguous()
+    return _on_device(numbers.numpy().tobytes(), device).view(numbers.shape)
 
 
 @contextlib.contextmanager
@@ -77,12 +79,12 @@ def reduce(student: Tensor, teacher: Tensor | None, labels: Tensor | None, mask:
     B, K, N = s.shape[-2], int(program[0]), s.shape[:-1].numel()
     stats = student.new_zeros((N, K + 1, STATS), dtype=torch.float64)
     second = any(int(flags) & 32 for flags in program[4 : 4 + K])
-    args = args.to(s.device).contiguous()
+    args = _there(args, s.device)
     if N:
         with _launch("reduce", s.device):
             reduce_kernel[(N,)](
                 s, t, s if labels is None else labels.contiguous(), s if mask is None else mask.view(torch.uint8), args,
-                _program(program, s.device), stats, s_a, s_b, t_a, t_b, args.shape[1] * (len(args) > 1), B, vocab,
+                _there(program, s.device), stats, s_a, s_b, t_a, t_b, args.shape[1] * (len(args) > 1), B, vocab,
                 ignore_index, K, triton.next_power_of_2(max(K, 1)), teacher is not None, labels is not None,
                 mask is not None, second, **_config(vocab),
             )  # fmt: skip
@@ -94,12 +96,12 @@ def rows(stats: Tensor, args: Tensor, program: Tensor, sides: int) -> tuple[Tens
     """value (N,) and coef (sides, N, K + 1, 10) of the rows' statistics."""
     N, (K, R, _, out) = len(stats), map(int, program[:4])
     value, coef = stats.new_zeros(N), stats.new_zeros((sides, N, K + 1, COEFS))
-    args = args.to(stats.device).contiguous()
+    args = _there(args, stats.device)
     tape = stats.new_zeros((2, 6 * K + 4 + R, N))
     if N:
         with _launch("rows", stats.device):
             rows_kernel[(triton.cdiv(N, ROWS),)](
-                stats.contiguous(), args, _program(program, stats.device), tape, value, coef,
+                stats.contiguous(), args, _there(program, stats.device), tape, value, coef,
                 args.shape[1] * (len(args) > 1), N, K, R, out, sides, ROWS, num_warps=1,
             )  # fmt: skip
     return value, coef

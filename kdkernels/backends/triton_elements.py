@@ -176,7 +176,7 @@ def reduce_kernel(
     tl.store(out_ptr + 1, tl.where(dead, -INF, ty) + nan)
     tl.store(out_ptr + 2, tl.where(smax == -INF, 0.0, smax).to(tl.float64))
     tl.store(out_ptr + 3, tl.where(tmax == -INF, 0.0, tmax).to(tl.float64))
-    tl.store(out_ptr + 4, keep.to(tl.float64))
+    tl.store(out_ptr + 4, tl.where(strange, -1.0, keep.to(tl.float64)))  # -1: NaN, and no gradient
 
 
 @triton.jit

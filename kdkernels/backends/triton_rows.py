@@ -169,14 +169,15 @@ def rows_kernel(
     last = stats + K * STATS
     sy, ty = tl.load(last, mask=use, other=0.0), tl.load(last + 1, mask=use, other=0.0)
     smax, tmax = tl.load(last + 2, mask=use, other=0.0), tl.load(last + 3, mask=use, other=0.0)
-    keep = tl.load(last + 4, mask=use, other=0.0) != 0
+    kept = tl.load(last + 4, mask=use, other=0.0)
+    keep = kept > 0
     bad = _load_inputs(stats, args, program, tape, N, K, sy, ty, use)
     for i in range(R):
         _a, _b, _c, y, _da, _db = _operands(program + 4 + K + 5 * i, tape, N, use)
         tl.store(tape + (6 * K + 4 + i) * N, y, mask=use)
         tl.debug_barrier()
     value = tl.load(tape + out * N, mask=use, other=0.0)
-    value = tl.where(keep, tl.where(bad, NAN, value), 0.0)
+    value = tl.where(keep, tl.where(bad, NAN, value), tl.where(kept < 0, NAN, 0.0))
     tl.store(value_ptr + n, value, mask=use)
     slopes = tape + (6 * K + 4 + R).to(tl.int64) * N
     _differentiate(program, tape, slopes, N, K, R, out, use)
