@@ -24,9 +24,10 @@ help:  ## this list
 demo: build  ## set up, then train a teacher and distil a student (runs/demo; goes on where it was stopped)
 	$(VENV)/bin/kdkernels distill $(if $(wildcard runs/demo/config.json),--resume,--out) runs/demo
 
+# A thread for each process: those that share cores wait long for one another's threads.
 test: build  ## set up, then check the style and run the tests (PYTEST_ARGS="-k renyi")
 	$(PY) -m ruff check .
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/installed  ## style and types
 	$(PY) -m ruff check .
