@@ -120,6 +120,27 @@ KD_HD void row_coefs(const Program& p, const double* args, const Moments* x, con
   for (int j = 0; j < kCoefs; ++j) coef[j] = out[j];
 }
 
+// Value of a row and, for each side, coef (K + 1) x kCoefs, from its statistics (kdkernels/ops.py); registers: 2 x
+// p.registers() doubles of scratch. A row that is not kept (0) has neither; one of NaN (-1) has no gradient.
+KD_HD double value_and_coefs(const Program& p, const double* args, const double* stats, int sides, int64_t side_stride,
+                             double* registers, double* coef) {
+  const int K = p.points();
+  const double* last = stats + K * kStats;
+  const Row row{last[0], last[1], last[2], last[3], last[4], last[5]};
+  if (row.keep <= 0) {
+    for (int side = 0; side < sides; ++side)
+      for (int i = 0; i < (K + 1) * kCoefs; ++i) coef[side * side_stride + i] = 0;
+    return row.keep < 0 ? NAN : 0;
+  }
+  const Moments* x = reinterpret_cast<const Moments*>(stats);
+  double* adjoints = registers + p.registers();
+  const double value = row_value(p, args, x, row, registers);
+  differentiate(p, registers, adjoints);
+  for (int side = 0; side < sides; ++side)
+    row_coefs(p, args, x, row, adjoints, side, value != value ? NAN : 0, coef + side * side_stride);
+  return value;
+}
+
 // The gradient at one class, in double: what the vectors of a backend compute, term by term. The means of a point of
 // one term are of `rounded` deviations (u, v), those of a mixture of `exact` ones; a mean and its deviations cancel.
 struct Deviation { double u, v; };

@@ -208,27 +208,6 @@ void reduce_row(const Tiles<R>& isa, const Batch& x, int64_t n, const Program& p
   finish_row(p.points(), stats);
 }
 
-inline Row row_of(const double* last) { return {last[0], last[1], last[2], last[3], last[4], last[5]}; }
-
-// value and, for each side, coef (K + 1) x kCoefs; reg: 2 x registers() doubles of scratch.
-inline double value_and_coefs(const Program& p, const double* args, const double* stats, int sides, int64_t side_stride,
-                              double* reg, double* coef) {
-  const int K = p.points();
-  const Moments* x = reinterpret_cast<const Moments*>(stats);
-  const Row row = row_of(stats + K * kStats);
-  if (row.keep == 0) {
-    for (int side = 0; side < sides; ++side)
-      for (int i = 0; i < (K + 1) * kCoefs; ++i) coef[side * side_stride + i] = 0;
-    return 0;
-  }
-  double* adj = reg + p.registers();
-  const double value = row_value(p, args, x, row, reg);
-  differentiate(p, reg, adj);
-  for (int side = 0; side < sides; ++side)
-    row_coefs(p, args, x, row, adj, side, value != value ? NAN : 0, coef + side * side_stride);
-  return value;
-}
-
 // out: classes [first, end) of the gradient of one side's row, of which those from vocab on are padding.
 template <typename R>
 void spread_part(const Tiles<R>& isa, const Batch& x, int64_t n, int K, const double* coef, double g, int side,

@@ -29,11 +29,6 @@ KD_DEVICE float fast_exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-KD_DEVICE float max_nan(float x, float y) {
-  float z;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
-}
 
 KD_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 KD_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
@@ -122,7 +117,6 @@ inline Device device() {
 }
 
 struct Shape { int blocks, threads, shared, cluster; };
-template <typename P> struct Launch { void (*kernel)(P); };
 
 template <typename P> int prepare(void (*kernel)(P), int shared, bool wide_clusters) {
   if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) return e;
@@ -134,36 +128,33 @@ template <typename P> int resident(void (*kernel)(P), int threads, int shared) {
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared);
   return blocks > 0 ? blocks : 1;
 }
-// Clusters of this shape that the device holds at once; 0 where it cannot.
-template <typename P> int resident_clusters(void (*kernel)(P), const Shape& z) {
-  cudaLaunchConfig_t config{};
+// A launch of this shape; the attribute it points to is its own.
+struct Config {
+  cudaLaunchConfig_t launch{};
   cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {unsigned(z.cluster), 1, 1};
-  config.gridDim = dim3(z.cluster);
-  config.blockDim = dim3(z.threads);
-  config.dynamicSmemBytes = z.shared;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
+  explicit Config(const Shape& z, int blocks, void* stream = nullptr) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {unsigned(z.cluster), 1, 1};
+    launch.gridDim = dim3(blocks);
+    launch.blockDim = dim3(z.threads);
+    launch.dynamicSmemBytes = z.shared;
+    launch.stream = static_cast<cudaStream_t>(stream);
+    launch.attrs = &cluster;
+    launch.numAttrs = z.cluster > 1;
   }
-  return clusters;
+  Config(const Config&) = delete;
+};
+// Clusters of this shape (of two blocks or more) that the device holds at once; 0 where it cannot.
+template <typename P> int resident_clusters(void (*kernel)(P), const Shape& z) {
+  const Config config(z, z.cluster);
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config.launch) == cudaSuccess) return clusters;
+  cudaGetLastError();
+  return 0;
 }
 template <typename P> int launch(void (*kernel)(P), const Shape& z, void* stream, const P& params) {
-  cudaLaunchConfig_t config{};
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {unsigned(z.cluster), 1, 1};
-  config.gridDim = dim3(z.blocks);
-  config.blockDim = dim3(z.threads);
-  config.dynamicSmemBytes = z.shared;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cluster;
-  config.numAttrs = z.cluster > 1;
-  return cudaLaunchKernelEx(&config, kernel, params);
+  const Config config(z, z.blocks, stream);
+  return cudaLaunchKernelEx(&config.launch, kernel, params);
 }
 
 }  // namespace kd::gpu

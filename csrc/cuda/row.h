@@ -127,24 +127,10 @@ KD_DEVICE void end_statistics(const Memory& m, const double* record, int K) {
     for (int i = 0; i < K * kStats; ++i) m.stats[i] = NAN;
 }
 
-// Value and coefficients of each side, from statistics; registers: 2 x program.registers() doubles of scratch.
+// One thread's work, kept out of line for the registers of the rest.
 KD_SLOW double finish_row(const Program& program, const double* args, const double* stats, double* registers,
-                            int sides, int64_t side_stride, double* coef) {
-  const int K = program.points();
-  const double* last = stats + K * kStats;
-  const Row row{last[0], last[1], last[2], last[3], last[4], last[5]};
-  if (row.keep <= 0) {
-    for (int side = 0; side < sides; ++side)
-      for (int i = 0; i < (K + 1) * kCoefs; ++i) coef[side * side_stride + i] = 0;
-    return row.keep < 0 ? NAN : 0;
-  }
-  const Moments* x = reinterpret_cast<const Moments*>(stats);
-  double* adjoints = registers + program.registers();
-  const double value = row_value(program, args, x, row, registers);
-  differentiate(program, registers, adjoints);
-  for (int side = 0; side < sides; ++side)
-    row_coefs(program, args, x, row, adjoints, side, value != value ? NAN : 0, coef + side * side_stride);
-  return value;
+                          int sides, int64_t side_stride, double* coef) {
+  return value_and_coefs(program, args, stats, sides, side_stride, registers, coef);
 }
 
 }  // namespace kd::gpu

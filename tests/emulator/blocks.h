@@ -17,7 +17,6 @@ namespace kd::gpu {
 struct Device { int index, processors, shared, major; };
 inline Device device() { return {0, kd_emulator_processors, kd_emulator_shared, kd_emulator_major}; }
 struct Shape { int blocks, threads, shared, cluster; };
-template <typename P> struct Launch { void (*kernel)(P); };
 
 namespace emulator __attribute__((visibility("hidden"))) {
 

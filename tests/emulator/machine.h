@@ -57,11 +57,6 @@ KD_DEVICE float fast_exp2(float x) {
   const float y = std::exp2(x);
   return y < FLT_MIN ? 0 : y;
 }
-KD_DEVICE float max_nan(float x, float y) {
-  if (x != x || y != y) return std::numeric_limits<float>::quiet_NaN();
-  if (x == y) return std::signbit(x) ? y : x;
-  return x > y ? x : y;
-}
 
 KD_DEVICE uint32_t float_bits(float x) { return std::bit_cast<uint32_t>(x); }
 KD_DEVICE float bits_float(uint32_t x) { return std::bit_cast<float>(x); }
