@@ -38,8 +38,8 @@ def test_clusters_grow_with_the_row():
                 loss.value_and_grad(rows.s, rows.t)
                 widest.setdefault(name, []).append(ranks())
     assert widest == {  # 1 also where there is too little for a cluster, and two sweeps are made
-        "two sweeps": [1, 1], "enough": [1, 1], "17 KB a block": [2, 16], "13 KB a block": [4, 1],
-        "10 KB a block": [16, 1],
+        "two sweeps": [1, 1], "enough": [1, 1], "17 KB a block": [2, 4], "13 KB a block": [4, 16],
+        "10 KB a block": [8, 1],
     }  # fmt: skip
 
 

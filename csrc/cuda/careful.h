@@ -1,11 +1,11 @@
 // What float cannot do: sums over a row in double, relative to their largest term. For covariances, negative
 // coefficients, mixtures whose heavy classes are light in both rows, points without the label's class, narrow rows.
 #pragma once
-#include "sums.h"
+#include "records.h"
 
 namespace kd::gpu {
 
-constexpr int kMaxWarps = 32, kMaxRanks = 16;
+constexpr int kMaxWarps = 12, kMaxRanks = 16;
 
 // The threads of a block, or of a cluster of blocks, which hold a row together. `exchange` has 2 kMaxRanks slots of
 // `size` doubles: of two sums that follow each other, each has its own.

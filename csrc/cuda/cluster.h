@@ -114,24 +114,23 @@ template <typename S, typename T, int K> KD_KERNEL(kThreads) cluster_kernel(KD_P
     const Share share = share_of(n);
     const Stage<S, T> here(task, m, stage);
     const auto row = here.row(p, n, share);
+    const Head* sums = nullptr;
     if (g != 0) {
       load_points(p, program, m, n);
       const Pair<Reader<S>, Reader<T>> whole{{p.s, n, share.head}, {p.t, n, share.head}, share.head, int(p.vocab), p.mask};
       if (thread() == 0) begin_statistics(whole, p, m, label);
       barrier_wait(here.barrier, phases >> stage & 1);
       phases ^= 1u << stage;
-      const double* record = nullptr;
       for (int from = 0; from < count; from += K)
-        record = reduce_points<K>(row, program, m, team, from, share.first, share.end, label);
-      end_row(step, program, m, record, n, g, rank == 0);
+        sums = reduce_points<K>(row, program, m, team, from, share.first, share.end, label);
+      end_row(step, program, m, *sums, n, g, rank == 0);
     } else {
       skip_row(step, m, count, n, rank == 0);
     }
-    const Slope slope(m.coef, m.terms, count, g, label, p.narrow());
     const Writer<S> out(step.out, n, share.head);
     const int end = share.first + task.packs;
-    spread_packs(row, slope, out, share.first, end < out.packs() ? end : out.packs());
-    sync();
+    spread_row(step, m, sums, row, out, g, label, share.first, end < out.packs() ? end : out.packs(), share.begin,
+               share.finish);
     fill(n + task.stages * clusters, stage);
   }
   cluster_sync();  // nobody leaves while others may still write here

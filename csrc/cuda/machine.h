@@ -47,6 +47,26 @@ KD_DEVICE void narrow(float x, float* y) { *y = x; }
 KD_DEVICE void narrow(float x, BF16* y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y->bits) : "f"(x)); }
 KD_DEVICE void narrow(float x, F16* y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y->bits) : "f"(x)); }
 
+// Two in a word, the first in its low half. The larger of each, where either is a number.
+KD_DEVICE uint32_t max2(uint32_t x, uint32_t y, BF16*) {
+  asm("max.bf16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
+  return x;
+}
+KD_DEVICE uint32_t max2(uint32_t x, uint32_t y, F16*) {
+  asm("max.f16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
+  return x;
+}
+KD_DEVICE uint32_t narrow2(float x, float y, BF16*) {
+  uint32_t z;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
+  return z;
+}
+KD_DEVICE uint32_t narrow2(float x, float y, F16*) {
+  uint32_t z;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
+  return z;
+}
+
 struct alignas(16) Bytes16 { uint32_t word[4]; };
 
 // Kept in L2 for a second sweep, or read for the last time; neither stays in L1.

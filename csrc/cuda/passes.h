@@ -19,10 +19,10 @@ template <typename S, typename T, int K> KD_KERNEL(kThreads) reduce_kernel(KD_PA
     if (kept) {
       load_points(p, program, m, n);
       if (thread() == 0) begin_statistics(row, p, m, label);
-      const double* record = nullptr;
+      const Head* sums = nullptr;
       for (int from = 0; from < count; from += K)
-        record = reduce_points<K>(row, program, m, team, from, 0, row.packs(), label);
-      if (thread() == 0) end_statistics(m, record, count);
+        sums = reduce_points<K>(row, program, m, team, from, 0, row.packs(), label);
+      if (thread() == 0) end_statistics(m, *sums, count);
       sync();
     }
     for (int i = thread(); i < numbers; i += threads()) task.stats[n * numbers + i] = kept ? m.stats[i] : 0;
@@ -43,12 +43,17 @@ template <typename S, typename T, int kSide> KD_KERNEL(kThreads) spread_kernel(K
     const Pair<Reader<S>, Reader<T>> row{{p.s, n, head}, {p.t, n, head}, head, int(p.vocab), p.mask};
     for (int i = thread(); i < numbers; i += threads()) m.coef[i] = task.coef[n * numbers + i];
     sync();
-    for (int k = thread(); k < K; k += threads()) m.terms[k] = Term(m.coef + k * kCoefs, g);
+    for (int k = thread(); k < K; k += threads()) m.terms[k] = Term(m.coef, K, k, g);
     sync();
-    const Slope slope(m.coef, m.terms, K, g, label, p.narrow());
+    const Slope slope(m.coef, m.terms, K, g, p.narrow());
     const Writer<typename Own::Element> out(task.out, n, head);
-    spread_packs(row, slope, out, 0, out.packs());
+    const bool known = label >= 0 && label < p.vocab && (!p.mask || p.mask[label]);
+    const int y = known && thread() == 0 ? int(label) : -1;
+    const Redo<typename Own::Element> redo(slope, out, 0, row.vocab, y, y, known ? row.s.at(label + head) : 0,
+                                           known ? row.t.at(label + head) : 0);
+    spread_packs<Pair<Reader<S>, Reader<T>>::kAtOnce>(row, slope, out, 0, out.packs(), slope.heavy);
     sync();
+    redo.store();
   }
 }
 

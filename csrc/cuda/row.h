@@ -5,7 +5,7 @@
 
 namespace kd::gpu {
 
-constexpr int kThreads = 384;  // 512 would leave each too few registers
+constexpr int kThreads = 32 * kMaxWarps;  // 512 would leave each too few registers
 constexpr int kStages = 4;  // rows that a cluster has on their way or in work, at most
 
 // The block's shared memory. Everything of a row is double; `data` is what a cluster keeps of the logits.
@@ -67,15 +67,15 @@ KD_DEVICE void load_points(const Problem& p, const Program& program, const Memor
 // Statistics of the row at points [from, from + K), to m.stats: the sums of packs [first, end) on every member of the
 // team, and careful points once more. Returns the record of the sums; all threads have passed a barrier.
 template <int K, typename P>
-KD_DEVICE const double* reduce_points(const P& row, const Program& program, const Memory& m, Team& team, int from,
+KD_DEVICE const Head* reduce_points(const P& row, const Program& program, const Memory& m, Team& team, int from,
                                       int first, int end, int64_t label) {
   const Point* points = m.points + from;
   const int left = program.points() - from, count = left < K ? left : K;
   const int size = record_size(count), warp = thread() / 32;
   bool excludes = false;
   for (int k = 0; k < count; ++k) excludes |= points[k].exclude;
-  Sums<K> sums;
-  add_packs(sums, points, row, first, end, excludes ? label : -1);
+  Sums<K> sums(points);
+  add_packs(sums, points, row, first, end, excludes && label >= 0 && label < row.vocab ? int(label) : -1);
   write_record(sums, points, count, m.records + warp * size);
   sync();
   if (warp == 0) merge_records(m.records, threads() / 32, size, points, count, m.records);
@@ -85,25 +85,25 @@ KD_DEVICE const double* reduce_points(const P& row, const Program& program, cons
     if (warp == 0) merge_records(all, team.ranks, team.size, points, count, m.records);
     sync();
   }
-  const double* record = m.records;
-  const double s0 = finite_or_0(record[0]), t0 = finite_or_0(record[1]);
+  const Head& head = *reinterpret_cast<const Head*>(m.records);
+  const double s0 = finite_or_0(head.s_max), t0 = finite_or_0(head.t_max);
   for (int k = 0; k < count; ++k) {
     const int flags = program.flags(from + k);
     const Tilt at(program, m.args, from + k);
-    const double z = record[5 + 3 * k];
+    const double* sum = m.records + kHead + 3 * k;
     // Light in the sums: a mixture whose heavy classes are light in both rows, a row that is nearly all its label.
-    const bool light = z < 1e-3 && (points[k].kind == OF_BOTH || flags & EXCLUDE);
+    const bool light = sum[0] < 1e-3 && (points[k].kind == OF_BOTH || flags & EXCLUDE);
     Moments x = Moments::empty();
     if (light || points[k].kind == CAREFUL) {
       x = careful(team, row, first, end, label, at, flags, s0, t0);
-    } else if (z > 0) {
-      const double s = record_pivot(record, points[k], false), t = record_pivot(record, points[k], true);
-      x = {scaled(at.b, s0) + scaled(at.a, t0), z, s + record[6 + 3 * k] / z, t + record[7 + 3 * k] / z, 0, 0, 0};
+    } else if (sum[0] > 0) {
+      const double s = head.s_pivot(points[k]), t = head.t_pivot(points[k]);
+      x = {scaled(at.b, s0) + scaled(at.a, t0), sum[0], s + sum[1] / sum[0], t + sum[2] / sum[0], 0, 0, 0};
     }
     if (thread() == 0) reinterpret_cast<Moments*>(m.stats)[from + k] = x;
   }
   if (from + K < program.points()) sync();  // the next points' records go where this one has been read
-  return record;
+  return &head;
 }
 
 // The label's logits, one thread's work; before the statistics of a team are known: once they are, a member may write
@@ -118,12 +118,13 @@ template <typename P> KD_DEVICE void begin_statistics(const P& row, const Proble
 }
 
 // The rest of the last line, and NaN throughout where the row holds NaN or +inf, or has no such label.
-KD_DEVICE void end_statistics(const Memory& m, const double* record, int K) {
+KD_DEVICE void end_statistics(const Memory& m, const Head& head, int K) {
   double* last = m.stats + K * kStats;
-  last[2] = finite_or_0(record[0]);
-  last[3] = finite_or_0(record[1]);
-  last[5] = last[6] = 0;
-  if (record[4] != 0 || last[4] < 0)
+  last[2] = finite_or_0(head.s_max);
+  last[3] = finite_or_0(head.t_max);
+  last[5] = int(head.odd) & INFINITE;
+  last[6] = 0;
+  if (int(head.odd) & DAMAGED || last[4] < 0)
     for (int i = 0; i < K * kStats; ++i) m.stats[i] = NAN;
 }
 
@@ -132,5 +133,22 @@ KD_SLOW double finish_row(const Program& program, const double* args, const doub
                           int sides, int64_t side_stride, double* coef) {
   return value_and_coefs(program, args, stats, sides, side_stride, registers, coef);
 }
+
+// A class whose slope three threads make in double, to replace what the others will have written: the label, which has a
+// slope of its own and which points may leave out, and where the points can cancel those of the largest logits.
+template <typename O> struct Redo {
+  O* to = nullptr;
+  float d;
+
+  KD_DEVICE Redo(const Slope& slope, const Writer<O>& out, int begin, int end, int at, int label, float s, float t) {
+    if (slope.nothing || slope.damaged || at < begin || at >= end) return;
+    to = out.base + out.head + at;
+    d = slope_in_double(slope.coef, slope.K, slope.g, s, t, slope.s_max, slope.t_max, at == label);
+    if (out.accumulate) d += widen(*to);
+  }
+  KD_DEVICE void store() const {
+    if (to) narrow(d, to);
+  }
+};
 
 }  // namespace kd::gpu

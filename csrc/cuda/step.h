@@ -5,25 +5,41 @@
 namespace kd::gpu {
 
 // Value, coefficients and terms of row n, whose factor is g, from its statistics.
-KD_DEVICE void end_row(const StepTask& task, const Program& program, const Memory& m, const double* record, int64_t n,
+KD_DEVICE void end_row(const StepTask& task, const Program& program, const Memory& m, const Head& head, int64_t n,
                        double g, bool writes) {
   const int K = program.points();
   if (thread() == 0) {
-    end_statistics(m, record, K);
+    end_statistics(m, head, K);
     const double value = finish_row(program, m.args, m.stats, m.registers, 1, 0, m.coef);
     if (writes) task.value[n] = value * g;
   }
   sync();
-  for (int k = thread(); k < K; k += threads()) m.terms[k] = Term(m.coef + k * kCoefs, g);
+  for (int k = thread(); k < K; k += threads()) m.terms[k] = Term(m.coef, K, k, g);
   sync();
+}
+
+// The gradient of packs [first, end) and of classes [begin, finish), whose row has the statistics in `m` and at `head`.
+template <typename P, typename O>
+KD_DEVICE void spread_row(const StepTask& task, const Memory& m, const Head* head, const P& row, const Writer<O>& out,
+                          double g, int64_t label, int first, int end, int begin, int finish) {
+  const int K = task.problem.points();
+  const Slope slope(m.coef, m.terms, K, g, task.problem.narrow());
+  const double* last = m.stats + K * kStats;
+  const int y = label >= 0 && label < row.vocab ? int(label) : -1, i = thread();
+  const bool maximum = i && i < 3 && slope.heavy && head;
+  const Redo<O> redo(slope, out, begin, finish, i == 0 ? y : maximum ? int(i == 1 ? head->s_class : head->t_class) : -1, y,
+                     float(!maximum ? last[0] : i == 1 ? head->s_max : head->s_at),
+                     float(!maximum ? last[1] : i == 1 ? head->t_at : head->t_max));
+  if (out.accumulate) sync();  // what was there has been read
+  spread_packs<P::kOnChip ? P::kAtOnce : 1>(row, slope, out, first, end, false);
+  sync();
+  redo.store();
 }
 
 // A row that counts nothing: no value, no slope.
 KD_DEVICE void skip_row(const StepTask& task, const Memory& m, int K, int64_t n, bool writes) {
-  if (thread() == 0) {
-    for (int i = 0; i < (K + 1) * kCoefs; ++i) m.coef[i] = 0;
-    if (writes) task.value[n] = 0;
-  }
+  for (int i = thread(); i < (K + 1) * kCoefs; i += threads()) m.coef[i] = 0;
+  if (thread() == 0 && writes) task.value[n] = 0;
   sync();
 }
 
@@ -47,20 +63,18 @@ template <typename S, typename T, int K> KD_KERNEL(kThreads) step_kernel(KD_PARA
     const double g = p.labels && label == p.ignore ? 0 : weights(n);
     const int head = Reader<S>::head(p.s, n);
     const Pair<Reader<S>, Reader<T>> row{{p.s, n, head}, {p.t, n, head}, head, int(p.vocab), p.mask};
+    const Head* sums = nullptr;
     if (g != 0) {
       load_points(p, program, m, n);
       if (thread() == 0) begin_statistics(row, p, m, label);
-      const double* record = nullptr;
       for (int from = 0; from < program.points(); from += K)
-        record = reduce_points<K>(row, program, m, team, from, 0, row.packs(), label);
-      end_row(task, program, m, record, n, g, true);
+        sums = reduce_points<K>(row, program, m, team, from, 0, row.packs(), label);
+      end_row(task, program, m, *sums, n, g, true);
     } else {
       skip_row(task, m, program.points(), n, true);
     }
-    const Slope slope(m.coef, m.terms, program.points(), g, label, p.narrow());
     const Writer<S> out(task.out, n, head);
-    spread_packs(row, slope, out, 0, out.packs());
-    sync();
+    spread_row(task, m, sums, row, out, g, label, 0, out.packs(), 0, row.vocab);
   }
 }
 

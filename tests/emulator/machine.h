@@ -74,6 +74,21 @@ KD_DEVICE void narrow(float x, BF16* y) {
 }
 KD_DEVICE void narrow(float x, F16* y) { y->bits = x != x ? 0x7fff : std::bit_cast<uint16_t>(_Float16(x)); }
 
+template <typename X> KD_DEVICE uint32_t max2(uint32_t x, uint32_t y, X*) {
+  uint32_t z = 0;
+  for (int half = 0; half < 32; half += 16) {
+    const float a = widen(X{uint16_t(x >> half)}), b = widen(X{uint16_t(y >> half)});
+    z |= (a >= b || b != b ? x : y) & 0xffffu << half;
+  }
+  return z;
+}
+template <typename X> KD_DEVICE uint32_t narrow2(float x, float y, X*) {
+  X low, high;
+  narrow(x, &low);
+  narrow(y, &high);
+  return low.bits | uint32_t(high.bits) << 16;
+}
+
 struct alignas(16) Bytes16 { uint32_t word[4]; };
 
 KD_DEVICE Bytes16 load16(const void* from) {
