@@ -120,12 +120,13 @@ template <bool kOnChip> struct Reader<Any, kOnChip> {
 
 // M packs of a row, in registers.
 template <typename R, int M> struct Packs {
+  static constexpr int kCount = M * kPack;
   typename R::Raw raw[M];
   KD_DEVICE float operator[](int e) const { return R::element(raw[e / kPack], e % kPack); }
   KD_DEVICE float at(int e) const {  // where e is not known when compiling
     float y = (*this)[0];
 #pragma unroll
-    for (int i = 1; i < M * kPack; ++i) y = e == i ? (*this)[i] : y;
+    for (int i = 1; i < kCount; ++i) y = e == i ? (*this)[i] : y;
     return y;
   }
   KD_DEVICE bool above(uint32_t than) const {

@@ -25,16 +25,16 @@ KD_DEVICE int warp_or(int x) { return over_warp(x, [](int a, int b) { return a |
 
 // The sums of a warp's threads, to `record`.
 template <int K> KD_DEVICE void write_record(const Sums<K>& sums, const Point* points, int count, double* record) {
-  const int odd = warp_or(sums.odd);
+  const int odd = warp_or(sums.sum.odd);
   const bool writes = thread() % 32 == 0;
   if (writes)
-    *reinterpret_cast<Head*>(record) = {sums.s0, sums.t0, sums.t_at, sums.s_at, double(sums.s_class),
-                                        double(sums.t_class), double(odd)};
+    *reinterpret_cast<Head*>(record) = {sums.at.s0, sums.at.t0, sums.at.t_at, sums.at.s_at,
+                                        double(sums.s_class), double(sums.t_class), double(odd)};
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     if (k >= count) break;
     const Point& p = points[k];
-    const double z = warp_sum(sums.z[k]), s = p.mean_s ? warp_sum(sums.s[k]) : 0, t = p.mean_t ? warp_sum(sums.t[k]) : 0;
+    const double z = warp_sum(sums.sum.z[k]), s = p.mean_s ? warp_sum(sums.sum.s[k]) : 0, t = p.mean_t ? warp_sum(sums.sum.t[k]) : 0;
     double* to = record + kHead + 3 * k;
     if (writes) { to[0] = z; to[1] = s; to[2] = t; }
   }

@@ -75,34 +75,67 @@ template <int N> KD_DEVICE float weighted(const float (&w)[N], const float (&x)[
   return a + b;
 }
 
-// A warp's classes: z = sum of w, s = sum of w u, t = sum of w v, in each thread its own part. Pivots are the same
-// throughout the warp: the largest logits so far, and for the means of a point of one row's logits the other row's logit
-// of that class, t_at and s_at: a class that has nearly all of a point's weight then enters as an exact 0.
-enum Odd { INFINITE = 1, DAMAGED = 2 };  // -inf among the logits; NaN or +inf
-template <int K> struct Sums {
+// The largest logits so far, and for the means of a point of one row's logits the other row's logit of that class, t_at
+// and s_at: a class that has nearly all of a point's weight then enters its sums as an exact 0.
+struct Pivots {
   float s0 = -kInf, t0 = -kInf, t_at = -kInf, s_at = -kInf;
-  int s_class = -1, t_class = -1;  // where the pivots are from
+  KD_DEVICE float s(const Point& p) const { return finite_or_0(p.kind == OF_T ? s_at : s0); }
+  KD_DEVICE float t(const Point& p) const { return finite_or_0(p.kind == OF_S ? t_at : t0); }
+};
+enum Odd { INFINITE = 1, DAMAGED = 2 };  // -inf among the logits; NaN or +inf
+
+// z = sum of w, s = sum of w u, t = sum of w v at each point.
+template <int K> struct Parts {
   float z[K] = {}, s[K] = {}, t[K] = {};
   int odd = 0;
+};
+
+// N classes one by one, for the points of `which`: what infinite logits need, and points without the label's class.
+template <int K, int N>
+KD_SLOW void add_classes(Parts<K>* to, const Point* points, int which, const Pivots* pivots, const float* x,
+                         const float* y, int live, int label) {
+  Parts<K> sum;
+#pragma unroll 1
+  for (int e = 0; e < N; ++e) {
+    if (!(x[e] < kInf && y[e] < kInf)) sum.odd |= DAMAGED;
+    if ((x[e] == -kInf || y[e] == -kInf) && live >> e & 1) sum.odd |= INFINITE;
+    if (x[e] == -kInf && y[e] == -kInf) continue;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const Point& p = points[k];
+      if (!(which >> k & 1) || p.kind == CAREFUL || (p.exclude && e == label)) continue;
+      const float w = fast_exp2(times(p.b, x[e] - finite_or_0(pivots->s0)) + times(p.a, y[e] - finite_or_0(pivots->t0)));
+      sum.z[k] += w;
+      if (w == 0) continue;
+      if (p.mean_s) sum.s[k] += w * (x[e] - pivots->s(p));
+      if (p.mean_t) sum.t[k] += w * (y[e] - pivots->t(p));
+    }
+  }
+  *to = sum;
+}
+
+// A warp's classes, in each thread its own part; pivots are the same throughout the warp.
+template <int K> struct Sums {
+  Pivots at;
+  int s_class = -1, t_class = -1;  // where the pivots are from
+  Parts<K> sum;
   bool looks = false;  // at every class: there are points whose sums here would not show what is odd
 
   KD_DEVICE explicit Sums(const Point* points) {
     for (int k = 0; k < K; ++k) looks |= points[k].careful;
   }
-  KD_DEVICE float s_pivot(const Point& p) const { return finite_or_0(p.kind == OF_T ? s_at : s0); }
-  KD_DEVICE float t_pivot(const Point& p) const { return finite_or_0(p.kind == OF_S ? t_at : t0); }
 
   // Raises the pivots to the largest of the warp's; the whole warp takes part.
   template <int N>
   KD_DEVICE void lift(const Point* points, const float (&x)[N], const float (&y)[N], int first, int stride) {
-    float s1 = s0, t1 = t0, ta = t_at, sa = s_at;
+    float s1 = at.s0, t1 = at.t0, ta = at.t_at, sa = at.s_at;
     int sc = s_class, tc = t_class;
 #pragma unroll
     for (int e = 0; e < N; ++e) {
-      const int at = first + e % kPack + e / kPack * stride;
+      const int c = first + e % kPack + e / kPack * stride;
       const bool numbers = x[e] < kInf && y[e] < kInf;
-      if (numbers && x[e] > s0 && above(x[e], y[e], s1, ta)) { s1 = x[e]; ta = y[e]; sc = at; }
-      if (numbers && y[e] > t0 && above(y[e], x[e], t1, sa)) { t1 = y[e]; sa = x[e]; tc = at; }
+      if (numbers && x[e] > at.s0 && above(x[e], y[e], s1, ta)) { s1 = x[e]; ta = y[e]; sc = c; }
+      if (numbers && y[e] > at.t0 && above(y[e], x[e], t1, sa)) { t1 = y[e]; sa = x[e]; tc = c; }
     }
 #pragma unroll
     for (int d = 16; d; d >>= 1) {
@@ -111,17 +144,17 @@ template <int K> struct Sums {
       if (above(s2, ta2, s1, ta)) { s1 = s2; ta = ta2; sc = sc2; }
       if (above(t2, sa2, t1, sa)) { t1 = t2; sa = sa2; tc = tc2; }
     }
-    const Sums before = *this;
-    if (s1 > s0) { s0 = s1; t_at = ta; s_class = sc; }
-    if (t1 > t0) { t0 = t1; s_at = sa; t_class = tc; }
-    const float ds = finite_or_0(before.s0) - finite_or_0(s0), dt = finite_or_0(before.t0) - finite_or_0(t0);
+    const Pivots was = at;
+    if (s1 > at.s0) { at.s0 = s1; at.t_at = ta; s_class = sc; }
+    if (t1 > at.t0) { at.t0 = t1; at.s_at = sa; t_class = tc; }
+    const float ds = finite_or_0(was.s0) - finite_or_0(at.s0), dt = finite_or_0(was.t0) - finite_or_0(at.t0);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const Point p = points[k];
-      const float f = z[k] == 0 ? 0 : fast_exp2(p.b * ds + p.a * dt);
-      s[k] = times(f, s[k] + z[k] * (before.s_pivot(p) - s_pivot(p)));
-      t[k] = times(f, t[k] + z[k] * (before.t_pivot(p) - t_pivot(p)));
-      z[k] *= f;
+      const float f = sum.z[k] == 0 ? 0 : fast_exp2(p.b * ds + p.a * dt);
+      sum.s[k] = times(f, sum.s[k] + sum.z[k] * (was.s(p) - at.s(p)));
+      sum.t[k] = times(f, sum.t[k] + sum.z[k] * (was.t(p) - at.t(p)));
+      sum.z[k] *= f;
     }
   }
 
@@ -131,86 +164,59 @@ template <int K> struct Sums {
   KD_DEVICE void add(const Point* points, const Packs<R, M>& xs, const Packs<Q, M>& ys, int first, int stride, int live,
                      int label) {
     constexpr int N = M * kPack;
-    label -= first;
-    if (M > 1 && label >= stride) label = label < stride + kPack ? label - stride + kPack : N;
-    else if (label >= kPack) label = N;
-    if (any(xs.above(R::top(s0)) || ys.above(Q::top(t0)))) {
+    if (any(xs.above(R::top(at.s0)) || ys.above(Q::top(at.t0)))) {
       float x[N], y[N];
 #pragma unroll
       for (int e = 0; e < N; ++e) { x[e] = xs[e]; y[e] = ys[e]; }
       lift(points, x, y, first, stride);
     }
-    if (looks) look(xs, ys, live);
-    int left = (1 << K) - 1, apart = 0;  // points to be added; points to be added class by class
+    int apart = looks && odd(xs, ys) ? (1 << K) - 1 : 0;  // points to be added class by class
+    label -= first;
+    if (M > 1 && label >= stride) label += kPack - stride;
+    else if (label >= kPack) label = N;
     if (label >= 0 && label < N)
       for (int k = 0; k < K; ++k) apart |= points[k].exclude << k;
-    const float s_from = finite_or_0(s0), t_from = finite_or_0(t0);
-    // Once more with -inf replaced where a sum is not finite: its classes have the weight 0, or they go apart.
-#pragma unroll 1
-    for (int again = 0; again < 2 && left & ~apart; ++again) {
-      float u[N], v[N];
+    float u[N], v[N];
+    const float s_from = finite_or_0(at.s0), t_from = finite_or_0(at.t0);
 #pragma unroll
-      for (int e = 0; e < N; ++e) {
-        u[e] = xs[e] - s_from;
-        v[e] = ys[e] - t_from;
-      }
-      if (again) {
-        look(xs, ys, live);
-#pragma unroll
-        for (int e = 0; e < N; ++e) { u[e] = fmaxf(u[e], kLowest); v[e] = fmaxf(v[e], kLowest); }
-      }
-      left = add_all(points, u, v, left & ~apart, again) | (left & apart);
-      if (again) apart = left;
+    for (int e = 0; e < N; ++e) {
+      u[e] = xs[e] - s_from;
+      v[e] = ys[e] - t_from;
     }
-    if (!left || odd & DAMAGED) return;
-#pragma unroll 1
-    for (int e = 0; e < N; ++e) add_class(points, left, xs.at(e), ys.at(e), e == label);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const Point p = points[k];
+      if (p.kind == CAREFUL || apart >> k & 1) continue;
+      float w[N], z = 0, s = 0, t = 0;
+      weights(p, u, v, w);
+#pragma unroll
+      for (int e = 0; e < N; e += 4) z += (w[e] + w[e + 1]) + (w[e + 2] + w[e + 3]);
+      if (p.mean_s) s = weighted(w, u, p.kind == OF_T ? at.s(p) - s_from : 0);
+      if (p.mean_t) t = weighted(w, v, p.kind == OF_S ? at.t(p) - t_from : 0);
+      if (fabsf(z + s + t) < kInf) {
+        sum.z[k] += z; sum.s[k] += s; sum.t[k] += t;
+      } else {
+        apart |= 1 << k;
+      }
+    }
+    if (!apart) return;
+    float x[N], y[N];
+#pragma unroll
+    for (int e = 0; e < N; ++e) { x[e] = xs[e]; y[e] = ys[e]; }
+    const Pivots pivots = at;
+    Parts<K> part;
+    add_classes<K, N>(&part, points, apart, &pivots, x, y, live, label);
+#pragma unroll
+    for (int k = 0; k < K; ++k) { sum.z[k] += part.z[k]; sum.s[k] += part.s[k]; sum.t[k] += part.t[k]; }
+    sum.odd |= part.odd;
   }
 
  private:
-  template <typename X, typename Y> KD_DEVICE void look(const X& xs, const Y& ys, int live) {
+  template <typename X, typename Y> KD_DEVICE static bool odd(const X& xs, const Y& ys) {
+    float total = 0;
 #pragma unroll
-    for (int e = 0; e < int(sizeof xs.raw / sizeof xs.raw[0]) * kPack; ++e) {
-      const float x = xs[e], y = ys[e];
-      if (!(x < kInf && y < kInf)) odd |= DAMAGED;
-      if ((x == -kInf || y == -kInf) && live >> e & 1) odd |= INFINITE;
-    }
-  }
-
-  // Adds to the points of `which`; returns those whose sums are not finite, or not with stand-ins for infinite logits.
-  template <int N>
-  KD_DEVICE int add_all(const Point* points, const float (&u)[N], const float (&v)[N], int which, int stand_ins) {
-    int not_finite = 0;
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const Point p = points[k];
-      if (p.kind == CAREFUL || !(which >> k & 1)) continue;
-      float w[N], dz = 0, ds = 0, dt = 0;
-      weights(p, u, v, w);
-#pragma unroll
-      for (int e = 0; e < N; e += 4) dz += (w[e] + w[e + 1]) + (w[e + 2] + w[e + 3]);
-      if (p.mean_s) ds = weighted(w, u, p.kind == OF_T ? finite_or_0(s_at) - finite_or_0(s0) : 0);
-      if (p.mean_t) dt = weighted(w, v, p.kind == OF_S ? finite_or_0(t_at) - finite_or_0(t0) : 0);
-      if (fabsf(dz + ds + dt) < (stand_ins ? kHuge : kInf) && !(stand_ins && p.uniform())) {
-        z[k] += dz; s[k] += ds; t[k] += dt;
-      } else {
-        not_finite |= 1 << k;
-      }
-    }
-    return not_finite;
-  }
-
-  KD_DEVICE void add_class(const Point* points, int which, float x, float y, bool label) {
-    if (x == -kInf && y == -kInf) return;
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const Point p = points[k];
-      if (!(which >> k & 1) || p.kind == CAREFUL || (p.exclude && label)) continue;
-      const float w = fast_exp2(times(p.b, x - finite_or_0(s0)) + times(p.a, y - finite_or_0(t0)));
-      z[k] += w;
-      s[k] += w == 0 || !p.mean_s ? 0 : w * (x - s_pivot(p));
-      t[k] += w == 0 || !p.mean_t ? 0 : w * (y - t_pivot(p));
-    }
+    for (int e = 0; e < X::kCount; ++e) total += xs[e] + ys[e];
+    return !(fabsf(total) < kInf);
   }
 };
 
