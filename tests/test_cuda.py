@@ -38,7 +38,7 @@ def test_clusters_grow_with_the_row():
                 loss.value_and_grad(rows.s, rows.t)
                 widest.setdefault(name, []).append(ranks())
     assert widest == {  # 1 also where there is too little for a cluster, and two sweeps are made
-        "two sweeps": [1, 1], "enough": [1, 1], "17 KB a block": [2, 4], "13 KB a block": [4, 16],
+        "two sweeps": [1, 1], "enough": [1, 1], "17 KB a block": [16, 4], "13 KB a block": [4, 16],
         "10 KB a block": [8, 1],
     }  # fmt: skip
 
@@ -149,7 +149,5 @@ def test_backward_scales_by_what_it_is_given(dtype):
         rounded = (exact.ds * factor).to(dtype)
         bar = Bar(exact.ds * factor, (exact.ds.to(dtype) * factor).to(dtype), rounded, 0.0)
         assert not excess(first, bar, dtype)
-        if factor != 0.3:
-            assert torch.equal(first, leaf.grad)
-        else:
-            assert (first.double() - leaf.grad.double()).norm() <= 2 * torch.finfo(dtype).eps * first.double().norm()
+        # by other kernels, which sum up in another order
+        assert (first.double() - leaf.grad.double()).norm() <= 2 * torch.finfo(dtype).eps * first.double().norm()

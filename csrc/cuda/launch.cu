@@ -7,7 +7,7 @@
 namespace kd::gpu {
 namespace {
 
-KD_KERNEL(128) rows_kernel(KD_PARAMS RowsTask task) {
+KD_KERNEL(128, 1) rows_kernel(KD_PARAMS RowsTask task) {
   const Problem& p = task.problem;
   double* numbers = reinterpret_cast<double*>(shared());
   const int count = p.count + (p.row_args ? 0 : 3 + 2 * p.points());
@@ -18,9 +18,9 @@ KD_KERNEL(128) rows_kernel(KD_PARAMS RowsTask task) {
   const int64_t n = int64_t(block()) * threads() + thread();
   if (n >= p.rows) return;
   const double* args = p.row_args ? p.row_args + n * p.args_stride : numbers + p.count;
-  task.value[n] = finish_row(program, args, task.stats + n * (K + 1) * kStats,
-                             task.registers + n * 2 * program.registers(), task.sides, p.rows * (K + 1) * kCoefs,
-                             task.coef + n * (K + 1) * kCoefs);
+  task.value[n] = value_and_coefs(program, args, task.stats + n * (K + 1) * kStats, task.sides,
+                                  p.rows * (K + 1) * kCoefs, task.registers + n * 2 * program.registers(),
+                                  task.coef + n * (K + 1) * kCoefs);
 }
 
 struct CountTask { const int64_t* labels; int64_t rows, ignore; double* kept; };
@@ -38,18 +38,18 @@ template <typename F> KD_DEVICE double sum_over(int64_t rows, F f) {
   for (int w = 0; w < threads() / 32; ++w) sum += parts[w];
   return sum;
 }
-KD_KERNEL(1024) count_kernel(KD_PARAMS CountTask p) {
+KD_KERNEL(1024, 1) count_kernel(KD_PARAMS CountTask p) {
   const double kept = sum_over(p.rows, [&](int64_t n) { return p.labels[n] == p.ignore ? 0. : 1.; });
   if (thread() == 0) *p.kept = kept;
 }
-KD_KERNEL(1024) total_kernel(KD_PARAMS TotalTask p) {
+KD_KERNEL(1024, 1) total_kernel(KD_PARAMS TotalTask p) {
   const double total = sum_over(p.rows, [&](int64_t n) { return p.value[n]; });
   if (thread() == 0) *p.sum = float(total);
 }
 
 struct RescaleTask { void* x; int64_t count; const void* factor; bool wide; };
 
-template <typename X> KD_KERNEL(256) rescale_kernel(KD_PARAMS RescaleTask p) {
+template <typename X> KD_KERNEL(256, 1) rescale_kernel(KD_PARAMS RescaleTask p) {
   const double wide = p.wide ? *static_cast<const double*>(p.factor) : *static_cast<const float*>(p.factor);
   const float factor = float(wide);
   if (factor == 1) return;

@@ -16,7 +16,10 @@ struct Matrix {
   const void* data;
   Type type;
   int64_t inner, outer_stride, inner_stride;
-  KD_HD int64_t offset(int64_t n) const { return n / inner * outer_stride + n % inner * inner_stride; }
+  KD_HD int64_t offset(int64_t n) const {
+    if (n < inner) return n * inner_stride;  // a division of 64 bits takes long
+    return n / inner * outer_stride + n % inner * inner_stride;
+  }
 };
 
 struct Problem {

@@ -6,7 +6,7 @@
 
 #define KD_DEVICE __device__ __forceinline__
 #define KD_SLOW inline __device__ __noinline__  // keeps the registers of rare double arithmetic out of the common path
-#define KD_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define KD_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)  // at least, to a multiprocessor
 #define KD_PARAMS const __grid_constant__
 
 namespace kd::gpu {

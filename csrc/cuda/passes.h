@@ -5,7 +5,7 @@
 namespace kd::gpu {
 
 // Reads 2 w bytes a class at w bytes a logit, K exponentials; (K + 1) x 7 doubles a row.
-template <typename S, typename T, int K> KD_KERNEL(kThreads) reduce_kernel(KD_PARAMS ReduceTask task) {
+template <typename S, typename T, int K> KD_KERNEL(kThreads, 3) reduce_kernel(KD_PARAMS ReduceTask task) {
   const Problem& p = task.problem;
   const Memory m = memory_of(p);
   const Program program = load_program(p, m);
@@ -17,8 +17,8 @@ template <typename S, typename T, int K> KD_KERNEL(kThreads) reduce_kernel(KD_PA
     const Pair<Reader<S>, Reader<T>> row{{p.s, n, head}, {p.t, n, head}, head, int(p.vocab), p.mask};
     const bool kept = !p.labels || label != p.ignore;
     if (kept) {
-      load_points(p, program, m, n);
-      if (thread() == 0) begin_statistics(row, p, m, label);
+      if (p.row_args) load_points(p, m, p.row_args + n * p.args_stride);
+      begin_statistics(row, p, m, label);
       const Head* sums = nullptr;
       for (int from = 0; from < count; from += K)
         sums = reduce_points<K>(row, program, m, team, from, 0, row.packs(), label);
@@ -31,7 +31,7 @@ template <typename S, typename T, int K> KD_KERNEL(kThreads) reduce_kernel(KD_PA
 }
 
 // Reads 2 w bytes a class, writes w; K exponentials.
-template <typename S, typename T, int kSide> KD_KERNEL(kThreads) spread_kernel(KD_PARAMS SpreadTask task) {
+template <typename S, typename T, int kSide> KD_KERNEL(kThreads, 3) spread_kernel(KD_PARAMS SpreadTask task) {
   const Problem& p = task.problem;
   const Memory m = memory_of(p);
   const int K = p.points(), numbers = (K + 1) * kCoefs;

@@ -5,16 +5,16 @@
 namespace kd::gpu {
 
 // Value, coefficients and terms of row n, whose factor is g, from its statistics.
-KD_DEVICE void end_row(const StepTask& task, const Program& program, const Memory& m, const Head& head, int64_t n,
+KD_DEVICE void end_row(const StepTask& task, const Memory& m, const Head& head, int64_t n,
                        double g, bool writes) {
-  const int K = program.points();
-  if (thread() == 0) {
-    end_statistics(m, head, K);
-    const double value = finish_row(program, m.args, m.stats, m.registers, 1, 0, m.coef);
-    if (writes) task.value[n] = value * g;
+  const int K = task.problem.points();
+  if (thread() < 32) {
+    if (thread() == 0) end_statistics(m, head, K);
+    sync_warp();
+    const double value = finish_row(m.numbers, m.args, m.stats, m.registers, m.coef);
+    if (thread() == 0 && writes) task.value[n] = value * g;
+    for (int k = thread(); k < K; k += 32) m.terms[k] = Term(m.coef, K, k, g);
   }
-  sync();
-  for (int k = thread(); k < K; k += threads()) m.terms[k] = Term(m.coef, K, k, g);
   sync();
 }
 
@@ -47,12 +47,15 @@ struct Weights {
   const Factor& f;
   double over;
   KD_DEVICE explicit Weights(const Factor& f) : f(f), over(f.divisor != 0 ? f.divisor : *f.kept > 1 ? *f.kept : 1) {}
-  KD_DEVICE double operator()(int64_t n) const { return (f.weight ? f.weight[n * f.weight_step] : 1) / over; }
+  // Of row n; 0 where it is left out.
+  KD_DEVICE double operator()(const Problem& p, int64_t n) const {
+    return p.labels && p.labels[n] == p.ignore ? 0 : (f.weight ? f.weight[n * f.weight_step] : 1) / over;
+  }
 };
 
 // Two sweeps over a row: bytes 2 w a class for the sums, again for the slopes (what the caches have kept: the second
 // sweep starts where the first ended), w for the gradient; 2 K exponentials.
-template <typename S, typename T, int K> KD_KERNEL(kThreads) step_kernel(KD_PARAMS StepTask task) {
+template <typename S, typename T, int K> KD_KERNEL(kThreads, 3) step_kernel(KD_PARAMS StepTask task) {
   const Problem& p = task.problem;
   const Memory m = memory_of(p);
   const Program program = load_program(p, m);
@@ -60,16 +63,16 @@ template <typename S, typename T, int K> KD_KERNEL(kThreads) step_kernel(KD_PARA
   const Weights weights(task.factor);
   for (int64_t n = block(); n < p.rows; n += blocks()) {
     const int64_t label = p.labels ? p.labels[n] : -1;
-    const double g = p.labels && label == p.ignore ? 0 : weights(n);
+    const double g = weights(p, n);
     const int head = Reader<S>::head(p.s, n);
     const Pair<Reader<S>, Reader<T>> row{{p.s, n, head}, {p.t, n, head}, head, int(p.vocab), p.mask};
     const Head* sums = nullptr;
     if (g != 0) {
-      load_points(p, program, m, n);
-      if (thread() == 0) begin_statistics(row, p, m, label);
+      if (p.row_args) load_points(p, m, p.row_args + n * p.args_stride);
+      begin_statistics(row, p, m, label);
       for (int from = 0; from < program.points(); from += K)
         sums = reduce_points<K>(row, program, m, team, from, 0, row.packs(), label);
-      end_row(task, program, m, *sums, n, g, true);
+      end_row(task, m, *sums, n, g, true);
     } else {
       skip_row(task, m, program.points(), n, true);
     }

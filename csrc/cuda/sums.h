@@ -79,8 +79,27 @@ template <int N> KD_DEVICE float weighted(const float (&w)[N], const float (&x)[
 // and s_at: a class that has nearly all of a point's weight then enters its sums as an exact 0.
 struct Pivots {
   float s0 = -kInf, t0 = -kInf, t_at = -kInf, s_at = -kInf;
+  int s_class = -1, t_class = -1;  // where they are from
+
   KD_DEVICE float s(const Point& p) const { return finite_or_0(p.kind == OF_T ? s_at : s0); }
   KD_DEVICE float t(const Point& p) const { return finite_or_0(p.kind == OF_S ? t_at : t0); }
+  KD_DEVICE void lift(float x, float y, int c) { lift({x, y, y, x, c, c}); }
+  KD_DEVICE void lift(const Pivots& o) {
+    if (above(o.s0, o.t_at, s0, t_at)) { s0 = o.s0; t_at = o.t_at; s_class = o.s_class; }
+    if (above(o.t0, o.s_at, t0, s_at)) { t0 = o.t0; s_at = o.s_at; t_class = o.t_class; }
+  }
+  // To those of N classes that are numbers, the first of each pack `stride` from the last's.
+  template <typename X, typename Y> KD_DEVICE void lift(const X& xs, const Y& ys, int first, int stride) {
+#pragma unroll
+    for (int e = 0; e < X::kCount; ++e)
+      if (xs[e] < kInf && ys[e] < kInf) lift(xs[e], ys[e], first + e % kPack + e / kPack * stride);
+  }
+  KD_DEVICE void lift_over_warp() {
+#pragma unroll
+    for (int d = 16; d; d >>= 1)
+      lift(Pivots{shuffle_xor(s0, d), shuffle_xor(t0, d), shuffle_xor(t_at, d), shuffle_xor(s_at, d),
+                  shuffle_xor(s_class, d), shuffle_xor(t_class, d)});
+  }
 };
 enum Odd { INFINITE = 1, DAMAGED = 2 };  // -inf among the logits; NaN or +inf
 
@@ -117,7 +136,6 @@ KD_SLOW void add_classes(Parts<K>* to, const Point* points, int which, const Piv
 // A warp's classes, in each thread its own part; pivots are the same throughout the warp.
 template <int K> struct Sums {
   Pivots at;
-  int s_class = -1, t_class = -1;  // where the pivots are from
   Parts<K> sum;
   bool looks = false;  // at every class: there are points whose sums here would not show what is odd
 
@@ -125,28 +143,10 @@ template <int K> struct Sums {
     for (int k = 0; k < K; ++k) looks |= points[k].careful;
   }
 
-  // Raises the pivots to the largest of the warp's; the whole warp takes part.
-  template <int N>
-  KD_DEVICE void lift(const Point* points, const float (&x)[N], const float (&y)[N], int first, int stride) {
-    float s1 = at.s0, t1 = at.t0, ta = at.t_at, sa = at.s_at;
-    int sc = s_class, tc = t_class;
-#pragma unroll
-    for (int e = 0; e < N; ++e) {
-      const int c = first + e % kPack + e / kPack * stride;
-      const bool numbers = x[e] < kInf && y[e] < kInf;
-      if (numbers && x[e] > at.s0 && above(x[e], y[e], s1, ta)) { s1 = x[e]; ta = y[e]; sc = c; }
-      if (numbers && y[e] > at.t0 && above(y[e], x[e], t1, sa)) { t1 = y[e]; sa = x[e]; tc = c; }
-    }
-#pragma unroll
-    for (int d = 16; d; d >>= 1) {
-      const float s2 = shuffle_xor(s1, d), ta2 = shuffle_xor(ta, d), t2 = shuffle_xor(t1, d), sa2 = shuffle_xor(sa, d);
-      const int sc2 = shuffle_xor(sc, d), tc2 = shuffle_xor(tc, d);
-      if (above(s2, ta2, s1, ta)) { s1 = s2; ta = ta2; sc = sc2; }
-      if (above(t2, sa2, t1, sa)) { t1 = t2; sa = sa2; tc = tc2; }
-    }
+  // To pivots that are as high or higher.
+  KD_DEVICE void rebase(const Point* points, const Pivots& to) {
     const Pivots was = at;
-    if (s1 > at.s0) { at.s0 = s1; at.t_at = ta; s_class = sc; }
-    if (t1 > at.t0) { at.t0 = t1; at.s_at = sa; t_class = tc; }
+    at = to;
     const float ds = finite_or_0(was.s0) - finite_or_0(at.s0), dt = finite_or_0(was.t0) - finite_or_0(at.t0);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -159,16 +159,16 @@ template <int K> struct Sums {
   }
 
   // M packs, their first classes `stride` apart, `live` of their classes in the row; class `label` is left out of points
-  // that exclude it. The whole warp takes part.
-  template <typename R, typename Q, int M>
+  // that exclude it. The pivots stay as they are, or the whole warp takes part and they rise with the logits.
+  template <bool kRising, typename R, typename Q, int M>
   KD_DEVICE void add(const Point* points, const Packs<R, M>& xs, const Packs<Q, M>& ys, int first, int stride, int live,
                      int label) {
     constexpr int N = M * kPack;
-    if (any(xs.above(R::top(at.s0)) || ys.above(Q::top(at.t0)))) {
-      float x[N], y[N];
-#pragma unroll
-      for (int e = 0; e < N; ++e) { x[e] = xs[e]; y[e] = ys[e]; }
-      lift(points, x, y, first, stride);
+    if (kRising && any(xs.above(R::top(at.s0)) || ys.above(Q::top(at.t0)))) {
+      Pivots to = at;
+      to.lift(xs, ys, first, stride);
+      to.lift_over_warp();
+      rebase(points, to);
     }
     int apart = looks && odd(xs, ys) ? (1 << K) - 1 : 0;  // points to be added class by class
     label -= first;
@@ -220,10 +220,43 @@ template <int K> struct Sums {
   }
 };
 
+// The pivots of packs [first, end), each thread's of its own; where they can be read twice.
+template <typename P> KD_DEVICE Pivots pivots_of(const P& row, int first, int end) {
+  using S = typename P::SReader;
+  using T = typename P::TReader;
+  uint32_t s_top = S::top(-kInf), t_top = T::top(-kInf);
+  int by_s = -1, by_t = -1, from, to;
+  row.whole(first, end, &from, &to);
+  const auto fetch = [&](int at, Packs<S, 1>& x, Packs<T, 1>& y) {
+    const int live = at >= from && at < to ? 255 : row.live(at);
+    x.raw[0] = row.s.fetch(at, live);
+    y.raw[0] = row.t.fetch(at, live);
+  };
+  Packs<S, 1> x;
+  Packs<T, 1> y;
+  for (int pack = first + thread(); pack < end; pack += threads()) {
+    fetch(pack, x, y);
+    const uint32_t s = S::top(x.raw[0], s_top), t = T::top(y.raw[0], t_top);
+    by_s = s != s_top ? pack : by_s;
+    by_t = t != t_top ? pack : by_t;
+    s_top = s;
+    t_top = t;
+  }
+  Pivots pivots;
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    const int pack = i ? by_t : by_s;
+    if (pack < 0) continue;
+    fetch(pack, x, y);
+    pivots.lift(x, y, row.first_class(pack), 0);
+  }
+  return pivots;
+}
+
 // Packs [first, end) of a pair of rows, dealt to the threads of a block; `label` is a class or -1.
 template <int K, typename P>
 KD_DEVICE void add_packs(Sums<K>& sums, const Point* points, const P& row, int first, int end, int label) {
-  constexpr int M = P::kOnChip || K < 6 ? P::kAtOnce : 1;  // as registers allow
+  constexpr int M = P::kOnChip || K < 4 ? P::kAtOnce : 1;  // as registers allow
   using S = typename P::SReader;
   using T = typename P::TReader;
   const int lane = thread() % 32, step = threads();
@@ -245,7 +278,7 @@ KD_DEVICE void add_packs(Sums<K>& sums, const Point* points, const P& row, int f
     // Memory is asked M packs ahead; shared memory answers at once.
     const int next = pack + M * step;
     if (!P::kOnChip && full(next)) fetch(next, x_next, y_next);
-    sums.add(points, x, y, row.first_class(pack), step * kPack, -1, label);
+    sums.template add<!P::kOnChip>(points, x, y, row.first_class(pack), step * kPack, -1, label);
     if (P::kOnChip) {
       if (full(next)) fetch(next, x, y);
     } else {
@@ -259,7 +292,7 @@ KD_DEVICE void add_packs(Sums<K>& sums, const Point* points, const P& row, int f
     const int at = before ? first + lane : pack, live = at < (before ? from : end) ? row.live(at) : 0;
     const Packs<S, 1> x1{{row.s.fetch(at, live)}};
     const Packs<T, 1> y1{{row.t.fetch(at, live)}};
-    sums.add(points, x1, y1, row.first_class(at), 0, live, label);
+    sums.template add<!P::kOnChip>(points, x1, y1, row.first_class(at), 0, live, label);
     if (!before) pack += step;
   }
 }

@@ -13,7 +13,7 @@
 
 #define KD_DEVICE inline
 #define KD_SLOW __attribute__((noinline)) inline
-#define KD_KERNEL(threads) void
+#define KD_KERNEL(threads, blocks) void
 #define KD_PARAMS const
 #define KD_CLUSTERS 1
 
