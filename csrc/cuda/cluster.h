@@ -123,9 +123,9 @@ template <typename S, typename T, int K> KD_KERNEL(2 * kThreads, 1) cluster_kern
       phases ^= 1u << stage;
       for (int from = 0; from < count; from += K)
         sums = reduce_points<K>(row, program, m, team, from, share.first, share.end, label);
-      end_row(step, m, *sums, n, g, rank == 0);
+      end_row(step, m, *sums, g, rank == 0);
     } else {
-      skip_row(step, m, count, n, rank == 0);
+      skip_row(m, count);
     }
     const Writer<S> out(step.out, n, share.head);
     const int end = share.first + task.packs;
@@ -134,6 +134,7 @@ template <typename S, typename T, int K> KD_KERNEL(2 * kThreads, 1) cluster_kern
     fill(n + task.stages * clusters, stage);
     if (task.stages == 1) sync();
   }
+  end_step(step.total, m.parts);
   cluster_sync();  // nobody leaves while others may still write here
 #endif
 }

@@ -1,5 +1,7 @@
 // From a task to a kernel of its dtypes and its number of points. Included by one source file for each dtype.
 #pragma once
+#include <algorithm>
+
 #include "cluster.h"
 #include "dtype.h"
 #include "passes.h"
@@ -19,7 +21,7 @@ template <typename P> int launch_rows(void (*kernel)(P), const P& task, int64_t 
   Shape z{0, threads_for(width), Memory::bytes(p.points(), p.length(), p.count, false), 1};
   if (int error = prepare(kernel, z.shared, false)) return error;
   const int64_t most = int64_t(device().processors) * resident(kernel, z.threads, z.shared);
-  z.blocks = int(rows < most ? rows : most);
+  z.blocks = int(std::min<int64_t>({rows, most, kMaxBlocks}));
   return z.blocks ? launch(kernel, z, stream, task) : 0;
 }
 
@@ -62,11 +64,11 @@ template <typename S, typename T, int K> int cluster_as(const StepTask& step, vo
   Shape z;
   if (!fits_cluster<S, T>(step, &task, &z)) return -1;
   auto* kernel = cluster_kernel<S, T, K>;
-  if (int error = prepare(kernel, z.shared, z.cluster > 8)) return error;
+  if (prepare(kernel, z.shared, z.cluster > 8)) return -1;  // two sweeps then
   const int64_t most = z.cluster > 1 ? resident_clusters(kernel, z)
                                      : int64_t(device().processors) * resident(kernel, z.threads, z.shared);
   if (!most) return -1;
-  z.blocks = int(step.problem.rows < most ? step.problem.rows : most) * z.cluster;
+  z.blocks = int(std::min<int64_t>({step.problem.rows, most, kMaxBlocks / z.cluster})) * z.cluster;
   return z.blocks ? launch(kernel, z, stream, task) : 0;
 }
 

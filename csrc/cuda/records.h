@@ -20,6 +20,16 @@ template <typename X, typename F> KD_DEVICE X over_warp(X x, F f) {
   return x;
 }
 KD_DEVICE double warp_sum(double x) { return over_warp(x, [](double a, double b) { return a + b; }); }
+// Over the threads of a block, in an order that depends on nothing but their number; `parts` has room for one of each
+// warp. All threads pass a barrier.
+KD_DEVICE double sum_of_threads(double x, double* parts) {
+  x = warp_sum(x);
+  if (thread() % 32 == 0) parts[thread() / 32] = x;
+  sync();
+  x = 0;
+  for (int w = 0; w < threads() / 32; ++w) x += parts[w];
+  return x;
+}
 KD_DEVICE int warp_or(int x) { return over_warp(x, [](int a, int b) { return a | b; }); }
 
 // The block's pivots become each thread's. `heads` has room for one of each warp; all threads pass a barrier.

@@ -23,6 +23,7 @@ struct Memory {
   KD_HD Memory(char* base, int K, int length, int numbers_, bool cluster) {
     double* at = reinterpret_cast<double*>(base);
     const auto take = [&](int n) { double* mine = at; at += n; return mine; };
+    take(2);  // sum_of_rows() and last_block()
     numbers = take(numbers_);
     args = take(3 + 2 * K);
     registers = take(2 * (6 * K + 4 + length));
@@ -45,6 +46,9 @@ struct Memory {
   }
 };
 
+KD_DEVICE double* sum_of_rows() { return reinterpret_cast<double*>(shared()); }
+KD_DEVICE int* last_block() { return reinterpret_cast<int*>(shared() + 8); }
+
 KD_DEVICE Memory memory_of(const Problem& p, bool cluster = false) {
   return Memory(shared(), p.points(), p.length(), p.count, cluster);
 }
@@ -61,6 +65,7 @@ KD_DEVICE void load_points(const Problem& p, const Memory& m, const double* args
 // The program, and the points where all rows have the same, to shared memory.
 KD_DEVICE Program load_program(const Problem& p, const Memory& m) {
   for (int i = thread(); i < p.count; i += threads()) m.numbers[i] = p.numbers[i];
+  if (thread() == 0) *sum_of_rows() = 0;
   sync();
   if (!p.row_args) load_points(p, m, p.numbers + p.count);
   return Program{m.numbers};

@@ -99,8 +99,8 @@ KD_DEVICE void add_term(const Term& p, const float (&u)[N], const float (&v)[N],
   }
 }
 
-// d of M packs, `live` of their classes in the row; but for the label's own slope, which redo() sees to. Logits of -inf
-// have stand-ins if `odd`; `search` for the classes at the maxima.
+// d of M packs, `live` of their classes in the row; but for the label's own slope, which Redo sees to. `odd`: there may be
+// logits of -inf; `search` for the classes at the maxima.
 template <typename X, typename Y, int N>
 KD_DEVICE void slopes(const Slope& row, const X& xs, const Y& ys, int live, bool odd, bool search, float (&d)[N]) {
   uint32_t again = row.doubles ? ~0u : 0;
@@ -113,13 +113,12 @@ KD_DEVICE void slopes(const Slope& row, const X& xs, const Y& ys, int live, bool
       u[e] = xs[e];
       v[e] = ys[e];
     }
-    if (row.relative) {
+    if (row.relative) {  // slopes, of which the largest finite logits would make infinite ones
 #pragma unroll
-      for (int e = 0; e < N; ++e) { u[e] -= row.s_max; v[e] -= row.t_max; }
-    }
-    if (odd) {
-#pragma unroll
-      for (int e = 0; e < N; ++e) { u[e] = fmaxf(u[e], kLowest); v[e] = fmaxf(v[e], kLowest); }
+      for (int e = 0; e < N; ++e) {
+        u[e] = fmaxf(u[e] - row.s_max, kLowest);
+        v[e] = fmaxf(v[e] - row.t_max, kLowest);
+      }
     }
     for (int k = 0; k < row.K; ++k) {
       const Term& p = row.terms[k];

@@ -5,14 +5,13 @@
 namespace kd::gpu {
 
 // Value, coefficients and terms of row n, whose factor is g, from its statistics.
-KD_DEVICE void end_row(const StepTask& task, const Memory& m, const Head& head, int64_t n,
-                       double g, bool writes) {
+KD_DEVICE void end_row(const StepTask& task, const Memory& m, const Head& head, double g, bool writes) {
   const int K = task.problem.points();
   if (thread() < 32) {
     if (thread() == 0) end_statistics(m, head, K);
     sync_warp();
     const double value = finish_row(m.numbers, m.args, m.stats, m.registers, m.coef);
-    if (thread() == 0 && writes) task.value[n] = value * g;
+    if (thread() == 0 && writes) *sum_of_rows() += value * g;
     for (int k = thread(); k < K; k += 32) m.terms[k] = Term(m.coef, K, k, g);
   }
   sync();
@@ -36,10 +35,9 @@ KD_DEVICE void spread_row(const StepTask& task, const Memory& m, const Head* hea
   redo.store();
 }
 
-// A row that counts nothing: no value, no slope.
-KD_DEVICE void skip_row(const StepTask& task, const Memory& m, int K, int64_t n, bool writes) {
+// A row that counts nothing: no slope.
+KD_DEVICE void skip_row(const Memory& m, int K) {
   for (int i = thread(); i < (K + 1) * kCoefs; i += threads()) m.coef[i] = 0;
-  if (thread() == 0 && writes) task.value[n] = 0;
   sync();
 }
 
@@ -53,9 +51,23 @@ struct Weights {
   }
 };
 
+// The blocks' sums, to the total: each leaves its own, and the last to be done adds them up, always in the same order.
+KD_DEVICE void end_step(const Total& total, double* parts) {
+  if (thread() == 0) {
+    total.parts[block()] = *sum_of_rows();
+    *last_block() = arrive(total.done) == blocks() - 1;
+  }
+  sync();
+  if (!*last_block()) return;
+  double sum = 0;
+  for (int i = thread(); i < blocks(); i += threads()) sum += load_shared_by_blocks(total.parts + i);
+  sum = sum_of_threads(sum, parts);
+  if (thread() == 0) *total.sum = float(sum);
+}
+
 // Two sweeps over a row: bytes 2 w a class for the sums, again for the slopes (what the caches have kept: the second
 // sweep starts where the first ended), w for the gradient; 2 K exponentials.
-template <typename S, typename T, int K> KD_KERNEL(kThreads, 3) step_kernel(KD_PARAMS StepTask task) {
+template <typename S, typename T, int K> KD_KERNEL(kThreads, 2) step_kernel(KD_PARAMS StepTask task) {
   const Problem& p = task.problem;
   const Memory m = memory_of(p);
   const Program program = load_program(p, m);
@@ -72,13 +84,14 @@ template <typename S, typename T, int K> KD_KERNEL(kThreads, 3) step_kernel(KD_P
       begin_statistics(row, p, m, label);
       for (int from = 0; from < program.points(); from += K)
         sums = reduce_points<K>(row, program, m, team, from, 0, row.packs(), label);
-      end_row(task, m, *sums, n, g, true);
+      end_row(task, m, *sums, g, true);
     } else {
-      skip_row(task, m, program.points(), n, true);
+      skip_row(m, program.points());
     }
     const Writer<S> out(task.out, n, head);
     spread_row(task, m, sums, row, out, g, label, 0, out.packs(), 0, row.vocab);
   }
+  end_step(task.total, m.parts);
 }
 
 }  // namespace kd::gpu

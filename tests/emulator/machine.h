@@ -105,6 +105,12 @@ KD_DEVICE void store16(void* to, const Bytes16& x) {
   std::memcpy(to, &x, 16);
 }
 
+KD_DEVICE int arrive(int* counter) {
+  emulator::scheduler.interrupt();
+  return (*counter)++;
+}
+KD_DEVICE double load_shared_by_blocks(const double* from) { return *from; }
+
 KD_DEVICE int cluster_rank() { return emulator::here().block->rank; }
 KD_DEVICE int cluster_size() { return emulator::cluster.shape.cluster; }
 KD_DEVICE void cluster_sync() { emulator::cluster.barrier.wait(0); }  // blocks may meet from different places
