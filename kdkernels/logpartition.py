@@ -45,11 +45,11 @@ class KDLoss(ForwardKLLoss):
     """
 
     def __init__(self, temperature=2.0, alpha=0.5, *, teacher_temperature=None, t_squared=True, label_smoothing=0.0,
-                 z_loss=0.0, standardize=False, reduction="mean", ignore_index=-100):  # fmt: skip
+                 z_loss=0.0, standardize=False, reduction="mean", ignore_index=-100, validate=False):  # fmt: skip
         super().__init__(
             temperature=temperature, teacher_temperature=teacher_temperature, t_squared=t_squared,
             kd_weight=0.5, ce_weight=0.5, label_smoothing=label_smoothing, z_loss=z_loss,
-            standardize=standardize, reduction=reduction, ignore_index=ignore_index,
+            standardize=standardize, reduction=reduction, ignore_index=ignore_index, validate=validate,
         )  # fmt: skip
 
         self.alpha = alpha
