@@ -18,6 +18,7 @@ FORMS = {
     "13 KB a block": dict(shared=13_000, processors=32),
     "10 KB a block": dict(shared=10_000, processors=32),
 }
+# of them WTTM and KD have points that are twice another
 SAMPLE = [c for c in CASES if str(c) in ("KDLoss-alpha=0.3-temperature=3.0", "ForwardKLLoss", "WTTMLoss-gamma=0.5",
           "AlphaBetaLoss-alpha=0.2-beta=0.7", "AlphaBetaLoss-alpha=0.0-beta=0.0", "DKDLoss-alpha=1.0-beta=8.0",
           "BrierLoss", "TAIDLoss-tau=0.4")]  # fmt: skip

@@ -25,15 +25,16 @@ template <typename P> int launch_rows(void (*kernel)(P), const P& task, int64_t 
   return z.blocks ? launch(kernel, z, stream, task) : 0;
 }
 
-// Points of a sweep that a kernel exists for: the fewest that hold K.
-template <typename F> int with_points(int K, F f) {
+// Points of a sweep that a kernel exists for: the fewest that hold K, or for logits of two dtypes the most.
+template <typename S, typename T, typename F> int with_points(int K, F f) {
+  if constexpr (!std::is_same_v<S, T>) return f(std::integral_constant<int, kMaxPoints>());
   if (K <= 2) return f(std::integral_constant<int, 2>());
   if (K <= 4) return f(std::integral_constant<int, 4>());
   return f(std::integral_constant<int, kMaxPoints>());
 }
 
 template <typename S, typename T> int reduce_as(const ReduceTask& task, void* stream) {
-  return with_points(task.problem.points(), [&](auto K) {
+  return with_points<S, T>(task.problem.points(), [&](auto K) {
     return launch_rows(reduce_kernel<S, T, K>, task, task.problem.rows, task.problem.vocab, stream);
   });
 }
@@ -73,7 +74,7 @@ template <typename S, typename T, int K> int cluster_as(const StepTask& step, vo
 }
 
 template <typename X> int step_as(const StepTask& task, int form, void* stream) {
-  return with_points(task.problem.points(), [&](auto K) {
+  return with_points<X, X>(task.problem.points(), [&](auto K) {
     if (form == 2 || (form == 0 && device().major >= 9))
       if (int error = cluster_as<X, X, K>(task, stream); error >= 0) return error;
     return launch_rows(step_kernel<X, X, K>, task, task.problem.rows, task.out.width, stream);
@@ -85,7 +86,7 @@ template <typename X> int Dtype<X>::reduce(const ReduceTask& task, bool same, vo
 }
 template <typename X> int Dtype<X>::step(const StepTask& task, bool same, int form, void* stream) {
   if (same) return step_as<X>(task, form, stream);
-  return with_points(task.problem.points(), [&](auto K) {
+  return with_points<X, Any>(task.problem.points(), [&](auto K) {
     return launch_rows(step_kernel<X, Any, K>, task, task.problem.rows, task.out.width, stream);
   });
 }

@@ -5,7 +5,7 @@
 namespace kd::gpu {
 
 // Reads 2 w bytes a class at w bytes a logit, K exponentials; (K + 1) x 7 doubles a row.
-template <typename S, typename T, int K> KD_KERNEL(kThreads, 3) reduce_kernel(KD_PARAMS ReduceTask task) {
+template <typename S, typename T, int K> KD_KERNEL(kThreads, 2) reduce_kernel(KD_PARAMS ReduceTask task) {
   const Problem& p = task.problem;
   const Memory m = memory_of(p);
   const Program program = load_program(p, m);

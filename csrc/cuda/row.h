@@ -5,7 +5,7 @@
 
 namespace kd::gpu {
 
-// Of a block; a multiprocessor has registers for three blocks of kThreads (168 each), and for two with all that a thread
+// Of a block. A multiprocessor has registers for three blocks of kThreads (168 each), and for two with all that a thread
 // may have (255), or one of twice the size.
 constexpr int kThreads = 128;
 static_assert(2 * kThreads <= 32 * kMaxWarps);
@@ -58,8 +58,22 @@ KD_DEVICE void load_points(const Problem& p, const Memory& m, const double* args
   const int K = p.points();
   for (int i = thread(); i < 3 + 2 * K; i += threads()) m.args[i] = args[i];
   sync();
-  for (int k = thread(); k < K + kMaxPoints; k += threads())
-    m.points[k] = k < K ? Point(Program{m.numbers}, m.args, k, p.narrow()) : Point();
+  const Program program{m.numbers};
+  for (int k = thread(); k < K + kMaxPoints; k += threads()) {
+    if (k >= K) {
+      m.points[k] = Point();
+      continue;
+    }
+    Point mine(program, m.args, k, p.narrow()), last;
+    int place = 0;
+    for (int j = 0; j < K; ++j) {
+      const Point other(program, m.args, j, p.narrow());
+      if (!other.before(mine)) continue;
+      if (!place++ || last.before(other)) last = other;
+    }
+    mine.twice = place && mine.is_twice(last);
+    m.points[place] = mine;
+  }
   sync();
 }
 // The program, and the points where all rows have the same, to shared memory.
@@ -100,9 +114,9 @@ KD_DEVICE const Head* reduce_points(const P& row, const Program& program, const 
   const Head& head = *reinterpret_cast<const Head*>(m.total);
   const double s0 = finite_or_0(head.s_max), t0 = finite_or_0(head.t_max);
   for (int k = 0; k < count; ++k) {
-    const int flags = program.flags(from + k);
     const Point& p = points[k];
-    const Tilt at(program, m.args, from + k);
+    const int flags = program.flags(p.index);
+    const Tilt at(program, m.args, p.index);
     const double* sum = m.total + kHead + 3 * k;
     Moments x = Moments::empty();
     // Light in the sums: a mixture whose heavy classes are light in both rows, a row that is nearly all its label.
@@ -111,7 +125,7 @@ KD_DEVICE const Head* reduce_points(const P& row, const Program& program, const 
     else if (thread() == 0 && sum[0] > 0)
       x = {scaled(at.b, s0) + scaled(at.a, t0), sum[0], head.s_pivot(p) + sum[1] / sum[0],
            head.t_pivot(p) + sum[2] / sum[0], 0, 0, 0};
-    if (thread() == 0) reinterpret_cast<Moments*>(m.stats)[from + k] = x;
+    if (thread() == 0) reinterpret_cast<Moments*>(m.stats)[p.index] = x;
   }
   if (from + K < program.points()) sync();  // the next points' records go where this one has been read
   return &head;

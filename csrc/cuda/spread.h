@@ -10,7 +10,7 @@ namespace kd::gpu {
 struct alignas(16) Term {
   float b, a, shift, c[6];
   int kind;
-  bool affine, second;
+  bool affine, second, twice;  // twice: the weights are the squares of the term's before
 
   KD_DEVICE static bool curved(const double* coef) { return coef[6] != 0 || coef[7] != 0 || coef[8] != 0; }
   KD_DEVICE static bool sloped(const double* coef) { return curved(coef) || coef[4] != 0 || coef[5] != 0; }
@@ -19,17 +19,26 @@ struct alignas(16) Term {
     for (int k = 0; k < K; ++k, coef += kCoefs) found |= sloped(coef) || ((coef[1] != 0) == (coef[2] != 0));
     return found;
   }
-  // Of point k, from the coefficients of all K.
-  KD_DEVICE Term(const double* coefs, int K, int k, double g) {
+  KD_DEVICE static bool flat(const double* coef) { return !sloped(coef) && coef[3] == 0; }
+  KD_DEVICE static double exponent(const double* coefs, int K, int k) {
     const double *coef = coefs + k * kCoefs, *last = coefs + K * kCoefs;
+    const double b = float(coef[1] * kLog2e), a = float(coef[2] * kLog2e);
+    return coef[0] * kLog2e - (relative(coefs, K) ? 0 : scaled(b, last[1]) + scaled(a, last[2]));
+  }
+  // Of point k, from the coefficients of all K. `points`, if there are any, are in the order of the terms, this one's last.
+  KD_DEVICE Term(const double* coefs, int K, int k, double g, const Point* points = nullptr, int place = 0) {
+    const double* coef = coefs + k * kCoefs;
     b = float(coef[1] * kLog2e);
     a = float(coef[2] * kLog2e);
     second = curved(coef);
     affine = sloped(coef);
-    kind = !affine && coef[3] == 0 ? CAREFUL : b != 0 && a == 0 ? OF_S : a != 0 && b == 0 ? OF_T : OF_BOTH;
-    const double exact = coef[0] * kLog2e - (relative(coefs, K) ? 0 : scaled(b, last[1]) + scaled(a, last[2]));
-    shift = float(exact);
-    const double f = coef[0] > -INFINITY ? g * exp2(exact - shift) : g;
+    kind = flat(coef) ? CAREFUL : b != 0 && a == 0 ? OF_S : a != 0 && b == 0 ? OF_T : OF_BOTH;
+    int first = place;  // whose exponent this one is a multiple of
+    while (points && points[first].twice && !flat(coefs + points[first - 1].index * kCoefs)) --first;
+    twice = first < place;
+    const double exact = exponent(coefs, K, k);
+    shift = float(twice ? exponent(coefs, K, points[first].index) : exact);
+    const double f = coef[0] > -INFINITY ? g * exp2(exact - double(shift) * (1 << (place - first))) : g;
     for (int i = 0; i < 6; ++i) c[i] = float(coef[3 + i] * f);
   }
 };
@@ -72,11 +81,14 @@ KD_SLOW float slope_in_double(const double* coef, int K, double g, float s, floa
   return float(g * slope_at(coef, K, exact, exact, label));
 }
 
-// One point's part of the slopes of N classes, in float; u, v are deviations or the logits themselves.
+// One point's part of the slopes of N classes, in float; u, v are deviations or the logits themselves, w the weights of
+// the term before and then of this one.
 template <int N>
-KD_DEVICE void add_term(const Term& p, const float (&u)[N], const float (&v)[N], float (&d)[N]) {
-  float w[N];
-  if (p.kind == OF_S) {
+KD_DEVICE void add_term(const Term& p, const float (&u)[N], const float (&v)[N], float (&w)[N], float (&d)[N]) {
+  if (p.twice) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) w[e] *= w[e];
+  } else if (p.kind == OF_S) {
 #pragma unroll
     for (int e = 0; e < N; ++e) w[e] = fast_exp2(fmaf(p.b, u[e], p.shift));
   } else if (p.kind == OF_T) {
@@ -107,7 +119,7 @@ KD_DEVICE void slopes(const Slope& row, const X& xs, const Y& ys, int live, bool
 #pragma unroll
   for (int e = 0; e < N; ++e) d[e] = 0;
   if (!row.doubles) {
-    float u[N], v[N];
+    float u[N], v[N], w[N];
 #pragma unroll
     for (int e = 0; e < N; ++e) {
       u[e] = xs[e];
@@ -122,7 +134,7 @@ KD_DEVICE void slopes(const Slope& row, const X& xs, const Y& ys, int live, bool
     }
     for (int k = 0; k < row.K; ++k) {
       const Term& p = row.terms[k];
-      if (p.kind != CAREFUL) add_term(p, u, v, d);
+      if (p.kind != CAREFUL) add_term(p, u, v, w, d);
     }
   }
   if (odd || search) {

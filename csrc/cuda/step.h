@@ -12,7 +12,7 @@ KD_DEVICE void end_row(const StepTask& task, const Memory& m, const Head& head, 
     sync_warp();
     const double value = finish_row(m.numbers, m.args, m.stats, m.registers, m.coef);
     if (thread() == 0 && writes) *sum_of_rows() += value * g;
-    for (int k = thread(); k < K; k += 32) m.terms[k] = Term(m.coef, K, k, g);
+    for (int i = thread(); i < K; i += 32) m.terms[i] = Term(m.coef, K, m.points[i].index, g, m.points, i);
   }
   sync();
 }

@@ -23,12 +23,15 @@ enum Kind { CAREFUL, OF_S, OF_T, OF_BOTH };
 struct Point {
   float b = 0, a = 0;  // to base 2
   int kind = CAREFUL;
+  int index = 0;        // in the program
+  bool twice = false;  // the point before this one, in the exponent: its weights are the squares of that one's
   bool mean_s = false, mean_t = false, exclude = false, careful = false;  // careful, and not only the rest of a group
 
   KD_DEVICE Point() {}
   KD_DEVICE Point(const Program& p, const double* args, int k, bool narrow) {
     const Tilt at(p, args, k);
     const int flags = p.flags(k);
+    index = k;
     careful = narrow || at.b < 0 || at.a < 0 || flags & SECOND;
     kind = careful ? CAREFUL : at.b != 0 && at.a == 0 ? OF_S : at.a != 0 && at.b == 0 ? OF_T : OF_BOTH;
     b = careful ? 0 : float(at.b * kLog2e);
@@ -36,6 +39,14 @@ struct Point {
     mean_s = flags & MEAN_S || uniform();
     mean_t = flags & MEAN_T || uniform();
     exclude = flags & EXCLUDE;
+  }
+  // Sorted by kind and coefficients, a point comes right after the one it may be twice.
+  KD_DEVICE bool before(const Point& o) const {
+    const int mine = kind == CAREFUL ? 9 : kind, its = o.kind == CAREFUL ? 9 : o.kind;
+    return mine != its ? mine < its : b + a != o.b + o.a ? b + a < o.b + o.a : index < o.index;
+  }
+  KD_DEVICE bool is_twice(const Point& o) const {
+    return kind == o.kind && (kind == OF_S || kind == OF_T) && b == 2 * o.b && a == 2 * o.a;
   }
   // The same weight for all classes: its means show where there are dead ones.
   KD_DEVICE bool uniform() const { return kind == OF_BOTH && b == 0 && a == 0; }
@@ -176,7 +187,7 @@ template <int K> struct Sums {
     else if (label >= kPack) label = N;
     if (label >= 0 && label < N)
       for (int k = 0; k < K; ++k) apart |= points[k].exclude << k;
-    float u[N], v[N];
+    float u[N], v[N], w[N];
     const float s_from = finite_or_0(at.s0), t_from = finite_or_0(at.t0);
 #pragma unroll
     for (int e = 0; e < N; ++e) {
@@ -186,9 +197,15 @@ template <int K> struct Sums {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const Point p = points[k];
-      if (p.kind == CAREFUL || apart >> k & 1) continue;
-      float w[N], z = 0, s = 0, t = 0;
-      weights(p, u, v, w);
+      if (p.kind == CAREFUL) continue;
+      float z = 0, s = 0, t = 0;
+      if (k && p.twice) {
+#pragma unroll
+        for (int e = 0; e < N; ++e) w[e] *= w[e];
+      } else {
+        weights(p, u, v, w);
+      }
+      if (apart >> k & 1) continue;
 #pragma unroll
       for (int e = 0; e < N; e += 4) z += (w[e] + w[e + 1]) + (w[e + 2] + w[e + 3]);
       if (p.mean_s) s = weighted(w, u, p.kind == OF_T ? at.s(p) - s_from : 0);
