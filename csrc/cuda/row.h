@@ -22,7 +22,7 @@ struct Memory {
 
   KD_HD Memory(char* base, int K, int length, int numbers_, bool cluster) {
     double* at = reinterpret_cast<double*>(base);
-    const auto take = [&](int n) { double* mine = at; at += n; return mine; };
+    const auto take = [&](int n) { double* mine = at; at += n + n % 2; return mine; };  // 16 bytes: as aligned as any type
     take(2);  // sum_of_rows() and last_block()
     numbers = take(numbers_);
     args = take(3 + 2 * K);
