@@ -1,8 +1,8 @@
 """CUDA C++ (`csrc/cuda/`): NVIDIA GPUs from Ampere (sm_80) on, in float32, float16 and bfloat16.
 
 Bytes per class of a row of w-byte logits: reduce reads 2 w, spread reads 2 w and writes w; step, where a cluster of
-blocks holds the rows, reads 2 w and writes w, and in two sweeps reads 4 w (of the second 2 w what L2 has kept comes from
-there). At K points K exponentials a sweep, less those of points twice another, whose weights are squares.
+blocks holds the rows, reads 2 w and writes w, and in two sweeps reads 4 w (of the second 2 w what L2 has kept comes
+from there). At K points K exponentials a sweep, less those of points twice another, whose weights are squares.
 A training step is three launches (begin, step, rescale). A call repeats to the bit; nothing waits for the device.
 """
 
