@@ -12,6 +12,7 @@ from .linear import LinearLoss
 from .logpartition import *  # noqa: F403  (its __all__ is the catalogue)
 from .loss import Label, Loss, Moment, Point
 from .ranks import *  # noqa: F403
+from .sparse import SparseTeacher
 
 try:
     __version__ = version("kdkernels")
@@ -20,7 +21,7 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 
 __all__ = [
     *logpartition.__all__, *ranks.__all__, *correlation.__all__, "BackendUnavailable", "Label", "LinearLoss", "Loss",
-    "Moment", "Point", "RankLoss", "available_backends", "backends", "catalogue", "metrics", "power_sum",
+    "Moment", "Point", "RankLoss", "SparseTeacher", "available_backends", "backends", "catalogue", "metrics", "power_sum",
     "power_transform", "tape", "use_backend",
 ]  # fmt: skip
 

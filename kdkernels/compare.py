@@ -39,6 +39,7 @@ class RankLoss(BaseLoss):
     """
 
     teacher_gradient = False
+    merges = False
     _cross_entropy: ForwardKLLoss
 
     def __init__(
