@@ -21,8 +21,8 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 
 __all__ = [
     *logpartition.__all__, *ranks.__all__, *correlation.__all__, "BackendUnavailable", "Label", "LinearLoss", "Loss",
-    "Moment", "Point", "RankLoss", "SparseTeacher", "available_backends", "backends", "catalogue", "metrics", "power_sum",
-    "power_transform", "tape", "use_backend",
+    "Moment", "Point", "RankLoss", "SparseTeacher", "available_backends", "backends", "catalogue", "metrics",
+    "power_sum", "power_transform", "tape", "use_backend",
 ]  # fmt: skip
 
 

@@ -7,7 +7,8 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from . import buckets, call, options
+from . import call, merged, options
+from .buckets import Merged
 
 
 class _PostInit(type):
@@ -31,7 +32,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     rowwise = True
     """Whether rows do not depend on each other, so that a chunk of them may be computed at a time."""
     merges = True
-    """Whether it compares distributions, so that several classes may be one outcome of a teacher's (`SparseTeacher`)."""
+    """Whether several classes may be one outcome, as in a `SparseTeacher`: it compares distributions."""
     standardize = False
     teacher_temperature: float | None = None
     temperature: float
@@ -98,8 +99,8 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         Raises:
             TypeError, ValueError: an argument is missing, or not of the dtype, device, shape or range it should be.
         """
-        if isinstance(teacher_logits, buckets.Merged):
-            return buckets.run(self, student_logits, teacher_logits, labels, row_weight=row_weight, num_items=num_items,
+        if isinstance(teacher_logits, Merged):
+            return merged.run(self, student_logits, teacher_logits, labels, row_weight=row_weight, num_items=num_items,
                                temperature=temperature, vocab_size=vocab_size, vocab_mask=vocab_mask)  # fmt: skip
         rows = call.check(self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
         return self._evaluate(rows, student_logits, num_items, temperature)
@@ -131,10 +132,8 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         Raises:
             TypeError, ValueError: as in a call; `out` does not fit; the reduction is "none"; the loss standardises.
         """
-        merged = teacher_logits if isinstance(teacher_logits, buckets.Merged) else None
-        if merged is not None:
-            call.check_out(self, out, student_logits, None)
-            return buckets.value_and_grad(self, student_logits, merged, labels, out, row_weight=row_weight,
+        if isinstance(teacher_logits, Merged):
+            return merged.value_and_grad(self, student_logits, teacher_logits, labels, out, row_weight=row_weight,
                                           num_items=num_items, temperature=temperature, vocab_size=vocab_size,
                                           vocab_mask=vocab_mask)  # fmt: skip
         rows = call.check(self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buckets import TAILS, Merged, Outcomes, Part, _inverse, blocks
+from .buckets import TAILS, Merged, Outcomes, Part, blocks, inverse_of
 from .call import check_logits, check_vocab
 from .options import check_bool, check_number, readable
 
@@ -33,7 +33,8 @@ class SparseTeacher(Merged):
     that of two whole rows; for f-divergences its value and gradient are those of the bucket. It makes the teacher's
     whole rows, a few at a time, and makes them again in the backward.
 
-    The cross-entropy is that of the student's whole rows, its labels any class. To a loss that needs the label's class
+    The cross-entropy is that of the student's whole rows, its labels any class; with label smoothing it reads them once
+    more, and its gradient is added in their dtype. To a loss that needs the label's class
     (DKD) the bucket is the label's class where it holds it; `from_logits(labels=)` keeps labels out of the bucket.
 
     The teacher is a constant. The student's logits are read once in the forward and once in the backward, beside the
@@ -79,7 +80,8 @@ class SparseTeacher(Merged):
     @classmethod
     @torch.no_grad()
     def from_logits(cls, logits: Tensor, k: int, temperature: float = 1.0, *, labels: Tensor | None = None,
-                    vocab_size: int | None = None, vocab_mask: Tensor | None = None, **options) -> SparseTeacher:  # fmt: skip
+                    vocab_size: int | None = None, vocab_mask: Tensor | None = None,
+                    **options) -> SparseTeacher:  # fmt: skip
         """The k largest of logits (..., V), as log-probabilities at the temperature, and the rest of the mass.
 
         With k = V nothing is left, and the loss is that of the logits.
@@ -102,7 +104,7 @@ class SparseTeacher(Merged):
         indices = torch.cat([_largest(x[:, :vocab], k, vocab_mask) for _, x in blocks(logits)])
         if labels is not None:
             indices = _with_labels(indices, labels.reshape(-1).to(indices.device), vocab)
-        inverse = _inverse(temperature, logits)
+        inverse = inverse_of(temperature, logits)
         outcomes = Outcomes.apply(logits, vocab, vocab_mask, wide, False, Part(indices, inverse))[0]
         values = (outcomes * inverse).log_softmax(-1).to(wide).view(*logits.shape[:-1], k + 1)
         return cls(indices.view(*logits.shape[:-1], k), values[..., :k], values[..., k], temperature=temperature,
@@ -145,8 +147,8 @@ class SparseTeacher(Merged):
 
     def check(self, student, vocab, temperature):
         if self.shape[:-1] != student.shape[:-1]:
-            raise ValueError(f"a SparseTeacher must have the rows of student_logits {tuple(student.shape)}, got indices "
-                             f"of shape {tuple(self.shape)}")  # fmt: skip
+            raise ValueError(f"a SparseTeacher must have the rows of student_logits {tuple(student.shape)}, got "
+                             f"indices of shape {tuple(self.shape)}")  # fmt: skip
         if self.indices.device != student.device:
             raise ValueError(f"a SparseTeacher must be on student_logits' device {student.device}, got "
                              f"{self.indices.device}")  # fmt: skip
@@ -191,7 +193,8 @@ def _indices(x) -> Tensor:
         ordered = x.sort(-1).values
         twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
         if twice.any():
-            raise ValueError(f"indices must be different classes in each row, got {int(ordered[..., 1:][twice][0])} twice")
+            one = int(ordered[..., 1:][twice][0])
+            raise ValueError(f"indices must be different classes in each row, got {one} twice")
     return x
 
 
