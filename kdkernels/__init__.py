@@ -13,6 +13,7 @@ from .logpartition import *  # noqa: F403  (its __all__ is the catalogue)
 from .loss import Label, Loss, Moment, Point
 from .ranks import *  # noqa: F403
 from .sparse import SparseTeacher
+from .vocab import SharedVocab
 
 try:
     __version__ = version("kdkernels")
@@ -21,8 +22,8 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 
 __all__ = [
     *logpartition.__all__, *ranks.__all__, *correlation.__all__, "BackendUnavailable", "Label", "LinearLoss", "Loss",
-    "Moment", "Point", "RankLoss", "SparseTeacher", "available_backends", "backends", "catalogue", "metrics",
-    "power_sum", "power_transform", "tape", "use_backend",
+    "Moment", "Point", "RankLoss", "SharedVocab", "SparseTeacher", "available_backends", "backends", "catalogue",
+    "metrics", "power_sum", "power_transform", "tape", "use_backend",
 ]  # fmt: skip
 
 
