@@ -169,12 +169,17 @@ class SparseTeacher(Merged):
     def classes(self):
         return self.indices.reshape(-1, self.shape[-1])
 
-    def outcomes(self, inverse, wide):
-        values = self.values.reshape(-1, self.shape[-1]).to(wide) * self.scale
+    def log_outcomes(self, wide: torch.dtype = torch.float64) -> Tensor:
+        """(N, k) log-probabilities, or (N, k + 1) with that of a tail, up to a constant for each row."""
+        values = self.values.reshape(-1, self.shape[-1]).to(wide) * (self.scale / self.temperature)
         values = values.masked_fill(self.classes() < 0, -torch.inf)
-        if self.tail == "renormalise" or self.log_tail is None:
-            return values
-        return torch.cat((values, self.log_tail.reshape(-1, 1).to(wide) * self.temperature), -1)
+        return values if self.log_tail is None else torch.cat((values, self.log_tail.reshape(-1, 1).to(wide)), -1)
+
+    def outcomes(self, inverse, wide):
+        if self.scale == 1 and self.log_tail is None:  # as they were given
+            return self.values.reshape(-1, self.shape[-1]).to(wide).masked_fill(self.classes() < 0, -torch.inf)
+        outcomes = self.log_outcomes(wide) * self.temperature
+        return outcomes[:, : self.shape[-1]] if self.tail == "renormalise" else outcomes
 
     def place(self, labels):
         found = self.classes() == labels[:, None]

@@ -95,8 +95,8 @@ class SharedVocab:
         indices = torch.where(teacher.indices < 0, -1, self.to_student[teacher.indices.clamp(min=0)])
         tail = teacher.log_tail
         if tail is not None:
-            log_p = teacher.values.to(tail.dtype) * (teacher.scale / teacher.temperature)
-            lost = log_p.masked_fill((indices >= 0) | (teacher.indices < 0), -torch.inf)
+            log_p = teacher.log_outcomes(tail.dtype)[:, : teacher.shape[-1]].view(teacher.shape)
+            lost = log_p.masked_fill(indices >= 0, -torch.inf)
             tail = torch.logaddexp(tail, lost.logsumexp(-1))
         return teacher._with(indices, teacher.values, tail)
 
