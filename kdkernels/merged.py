@@ -46,7 +46,8 @@ def evaluate(loss: BaseLoss, student: Tensor, teacher: Merged, labels=None, *, r
     own = loss.temperature if temperature is None else temperature
     other = loss.teacher_temperature or own
     teacher.check(student, vocab, other)
-    _check_loss(loss, teacher, own, other)
+    if why := refusal(loss, teacher.tail):
+        raise ValueError(why)
     _check_labels(loss, teacher, labels, vocab)
     rows = call.Rows(student, None, labels, mask, weight, vocab)
     if teacher.tail == "spread":
@@ -94,21 +95,36 @@ def split(loss: BaseLoss) -> tuple[BaseLoss, BaseLoss]:
     return vars(loss)["_split"]
 
 
-def _check_loss(loss: BaseLoss, teacher: Merged, own, other) -> None:
+def refusal(loss: BaseLoss, tail: str = "bucket") -> str:
+    """Why the loss does not take a teacher with this tail; "" if it does.
+
+    A point weighs the classes by q_i^b p_i^a. With b + a = 1 the sum over several classes in which q and p are
+    proportional is that of the one class they make; so are the f-divergences, which are made of such sums, and it is
+    smallest where q = p, whatever the tail hides. Sums of other powers are neither.
+    """
     name = type(loss).__name__
     if not loss.rowwise:
-        raise ValueError(f"{name} compares a class in all rows, and the classes of a teacher of outcomes differ: "
-                         "pass it teacher_logits of all classes")  # fmt: skip
-    if teacher.tail == "renormalise":
-        return
-    why = "" if loss.merges else "compares classes one by one"
-    why = why or ("z-scores its rows" if loss.standardize else "")
-    plain = not isinstance(own, Tensor) and not isinstance(other, Tensor) and own == other == 1
-    if not why and teacher.tail == "bucket" and not plain and any(p.raw for p in getattr(loss, "points", tuple)()):
-        why = "looks at logits at temperature 1"
-    if why:
-        raise ValueError(f"{name} {why}, and the tail of this teacher is many classes; a teacher without a tail, "
-                         "tail='renormalise', leaves them out")  # fmt: skip
+        return f"{name} compares a class in all rows, and the classes of this teacher differ: it needs teacher_logits"
+    if tail == "renormalise":
+        return ""
+    if not loss.merges:
+        why = "compares classes one by one, and the tail of this teacher is many"
+    elif loss.standardize:
+        why = "z-scores its rows, and the tail of this teacher is many classes"
+    elif tail == "bucket" and any(p.raw or not _is_one(p.student + p.teacher) for p in _points(loss)):
+        why = "sums powers of the probabilities that a bucket does not know: take tail='spread'"
+    else:
+        return ""
+    return f"{name} {why}; or leave the tail out, tail='renormalise'"
+
+
+def _points(loss: Any) -> tuple:
+    return loss.points() if hasattr(loss, "points") else ()
+
+
+def _is_one(power) -> bool:
+    close = abs(power - 1) < 1e-12
+    return bool(close.all()) if isinstance(close, Tensor) else close
 
 
 def _check_labels(loss: BaseLoss, teacher: Merged, labels: Tensor | None, vocab: int) -> None:
@@ -141,7 +157,8 @@ def _spread(loss: BaseLoss, teacher: Any, rows: call.Rows, num_items, own, other
     factor = call.factor(*call.weighting(loss, rows, num_items), rows.labels, loss.ignore_index, rows.student)
     count = rows.student.shape[:-1].numel()
     backend = backends.pick(rows.student).__name__.rpartition(".")[-1]
-    state = _Chunks(copy.copy(loss), teacher.reshape(count), rows, factor.expand(count), own, other, backend)
+    teacher = teacher.reshape(count)
+    state = _Chunks(copy.copy(loss), teacher, rows, factor.expand(count), own, inverse_of(other, rows.student), backend)
     value = _Spread.apply(rows.student, state)
     return value.view(rows.student.shape[:-1]) if loss.reduction == "none" else value.sum(dtype=value.dtype)
 
@@ -153,8 +170,8 @@ class _Chunks(NamedTuple):
     teacher: Any
     rows: call.Rows
     factor: Tensor
-    own: Any
-    other: Any
+    own: Any  # temperature of the student
+    other: Tensor  # 1 / T of the teacher
     backend: str
 
     def value(self, at: slice, s: Tensor, factor: Tensor) -> Tensor:
@@ -174,15 +191,12 @@ class _Chunks(NamedTuple):
 
     def dense(self, at: slice, s: Tensor) -> Tensor:
         """The teacher's logits (n, vocab): a constant."""
-        wide = wide_of(s)
-        own, other = inverse_of(self.own, s), inverse_of(self.other, s)
-        part = Part(self.teacher.classes(), own).rows(at, wide)
-        o = Outcomes.apply(s, self.rows.vocab, self.rows.mask, wide, False, part)[0]
-        t, ratio = self.teacher[at].outcomes(other, wide), own / other
-        full = full_copy(s, self.rows.vocab, self.rows.mask, wide)
-        moved = (full - o[:, -1:]) * (ratio[at] if len(ratio) > 1 else ratio) + t[:, -1:]
-        full = torch.where(full == -math.inf, full, moved.to(wide))
-        return full.scatter_(1, or_last(part.classes, self.rows.vocab), t[:, :-1])[:, : self.rows.vocab]
+        wide, vocab, mask = wide_of(s), self.rows.vocab, self.rows.mask
+        part = Part(self.teacher.classes(), self.other).rows(at, wide)
+        bucket = Outcomes.apply(s, vocab, mask, wide, False, part)[0][:, -1:]
+        t, full = self.teacher[at].outcomes(self.other, wide), full_copy(s, vocab, mask, wide)
+        full = torch.where(full == -math.inf, full, full - bucket + t[:, -1:])
+        return full.scatter_(1, or_last(part.classes, vocab), t[:, :-1])[:, :vocab]
 
 
 class _Spread(torch.autograd.Function):

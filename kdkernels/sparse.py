@@ -20,18 +20,20 @@ class SparseTeacher(Merged):
         loss(student_logits, teacher, labels)
 
     With tail="bucket" student and teacher are compared on k + 1 outcomes: the k classes, and all others as one. That is
-    the exact loss of the merged distributions, a lower bound of the loss of the whole ones for every f-divergence (KL,
-    reverse KL, Jensen-Shannon, total variation, Hellinger, Renyi), and the whole one where the other classes are nearly
-    impossible, or student and teacher are proportional there. For losses that are none (TTM, WTTM, alpha-beta, TAID:
-    sums of p^gamma, in which the bucket counts as p_tail^gamma) it is a definition of its own. A temperature acts on
-    the classes first, then they are merged. Losses that look at single classes (ranks, correlations, z-scores) raise.
+    the exact loss of the merged distributions. For an f-divergence (KL, reverse KL, Jensen-Shannon, total variation,
+    Hellinger, Renyi) it is a lower bound of the loss of the whole ones, as tight as student and teacher are
+    proportional on the tail, and smallest where they agree. Losses of other powers of the probabilities (TTM, WTTM,
+    alpha-beta but for alpha + beta = 1) need sums over the tail that a bucket does not know, and raise; TTM is
+    `ForwardKLLoss(teacher_temperature=1 / gamma)`, of a teacher recorded at 1 / gamma. Losses that look at single
+    classes (ranks, correlations, z-scores) raise. A temperature acts on the classes first, then they are merged.
+
+    With tail="spread" the teacher's tail is the student's, in proportion to its probabilities at the teacher's
+    temperature, as a constant: a guess, exact where the two agree. The loss is then that of two whole rows, of any
+    power. For f-divergences at one temperature its value and gradient are those of the bucket. It makes the teacher's
+    whole rows, a few at a time, and makes them again in the backward.
 
     With tail="renormalise" both distributions are those given that the outcome is one of the k classes; every row-wise
     loss takes it.
-
-    With tail="spread" the teacher's tail lies on the student's, in proportion to it, as a constant. The loss is then
-    that of two whole rows; for f-divergences its value and gradient are those of the bucket. It makes the teacher's
-    whole rows, a few at a time, and makes them again in the backward.
 
     The cross-entropy is that of the student's whole rows, its labels any class; with label smoothing it reads them once
     more, and its gradient is added in their dtype. To a loss that needs the label's class

@@ -168,7 +168,7 @@ def test_kill_9_again_and_again(tmp_path):
             while len(list(folder.glob("shard-*"))) < shards:
                 assert process.poll() is None
             process.send_signal(signal.SIGKILL)
-        with pytest.raises(CacheError, match="is not complete|no teacher cache"):
+        with pytest.raises(CacheError, match=r"is not complete|no teacher cache"):
             Reader(folder)
     write(folder, 400)
     assert files(folder) == files(write(tmp_path / "whole", 400))

@@ -122,5 +122,5 @@ def test_a_loss_at_temperature_one_of_its_own_is_refused_elsewhere():
             return p.lse
 
     sparse = SparseTeacher.from_logits(X.t, K, 2.0)
-    with pytest.raises(ValueError, match="looks at logits at temperature 1"):
+    with pytest.raises(ValueError, match="Raw sums powers"):
         Raw(temperature=2.0)(X.s, sparse)
