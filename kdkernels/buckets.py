@@ -134,9 +134,12 @@ class Merged:
     tail: str
     sparse_gradient = False
 
-    def check(self, student: Tensor, vocab: int, temperature: Any) -> None:
-        """Raises if it does not fit the student's logits, or the teacher's temperature."""
+    def check(self, student: Tensor | call.Shaped, vocab: int) -> None:
+        """Raises if it does not fit the student's logits."""
         raise NotImplementedError
+
+    def check_temperature(self, temperature: Any) -> None:
+        """Raises if its tail is not that of the teacher's temperature in the loss."""
 
     def vocab(self, vocab_size: int | None, student: Tensor) -> int:
         return call.check_vocab(vocab_size, student)

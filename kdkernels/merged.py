@@ -45,7 +45,8 @@ def evaluate(loss: BaseLoss, student: Tensor, teacher: Merged, labels=None, *, r
     labels, mask, weight = call.check_rows(loss, student, vocab, labels, row_weight, temperature, vocab_mask)
     own = loss.temperature if temperature is None else temperature
     other = loss.teacher_temperature or own
-    teacher.check(student, vocab, other)
+    teacher.check(student, vocab)
+    teacher.check_temperature(other)
     if why := refusal(loss, teacher.tail):
         raise ValueError(why)
     _check_labels(loss, teacher, labels, vocab)
@@ -176,12 +177,11 @@ class _Chunks(NamedTuple):
 
     def value(self, at: slice, s: Tensor, factor: Tensor) -> Tensor:
         """(n,) losses of the rows `at`, s (n, W), times factor (N,)."""
-        from .loss import Loss
-        from .sweep import _part
+        from .loss import Loss, part_of
 
         one, x = copy.copy(self.loss), self.rows
         if isinstance(one, Loss):
-            one = _part(one, at, len(factor), "none")
+            one = part_of(one, at, len(factor), "none")
         one.__dict__["reduction"] = "none"
         T = self.own.reshape(-1) if isinstance(self.own, Tensor) else self.own
         T = T[at] if isinstance(T, Tensor) and len(T) > 1 else T

@@ -147,7 +147,7 @@ class SparseTeacher(Merged):
         other.__dict__.update(self.__dict__, indices=indices, values=values, log_tail=log_tail)
         return other
 
-    def check(self, student, vocab, temperature):
+    def check(self, student, vocab):
         if self.shape[:-1] != student.shape[:-1]:
             raise ValueError(f"a SparseTeacher must have the rows of student_logits {tuple(student.shape)}, got "
                              f"indices of shape {tuple(self.shape)}")  # fmt: skip
@@ -159,6 +159,8 @@ class SparseTeacher(Merged):
                              f"{int(self.indices.max())}")  # fmt: skip
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (self.values, self.log_tail)):
             raise ValueError("a SparseTeacher requires grad, but no gradient flows to it; detach its tensors")
+
+    def check_temperature(self, temperature):
         if self.tail == "renormalise" or (isinstance(temperature, Tensor) and not readable(temperature)):
             return
         numbers = temperature.detach() if isinstance(temperature, Tensor) else torch.tensor([temperature])

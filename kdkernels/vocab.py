@@ -116,7 +116,7 @@ class _SharedTeacher(Merged):
                              f"vocabulary's map, got {vocab_size}")  # fmt: skip
         return vocab_size
 
-    def check(self, student, vocab, temperature):
+    def check(self, student, vocab):
         if self.logits.shape[:-1] != student.shape[:-1]:
             raise ValueError(f"teacher_logits must have the rows of student_logits {tuple(student.shape)}, got "
                              f"{tuple(self.logits.shape)}")  # fmt: skip
