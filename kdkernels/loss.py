@@ -208,7 +208,7 @@ def part_of(loss: Loss, at: slice, rows: int, reduction: str) -> Loss:
     for name in ("_single", "_double"):
         code, args = vars(loss)[name]
         if 1 < len(args) != rows:
-            raise ValueError(f"{type(loss).__name__} has {len(args)} rows of point coefficients, the student {rows}")
+            raise ValueError(f"{type(loss).__name__} has {len(args)} rows of point coefficients, student_hidden {rows}")
         part.__dict__[name] = Program(code, args[at] if len(args) == rows > 1 else args)
     if "_split" in vars(loss):  # of a SparseTeacher's loss
         part.__dict__["_split"] = tuple(part_of(one, at, rows, reduction) for one in vars(loss)["_split"])
