@@ -58,6 +58,11 @@ class Outcomes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, vocab, mask, wide, sparse, *parts):
         ctx.vocab, ctx.mask, ctx.parts, ctx.sparse = vocab, mask, parts, sparse
+        ctx.kernel = _kernel(logits, vocab, parts)
+        if ctx.kernel:
+            *out, stats = ctx.kernel[0](call.dense(logits), mask, *_arguments(parts), vocab)
+            ctx.save_for_backward(logits, stats)
+            return tuple(x.to(wide) for x in out[: len(parts)])
         rows = logits.shape[:-1].numel()
         out = [logits.new_empty((rows, p.classes.shape[1] + (p.inverse is not None)), dtype=wide) for p in parts]
         for at, x in blocks(logits):
@@ -78,6 +83,10 @@ class Outcomes(torch.autograd.Function):
         logits, *buckets = ctx.saved_tensors
         if ctx.sparse:
             return _sparse(logits, ctx.parts[0].classes, grads[0]), *(None,) * (4 + len(ctx.parts))
+        if ctx.kernel:
+            by, by_entropy = (*(g.to(torch.float64).contiguous() for g in grads), None)[:2]
+            given = (call.dense(logits), ctx.mask, *_arguments(ctx.parts), *buckets, ctx.vocab)
+            return ctx.kernel[1](by, by_entropy, *given).view(logits.shape), *(None,) * (4 + len(ctx.parts))
         out, vocab = logits.new_empty(logits.shape), ctx.vocab
         flat = out.view(-1, logits.shape[-1])
         for at, x in blocks(logits):
@@ -94,6 +103,25 @@ class Outcomes(torch.autograd.Function):
             flat[at, :vocab] = total[:, :vocab]
         flat[:, vocab:] = 0
         return out, *(None,) * (4 + len(ctx.parts))
+
+
+def _kernel(logits: Tensor, vocab: int, parts: tuple[Part, ...]):
+    """The operators (see csrc/cpu/buckets.cpp) that do the same, where they are made for it; else None.
+
+        bucket(student, mask?, classes (N, k), inverse (1 or N,)?, labels (N,)?, vocab)
+            -> outcomes (N, k + 1), outcomes of label and rest (N, 2), what bucket_spread wants to know (N, 3)
+        bucket_spread(gradient of the first, of the second?, student, ..., the third, vocab) -> gradient of student
+    """
+    first = parts[0]
+    few = len(first.classes) == logits.shape[:-1].numel() and 2 * first.classes.shape[1] <= vocab
+    summed = first.inverse is not None or len(parts) > 1
+    return getattr(backends.pick(logits), "BUCKET", None) if few and summed else None
+
+
+def _arguments(parts: tuple[Part, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    inverse = parts[0].inverse
+    labels = parts[1].classes[:, 0].contiguous() if len(parts) > 1 else None
+    return parts[0].classes.contiguous(), None if inverse is None else inverse[:, 0].double(), labels
 
 
 def full_copy(x: Tensor, vocab: int, mask: Tensor | None, wide: torch.dtype) -> Tensor:
