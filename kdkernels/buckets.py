@@ -87,6 +87,8 @@ class Outcomes(torch.autograd.Function):
             by, by_entropy = (*(g.to(torch.float64).contiguous() for g in grads), None)[:2]
             given = (call.dense(logits), ctx.mask, *_arguments(ctx.parts), *buckets, ctx.vocab)
             return ctx.kernel[1](by, by_entropy, *given).view(logits.shape), *(None,) * (4 + len(ctx.parts))
+        if all(part.inverse is None for part in ctx.parts):
+            return _scattered(logits, ctx.parts[0].classes, grads[0]), *(None,) * (4 + len(ctx.parts))
         out, vocab = logits.new_empty(logits.shape), ctx.vocab
         flat = out.view(-1, logits.shape[-1])
         for at, x in blocks(logits):
@@ -114,8 +116,7 @@ def _kernel(logits: Tensor, vocab: int, parts: tuple[Part, ...]):
     """
     first = parts[0]
     few = len(first.classes) == logits.shape[:-1].numel() and 2 * first.classes.shape[1] <= vocab
-    summed = first.inverse is not None or len(parts) > 1
-    return getattr(backends.pick(logits), "BUCKET", None) if few and summed else None
+    return getattr(backends.pick(logits), "BUCKET", None) if few else None
 
 
 def _arguments(parts: tuple[Part, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -140,6 +141,15 @@ def or_last(index: Tensor, vocab: int) -> Tensor:
 
 def gone(index: Tensor, mask: Tensor | None) -> Tensor:
     return index < 0 if mask is None else (index < 0) | ~mask[index.clamp(min=0)]
+
+
+def _scattered(logits: Tensor, index: Tensor, grad: Tensor) -> Tensor:
+    """The gradient where nothing but the classes has one."""
+    width = logits.shape[-1]
+    row = torch.arange(len(grad), device=grad.device)[:, None] * width
+    value = grad.masked_fill(index < 0, 0.0).to(logits.dtype)
+    flat = logits.new_zeros(logits.numel())  # of one dimension: deterministic on a GPU as well
+    return flat.scatter_add_(0, (row + index.clamp(min=0)).view(-1), value.view(-1)).view(logits.shape)
 
 
 def _sparse(logits: Tensor, index: Tensor, grad: Tensor) -> Tensor:

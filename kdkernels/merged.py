@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import backends, call
 from .buckets import Merged, Outcomes, Part, blocks, full_copy, gone, inverse_of, or_last, wide_of
+from .ops import rescale
 from .options import readable
 
 if TYPE_CHECKING:
@@ -155,13 +156,16 @@ def _positions(loss: BaseLoss, teacher: Merged, labels: Tensor | None, width: in
 
 
 def _spread(loss: BaseLoss, teacher: Any, rows: call.Rows, num_items, own, other) -> Tensor:
-    factor = call.factor(*call.weighting(loss, rows, num_items), rows.labels, loss.ignore_index, rows.student)
-    count = rows.student.shape[:-1].numel()
-    backend = backends.pick(rows.student).__name__.rpartition(".")[-1]
-    teacher = teacher.reshape(count)
-    state = _Chunks(copy.copy(loss), teacher, rows, factor.expand(count), own, inverse_of(other, rows.student), backend)
-    value = _Spread.apply(rows.student, state)
-    return value.view(rows.student.shape[:-1]) if loss.reduction == "none" else value.sum(dtype=value.dtype)
+    student, per_row = rows.student, loss.reduction == "none"
+    count = student.shape[:-1].numel()
+    factor = call.factor(*call.weighting(loss, rows, num_items), rows.labels, loss.ignore_index, student)
+    backend = backends.pick(student).__name__.rpartition(".")[-1]
+    part = copy.copy(loss)
+    part.__dict__["reduction"] = "none" if per_row else "sum"
+    own = own.reshape(-1).expand(count) if isinstance(own, Tensor) else own
+    state = _Chunks(part, teacher.reshape(count), rows, factor.expand(count), own, inverse_of(other, student), backend)
+    value = _Spread.apply(student, state, torch.is_grad_enabled())
+    return value.view(student.shape[:-1]) if per_row else value
 
 
 class _Chunks(NamedTuple):
@@ -170,55 +174,68 @@ class _Chunks(NamedTuple):
     loss: BaseLoss
     teacher: Any
     rows: call.Rows
-    factor: Tensor
-    own: Any  # temperature of the student
+    factor: Tensor  # (N,) what a row's loss is multiplied with
+    own: Any  # temperature of the student, a number or (N,)
     other: Tensor  # 1 / T of the teacher
     backend: str
 
-    def value(self, at: slice, s: Tensor, factor: Tensor) -> Tensor:
-        """(n,) losses of the rows `at`, s (n, W), times factor (N,)."""
+    def call(self, at: slice, s: Tensor, factor: Tensor) -> tuple[BaseLoss, tuple, dict]:
+        """The loss of the rows `at`, and what it is called with beside s (n, vocab)."""
         from .loss import Loss, part_of
 
-        one, x = copy.copy(self.loss), self.rows
+        one, x = self.loss, self.rows
         if isinstance(one, Loss):
-            one = part_of(one, at, len(factor), "none")
-        one.__dict__["reduction"] = "none"
-        T = self.own.reshape(-1) if isinstance(self.own, Tensor) else self.own
-        T = T[at] if isinstance(T, Tensor) and len(T) > 1 else T
+            one = part_of(one, at, len(factor), one.reduction)
         labels = None if x.labels is None else x.labels[at]
-        return one(s, self.dense(at, s.detach()), labels, row_weight=factor[at], vocab_mask=x.mask,
-                   temperature=T.expand(len(s)) if isinstance(T, Tensor) else T)  # fmt: skip
+        T = self.own[at] if isinstance(self.own, Tensor) else self.own
+        return one, (self.dense(at, s), labels), dict(row_weight=factor[at], vocab_mask=x.mask, temperature=T)
 
+    @torch.no_grad()
     def dense(self, at: slice, s: Tensor) -> Tensor:
         """The teacher's logits (n, vocab): a constant."""
         wide, vocab, mask = wide_of(s), self.rows.vocab, self.rows.mask
         part = Part(self.teacher.classes(), self.other).rows(at, wide)
         bucket = Outcomes.apply(s, vocab, mask, wide, False, part)[0][:, -1:]
         t, full = self.teacher[at].outcomes(self.other, wide), full_copy(s, vocab, mask, wide)
-        full = torch.where(full == -math.inf, full, full - bucket + t[:, -1:])
+        full.add_(t[:, -1:] - torch.where(bucket == -math.inf, 0.0, bucket))
         return full.scatter_(1, or_last(part.classes, vocab), t[:, :-1])[:, :vocab]
 
 
 class _Spread(torch.autograd.Function):
-    """(N,) weighted losses of student (..., W); the backward makes the chunks again, knowing its gradient."""
+    """The loss of student (..., W), and of each row with reduction "none". The gradient is made in the forward, except
+    for a loss of each row and in float16, where it has to know the incoming one."""
 
     @staticmethod
-    def forward(ctx, student, chunks):
-        ctx.chunks = chunks
+    def forward(ctx, student, chunks, enabled):
+        ctx.chunks, ctx.ready, loss = chunks, None, chunks.loss
         ctx.save_for_backward(student)
-        vocab, factor = chunks.rows.vocab, chunks.factor
-        values = [chunks.value(at, s[:, :vocab], factor) for at, s in blocks(student)]
-        return torch.cat(values) if values else student.new_zeros(0, dtype=call.result_dtype(student))
+        now = enabled and ctx.needs_input_grad[0] and loss.reduction != "none" and student.dtype != torch.float16
+        out = ctx.ready = student.new_zeros(student.shape) if now else None
+        values = []
+        for at, s in blocks(student):
+            one, given, options = chunks.call(at, s[:, : chunks.rows.vocab], chunks.factor)
+            if out is None:
+                values.append(one(s[:, : chunks.rows.vocab], *given, **options))
+                continue
+            value, gradient = one.value_and_grad(s[:, : chunks.rows.vocab], *given, **options)
+            out.view(-1, student.shape[-1])[at, : chunks.rows.vocab] = gradient
+            values.append(value)
+        if loss.reduction == "none":
+            return torch.cat(values)
+        return torch.stack(values).sum(dtype=torch.float64).to(values[0].dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        ready, ctx.ready = ctx.ready, None  # it is the caller's from here on, who may write to it
+        if ready is not None and (scaled := rescale(ready, grad)) is not None:
+            return scaled, None, None
         (student,), chunks = ctx.saved_tensors, ctx.chunks
-        out, vocab = student.new_zeros(student.shape), chunks.rows.vocab
-        factor = chunks.factor * grad.to(torch.float64)
+        out, factor = student.new_zeros(student.shape), chunks.factor * grad.to(torch.float64)
         for at, s in blocks(student):
             with torch.enable_grad(), backends.use_backend(chunks.backend):
-                leaf = s[:, :vocab].detach().requires_grad_()
-                value = chunks.value(at, leaf, factor).sum()
-                out.view(-1, student.shape[-1])[at, :vocab] = torch.autograd.grad(value, leaf)[0]
-        return out, None
+                leaf = s[:, : chunks.rows.vocab].detach().requires_grad_()
+                one, given, options = chunks.call(at, leaf, factor)
+                gradient = torch.autograd.grad(one(leaf, *given, **options).sum(), leaf)[0]
+            out.view(-1, student.shape[-1])[at, : chunks.rows.vocab] = gradient
+        return out, None, None

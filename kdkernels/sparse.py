@@ -30,7 +30,7 @@ class SparseTeacher(Merged):
     With tail="spread" the teacher's tail is the student's, in proportion to its probabilities at the teacher's
     temperature, as a constant: a guess, exact where the two agree. The loss is then that of two whole rows, of any
     power. For f-divergences at one temperature its value and gradient are those of the bucket. It makes the teacher's
-    whole rows, a few at a time, and makes them again in the backward.
+    whole rows, a few at a time.
 
     With tail="renormalise" both distributions are those given that the outcome is one of the k classes; every row-wise
     loss takes it.

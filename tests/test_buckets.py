@@ -59,14 +59,14 @@ def check(s, vocab, mask, *parts):
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
 @pytest.mark.parametrize("v", [3, 20, 33, 700, TILE, TILE + 1, 3 * TILE + 17])
-@pytest.mark.parametrize("kind", ["tail", "entropy", "both"])
+@pytest.mark.parametrize("kind", ["tail", "entropy", "both", "neither"])
 def test_dtypes_and_widths(dtype, v, kind):
     s, classes, labels = rows(5, v, dtype)
     labels[1], labels[2] = classes[1, 0], -1
     T = torch.linspace(0.5, 2.0, 5, dtype=F64)[:, None]
     for inverse in (torch.ones(1, 1, dtype=F64), 1 / T):
-        first = Part(classes, None if kind == "entropy" else inverse)
-        entropy = [] if kind == "tail" else [Part(labels[:, None], torch.ones(1, 1, dtype=F64))]
+        first = Part(classes, None if kind in ("entropy", "neither") else inverse)
+        entropy = [] if kind in ("tail", "neither") else [Part(labels[:, None], torch.ones(1, 1, dtype=F64))]
         check(s, v, None, first, *entropy)
 
 

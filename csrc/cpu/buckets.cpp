@@ -99,34 +99,29 @@ void reduce_one(const Tiles<R>& isa, const Call& c, int64_t n, const Apart& apar
     tile.view.s_pivot = top == -INFINITY ? 0 : top;
     tile.view.t_pivot = 0;
   };
-  size_t next = 0;
-  for (int64_t first = 0; first < x.vocab; first += kTile) {
-    const int count = int(std::min<int64_t>(x.vocab - first, kTile));
-    const bool plain = next == apart.all.size() || apart.all[next].i >= first + count;
+  const auto take = [&](int64_t first, int count) {
     R max = 0, none = 0;
     bool ready = false, loaded = false;
-    if (plain && in_memory && tile.look(isa, x, n, first, count, &max, &none)) {
+    if (in_memory && tile.look(isa, x, n, first, count, &max, &none)) {
       raise(max);
       isa.sums_through(x.s.type, tile.view, w.e.data(), w.flags.data(), two.K, w.sums.data());
       ready = true;
     }
     for (int k = 0; k < two.K; ++k) {
       if (ready && w.points[k].take(tile.view, w.sums[k])) continue;
-      if (!loaded) tile.load(isa, x, n, first, count);
-      loaded = true;
-      special |= tile.special;
-      const View<R> whole = tile.view;
-      size_t at = next;
-      around(apart, &at, first, count, [&](int from, int many) {
-        tile.view = part_of(whole, from, many);
-        isa.peak(tile.view.s, many, &max);
-        raise(max);
-        w.points[k].add(isa, tile, -1);
-      }, [](const Apart::One&) {});
-      tile.view = whole;
+      if (!loaded) {
+        tile.load(isa, x, n, first, count);
+        raise(tile.s_max);
+        special |= tile.special;
+        loaded = true;
+      }
+      w.points[k].add(isa, tile, -1);
     }
-    while (next < apart.all.size() && apart.all[next].i < first + count) ++next;
-  }
+  };
+  size_t next = 0;
+  for (int64_t first = 0; two.K && first < x.vocab; first += kTile)
+    around(apart, &next, first, int(std::min<int64_t>(x.vocab - first, kTile)),
+           [&](int from, int many) { take(first + from, many); }, [](const Apart::One&) {});
   Moments sums[2];
   for (int k = 0; k < two.K; ++k) sums[k] = w.points[k].close();
   for (const Apart::One& one : apart.all) {
