@@ -30,7 +30,9 @@ def main(arguments=None):
         print(f"kdkernels: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("kdkernels: interrupted; `--resume RUN_DIR` goes on from the last checkpoint", file=sys.stderr)
+        resume = "`--resume RUN_DIR` goes on from the last checkpoint"
+        again = "the same command goes on" if options.run is run_cache else resume
+        print(f"kdkernels: interrupted; {again}", file=sys.stderr)
         return 130
 
 

@@ -34,7 +34,9 @@ def value_and_grad(loss: BaseLoss, student: Tensor, teacher: Merged, labels, out
         leaf = student.detach().requires_grad_()
         value = run(loss, leaf, teacher, labels, **given)
         (gradient,) = torch.autograd.grad(value, leaf)
-    return value.detach(), gradient if out is None else out.copy_(gradient)
+    if out is None:
+        return value.detach(), gradient
+    return value.detach(), out.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
 
 
 def evaluate(loss: BaseLoss, student: Tensor, teacher: Merged, labels=None, *, row_weight=None, num_items=None,
@@ -228,8 +230,10 @@ class _Spread(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         ready, ctx.ready = ctx.ready, None  # it is the caller's from here on, who may write to it
-        if ready is not None and (scaled := rescale(ready, grad)) is not None:
-            return scaled, None, None
+        if ready is not None:
+            scaled = rescale(ready, grad) if grad.is_cpu else ready.mul_(grad)  # nothing waits for a GPU
+            if scaled is not None:
+                return scaled, None, None
         (student,), chunks = ctx.saved_tensors, ctx.chunks
         out, factor = student.new_zeros(student.shape), chunks.factor * grad.to(torch.float64)
         for at, s in blocks(student):

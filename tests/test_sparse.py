@@ -389,6 +389,40 @@ def test_a_sparse_gradient_goes_back_through_a_head():
         near(a.to_dense() if a.is_sparse else a, b)
 
 
+def test_a_sparse_gradient_goes_into_a_buffer():
+    x = batch(6, 40)
+    one = SparseTeacher.from_logits(x.t, K, tail="renormalise", sparse_gradient=True)
+    sparse, dense = (kd.ForwardKLLoss().value_and_grad(x.s, one, out=out)[1] for out in (None, torch.empty_like(x.s)))
+    assert torch.equal(sparse.to_dense(), dense)
+    hidden, head = torch.eye(6, dtype=F64).requires_grad_(), x.s.T.clone()
+    value = kd.LinearLoss(kd.ForwardKLLoss(), 4)(hidden, head, teacher_logits=one)
+    near(torch.autograd.grad(value, hidden)[0], dense @ x.s.T)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "spread"])
+@pytest.mark.parametrize("reduction", ["mean", "none", "sum", "batchmean"])
+def test_no_rows_and_one_row(tail, reduction):
+    x = batch(6, 40)
+    sparse, loss = SparseTeacher.from_logits(x.t, K, tail=tail), kd.ForwardKLLoss(reduction=reduction, ce_weight=0.5)
+    s = x.s.clone().requires_grad_()
+    nothing = loss(s[:0], sparse[:0], x.y[:0])
+    assert nothing.sum() == 0 and not torch.autograd.grad(nothing.sum(), s)[0].any()
+    near(loss(s[0], sparse[0], x.y[0]).reshape(()), loss(s[:1], sparse[:1], x.y[:1]).sum())
+
+
+def test_half_gradients_survive_the_scale_of_a_grad_scaler():
+    x = batch(8, 4000, s_dtype=torch.float16)
+    for tail in ("bucket", "spread"):
+        sparse, loss = SparseTeacher.from_logits(x.t.float(), K, tail=tail), kd.ForwardKLLoss(reduction="sum")
+        s, wide = x.s.clone().requires_grad_(), x.s.double().requires_grad_()
+        (65536 * loss(s, sparse)).backward()
+        loss(wide, sparse).backward()
+        got = s.grad.double() / 65536
+        assert got.isinf().sum() <= 8 and (got != 0).double().mean() > 0.99
+        small = wide.grad.abs() < 0.5
+        assert ((got - wide.grad)[small].abs() <= 1e-3 * wide.grad[small].abs() + 1e-12).all()
+
+
 @pytest.mark.parametrize("out", [False, True])
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "spread"])
 def test_value_and_grad(tail, out):
@@ -420,6 +454,9 @@ def test_nothing_is_as_large_as_the_logits_but_the_gradient(tail, dtype):
         s.grad = None
         loss(s, sparse, y).backward()
 
+    if tail == "bucket":  # the way of GPUs as well, in float64 here
+        with kd.use_backend("reference"):
+            assert allocations(forward).peak < 8 << 23
     step()
     size, chunks = N * V * dtype.itemsize, 8 << 22  # of 2^20 classes in float32
     assert allocations(forward).peak < chunks
