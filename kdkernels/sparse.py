@@ -45,7 +45,8 @@ class SparseTeacher(Merged):
     Args:
         indices: (..., k) integers, the classes of each row, in any order; -1 where a row has fewer than k.
         log_probs: (..., k) log-probabilities of those classes at `temperature`.
-        log_tail: (...) log of the mass of all other classes at `temperature`.
+        log_tail: (...) log of the mass of all other classes at `temperature`; not of those that vocab_size or
+            vocab_mask drop in the call.
         logits: (..., k) in place of log_probs: logits, to be divided by `temperature`; log_tail is then
             log sum_others exp(logit / temperature).  Both are free up to a constant for each row.
         temperature: at which log_probs and log_tail were taken. Without log_tail the loss may have any.

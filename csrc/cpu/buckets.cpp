@@ -56,11 +56,11 @@ struct Apart {
 
 // The engine's program of the two sums, of which a row needs the first, the second or both.
 struct TwoSums {
-  double code[6], args[7];
   int K;
+  double code[6], args[7];
   TwoSums(const Call& c, int64_t n)
-      : code{double(K = (c.inverse != nullptr) + (c.labels != nullptr)), 0, 0, 0, c.inverse ? 0. : double(RAW), double(RAW)},
-        args{c.scale(n), 0, 1, 1, 0, 1, 0} {}
+      : K((c.inverse != nullptr) + (c.labels != nullptr)),
+        code{double(K), 0, 0, 0, c.inverse ? 0. : double(RAW), double(RAW)}, args{c.scale(n), 0, 1, 1, 0, 1, 0} {}
   bool entropy(int k) const { return code[4 + k] == double(RAW); }
   double factor(int k) const { return entropy(k) ? 1 : args[0]; }
 };
