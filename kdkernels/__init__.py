@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import backends, correlation, logpartition, metrics, ranks, tape
+from . import backends, cache, correlation, logpartition, metrics, ranks, tape
 from .backends import BackendUnavailable, available_backends, use_backend
 from .base import BaseLoss
 from .compare import RankLoss
@@ -12,6 +12,8 @@ from .linear import LinearLoss
 from .logpartition import *  # noqa: F403  (its __all__ is the catalogue)
 from .loss import Label, Loss, Moment, Point
 from .ranks import *  # noqa: F403
+from .sparse import SparseTeacher
+from .vocab import SharedVocab
 
 try:
     __version__ = version("kdkernels")
@@ -20,8 +22,8 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 
 __all__ = [
     *logpartition.__all__, *ranks.__all__, *correlation.__all__, "BackendUnavailable", "Label", "LinearLoss", "Loss",
-    "Moment", "Point", "RankLoss", "available_backends", "backends", "catalogue", "metrics", "power_sum",
-    "power_transform", "tape", "use_backend",
+    "Moment", "Point", "RankLoss", "SharedVocab", "SparseTeacher", "available_backends", "backends", "cache",
+    "catalogue", "metrics", "power_sum", "power_transform", "tape", "use_backend",
 ]  # fmt: skip
 
 

@@ -7,7 +7,8 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from . import call, options
+from . import call, merged, options
+from .buckets import Merged
 from .out import check_out, handed_over
 
 
@@ -31,6 +32,8 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     needs_labels = False
     rowwise = True
     """Whether rows do not depend on each other, so that a chunk of them may be computed at a time."""
+    merges = True
+    """Whether several classes may be one outcome, as in a `SparseTeacher`: it compares distributions."""
     standardize = False
     teacher_temperature: float | None = None
     temperature: float
@@ -62,6 +65,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         options.check_options(self)
         self.check()
         self.__dict__["_uses"] = options.uses(self)
+        self.__dict__.pop("_split", None)
 
     def _evaluate(self, rows: call.Rows, student_logits: Tensor, num_items, temperature) -> Tensor:
         raise NotImplementedError
@@ -82,7 +86,8 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
 
         Args:
             student_logits: (..., V), float64, float32, float16 or bfloat16, any strides.
-            teacher_logits: (..., V), logits or log-probabilities, a dtype of its own; losses that need none ignore it.
+            teacher_logits: (..., V), logits or log-probabilities, a dtype of its own; or what stands in their place, a
+                `SparseTeacher` or a `SharedVocab` of them. Losses that need none ignore it.
             labels: (...) integers; rows at `ignore_index` are left out.
             row_weight: (...) factors of the rows.
             num_items: denominator of "mean", in place of the number of kept rows; 0 where there are none.
@@ -96,6 +101,9 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         Raises:
             TypeError, ValueError: an argument is missing, or not of the dtype, device, shape or range it should be.
         """
+        if isinstance(teacher_logits, Merged):
+            return merged.run(self, student_logits, teacher_logits, labels, row_weight=row_weight, num_items=num_items,
+                               temperature=temperature, vocab_size=vocab_size, vocab_mask=vocab_mask)  # fmt: skip
         rows = call.check(self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
         return self._evaluate(rows, student_logits, num_items, temperature)
 
@@ -128,6 +136,10 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         Raises:
             TypeError, ValueError: as in a call; `out` does not fit; the reduction is "none"; the loss standardises.
         """
+        if isinstance(teacher_logits, Merged):
+            return merged.value_and_grad(self, student_logits, teacher_logits, labels, out, accumulate,
+                                          row_weight=row_weight, num_items=num_items, temperature=temperature,
+                                          vocab_size=vocab_size, vocab_mask=vocab_mask)  # fmt: skip
         rows = call.check(self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
         check_out(self, out, accumulate, rows.student, rows.teacher)
         return self._value_and_grad(rows, student_logits.detach(), num_items, temperature, out, accumulate)

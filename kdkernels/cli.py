@@ -1,7 +1,6 @@
-"""The command line: kdkernels distill | losses | doctor."""
+"""The command line: kdkernels distill | cache | losses | doctor."""
 
 import argparse
-import dataclasses
 import importlib.metadata
 import inspect
 import json
@@ -9,23 +8,14 @@ import os
 import platform
 import sys
 import time
-import typing
 from pathlib import Path
 
 from .backends import BackendUnavailable
 from .trainer.config import QUICK, Config, UserError, flag
+from .trainer.flags import HELP, absolute, add_settings
 
-DEFAULTS = Config()
-PATHS = ("text", "tokenizer", "out", "cache")
 # Constructor arguments of losses that are common enough for a flag of their own; --set reaches the rest.
 SHORT_FORMS = "gamma alpha beta tau temperature teacher_temperature kd_weight ce_weight".split()
-
-HELP = {
-    "loss": "a loss of the catalogue by its short name or its class: wttm, WTTMLoss (see `kdkernels losses`)",
-    "temperature": "the student's temperature, and the teacher's unless given (default for TTM and WTTM: 1/gamma, with "
-    "a teacher temperature of 1, so that the loss is least where student and teacher agree)",
-}
-
 
 def main(arguments=None):
     """-> the exit status: 0, 1 from a doctor who found something, or 2 with a line on stderr for something the user
@@ -40,7 +30,9 @@ def main(arguments=None):
         print(f"kdkernels: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("kdkernels: interrupted; `--resume RUN_DIR` goes on from the last checkpoint", file=sys.stderr)
+        resume = "`--resume RUN_DIR` goes on from the last checkpoint"
+        again = "the same command goes on" if options.run is run_cache else resume
+        print(f"kdkernels: interrupted; {again}", file=sys.stderr)
         return 130
 
 
@@ -49,6 +41,7 @@ def parser():
     top.add_argument("--version", action="version", version=f"kdkernels {version()}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_distill(commands)
+    add_cache(commands)
     one = commands.add_parser(
         "losses", help="the catalogue: name, formula, paper, needs, points", description=run_losses.__doc__
     )
@@ -78,25 +71,45 @@ def add_distill(commands):
     one.set_defaults(run=run_distill)
     one.add_argument("--quick", action="store_true", help="a small run: about two minutes on two cores")
     one.add_argument("--resume", metavar="RUN_DIR", help="go on with a run that was killed")
-    groups: dict[str, typing.Any] = {}
-    hints = typing.get_type_hints(Config)
-    for field in dataclasses.fields(Config):
-        if not field.metadata:
-            continue
-        name = field.metadata["group"]
-        groups[name] = groups.get(name) or one.add_argument_group(name)
-        default, kind = getattr(DEFAULTS, field.name), hints[field.name]
-        several = isinstance(default, list)
-        note = "" if default in ("", []) else f" (default: {' '.join(map(str, default)) if several else default})"
-        kind, count = (typing.get_args(kind)[0], {"nargs": "+"}) if several else (kind, {})
-        shown = "PATH" if kind is str and field.name in PATHS else kind.__name__.upper()
-        help = HELP.get(field.name, field.metadata["help"]) + note
-        groups[name].add_argument(flag(field.name), type=kind, metavar=shown, help=help, **count)
+    groups = add_settings(one)
     for name in SHORT_FORMS:
         groups["loss"].add_argument(
             flag(name), type=float, metavar="FLOAT", help=HELP.get(name, f"the loss's {name}, if it has one")
         )
     groups["loss"].add_argument("--set", action="append", metavar="NAME=VALUE", help="any other argument of the loss")
+
+
+def add_cache(commands):
+    one = commands.add_parser(
+        "cache",
+        help="a teacher's top-k log-probabilities on disk, to distil from",
+        description="Write the k most likely tokens of a teacher at every position that `kdkernels distill` with the "
+        "same settings will train its students on, and the mass of all others. Killed, the same command goes on.",
+        epilog="example: kdkernels cache --quick --top-k 64 --out cache && kdkernels distill --quick --teacher-cache "
+        "cache",
+        argument_default=argparse.SUPPRESS,
+    )
+    one.set_defaults(run=run_cache)
+    one.add_argument("--out", metavar="PATH", required=True, help="the folder to write, or to go on with")
+    one.add_argument("--quick", action="store_true", help="the small run of `kdkernels distill --quick`")
+    one.add_argument("--teacher", metavar="PATH", default="", help="a teacher-*.safetensors of the cache folder "
+                     "(default: that of these settings, trained if it is not there)")  # fmt: skip
+    one.add_argument("--top-k", type=int, metavar="INT", default=64, help="tokens of each position (default: 64)")
+    one.add_argument("--temperature", type=float, metavar="FLOAT", default=1.0,
+                     help="the teacher's temperature in the loss to come (default: 1)")  # fmt: skip
+    add_settings(one, without=("loss", "teacher_cache", "tail", "val_tokens", "curve_tokens", "keep_layers", "lr",
+                               "eval_every", "out"))  # fmt: skip
+
+
+def run_cache(options):
+    """Collect the settings and write the cache."""
+    own = ("run", "quick", "teacher", "top_k", "temperature")
+    typed = absolute({k: v for k, v in vars(options).items() if k not in own})
+
+    from .trainer.caching import write_cache
+
+    cfg = Config(**(QUICK | typed if "quick" in options else typed))
+    write_cache(cfg, options.top_k, options.temperature, options.teacher)
 
 
 def run_distill(options):
@@ -105,8 +118,7 @@ def run_distill(options):
     loss_options = {name: typed.pop(name) for name in SHORT_FORMS if name in typed}
     loss_options |= dict(assignment(text) for text in getattr(options, "set", []))
     typed |= {"loss_options": loss_options} if loss_options else {}
-    typed |= {name: str(Path(typed[name]).absolute()) for name in ("tokenizer", "cache") if typed.get(name)}
-    typed |= {"text": [str(Path(p).absolute()) for p in typed["text"]]} if "text" in typed else {}
+    typed = absolute(typed)
 
     from .trainer.distill import distill
 

@@ -40,6 +40,7 @@ class RankLoss(BaseLoss):
     """
 
     teacher_gradient = False
+    merges = False
     _cross_entropy: ForwardKLLoss
 
     def __init__(

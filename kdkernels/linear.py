@@ -7,10 +7,11 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from . import backends, call
+from . import backends, call, merged
 from .base import BaseLoss
 from .loss import Loss
 from .options import check_number
+from .sparse import SparseTeacher
 from .sweep import Inputs, LinearRows, Plan, cast_dtype
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -97,7 +98,8 @@ class LinearLoss(nn.Module):
             student_bias, teacher_bias: (V,).
             teacher_head_scale: of a quantised head, which stands for head * scale: a scalar, (V,), or (V, G): one for
                 each G-th of a row's columns.
-            teacher_logits: (..., V), a constant taken as it is, in place of teacher_hidden and teacher_head.
+            teacher_logits: (..., V), a constant taken as it is, in place of teacher_hidden and teacher_head; or a
+                `SparseTeacher`.
             labels, row_weight, num_items, temperature, vocab_size, vocab_mask: as in a call of the loss. The mean is
                 over the rows of all chunks. A head's rows from vocab_size on are not read.
 
@@ -120,6 +122,7 @@ class LinearLoss(nn.Module):
         _check_head("student", x.student_hidden, x.student_head, x.student_bias, cast)
         logits = call.Shaped(torch.Size((*x.student_hidden.shape[:-1], len(x.student_head))), x.student_hidden.device)
         vocab = call.check_vocab(vocab_size, logits)
+        sparse = x.teacher_logits if isinstance(x.teacher_logits, SparseTeacher) and loss._uses.teacher else None
         x = _check_teacher(loss, x, logits, vocab_size, cast)
         labels, mask, weight = call.check_rows(loss, logits, vocab, x.labels, x.factor, x.temperature, x.mask)
         rows = call.Rows(x.student_hidden, None, labels, mask, weight, vocab)
@@ -127,16 +130,19 @@ class LinearLoss(nn.Module):
         number = None if isinstance(x.temperature, Tensor) else x.temperature
         x = x._replace(labels=labels, factor=factor, mask=mask, temperature=x.temperature if number is None else None)
         x = x.flat()
-        value = LinearRows.apply(self._plan(x, vocab, cast, number), torch.is_grad_enabled(), *x)
+        if sparse is not None:
+            merged.split(loss)  # once, for all chunks
+            sparse = sparse.reshape(len(x.student_hidden))
+        value = LinearRows.apply(self._plan(x, vocab, cast, number, sparse), torch.is_grad_enabled(), *x)
         return value.view(logits.shape[:-1]) if loss.reduction == "none" else value
 
-    def _plan(self, x: Inputs, vocab: int, cast: torch.dtype | None, temperature: float | None) -> Plan:
+    def _plan(self, x: Inputs, vocab: int, cast: torch.dtype | None, temperature: float | None, sparse) -> Plan:
         backend = backends.pick(x.student_hidden, x.teacher_logits if x.teacher_hidden is None else x.teacher_hidden)
         budget = int(self.memory_budget or (BUDGET_CPU if x.student_hidden.is_cpu else BUDGET))
         if isinstance(self.chunk, int):
             chunk = self.chunk
         else:
-            in_place = backend.OPERATORS and backend.OPERATORS.step_out and not self.loss.standardize
+            in_place = backend.OPERATORS and backend.OPERATORS.step_out and not self.loss.standardize and sparse is None
             copies = 1 if in_place and self.student_softcap is None else 2
             width = copies * cast_dtype(x.student_hidden, cast).itemsize
             width += 0 if x.teacher_hidden is None else cast_dtype(x.teacher_hidden, cast).itemsize
@@ -145,7 +151,8 @@ class LinearLoss(nn.Module):
         scales = (self.student_logit_scale, self.teacher_logit_scale)
         caps = (self.student_softcap, self.teacher_softcap)
         name = backend.__name__.rpartition(".")[-1]
-        return Plan(copy.copy(self.loss), name, cast, chunk, budget // 8, vocab, scales, caps, temperature)
+        return Plan(copy.copy(self.loss), name, cast, chunk, budget // 8, vocab, scales, caps, temperature,
+                    sparse)  # fmt: skip
 
     def _check_options(self) -> None:
         if not isinstance(self.loss, BaseLoss):
@@ -215,6 +222,9 @@ def _check_teacher(loss: Loss, x: Inputs, student: call.Shaped, vocab_size: int 
     if x.teacher_logits is not None:
         if given := [name for name in names[:-1] if getattr(x, name) is not None]:
             raise ValueError(f"teacher_logits stand in for the teacher's hidden states and head: pass no {given[0]}")
+        if isinstance(x.teacher_logits, SparseTeacher):
+            x.teacher_logits.check(student, vocab_size or student.shape[-1])
+            return x._replace(teacher_logits=None)
         call.check_logits("teacher_logits", x.teacher_logits)
         shape, source, device = x.teacher_logits.shape, "teacher_logits", x.teacher_logits.device
     else:

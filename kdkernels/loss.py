@@ -203,3 +203,17 @@ def _traced(loss: Loss) -> Program:
     columns = torch.broadcast_tensors(*(torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in args))
     header = [len(points), len(code.code), 0, out]
     return Program(torch.tensor([*header, *flags, *lines], dtype=torch.float64), torch.stack(columns, -1))
+
+
+def part_of(loss: Loss, at: slice, rows: int, reduction: str) -> Loss:
+    """The loss of some of the rows; its points may have coefficients of each."""
+    part = copy.copy(loss)
+    part.__dict__["reduction"] = reduction
+    for name in ("_single", "_double"):
+        code, args = vars(loss)[name]
+        if 1 < len(args) != rows:
+            raise ValueError(f"{type(loss).__name__} has {len(args)} rows of point coefficients, student_hidden {rows}")
+        part.__dict__[name] = Program(code, args[at] if len(args) == rows > 1 else args)
+    if "_split" in vars(loss):  # of a SparseTeacher's loss
+        part.__dict__["_split"] = tuple(part_of(one, at, rows, reduction) for one in vars(loss)["_split"])
+    return part

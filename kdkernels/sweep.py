@@ -6,7 +6,6 @@ their place, then g @ head and the chunk's part of g.T @ hidden. The buffers of 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,8 +14,9 @@ from torch import Tensor
 
 from . import backends
 from .call import result_dtype
-from .loss import Loss, Program
+from .loss import Loss, part_of
 from .options import readable
+from .sparse import SparseTeacher
 
 CACHED = 1 << 20  # bytes that are widened at a time on a CPU
 
@@ -58,6 +58,7 @@ class Plan(NamedTuple):
         vocab: classes; rows of a head from here on are never looked at.
         scales, softcaps: of student and teacher.
         temperature: the call's, where it is a number.
+        sparse: the teacher, where it is a SparseTeacher of rows (N, k).
     """
 
     loss: Loss
@@ -69,10 +70,11 @@ class Plan(NamedTuple):
     scales: tuple[float, float]
     softcaps: tuple[float | None, float | None]
     temperature: float | None
+    sparse: SparseTeacher | None
 
 
 class Gradients(NamedTuple):
-    """Of hidden (N, H), head (V, H) and bias (V,); None where none is wanted. The sums over rows may be wider."""
+    """Of hidden (N, H), head (V, H) and bias (V,), or None. The sums over rows may be wider."""
 
     hidden: Tensor | None
     head: Tensor | None
@@ -137,6 +139,7 @@ def _sweep(plan, x, factor, wants, per_row):
     s_buffer = x.student_hidden.new_empty((chunk, vocab), dtype=dtype)
     g_buffer = torch.empty_like(s_buffer) if student.softcap is not None and any(wants) else s_buffer
     t_dtype = dtype if teacher is None else cast_dtype(x.teacher_hidden, plan.cast)
+    known = plan.sparse if x.teacher_logits is None else x.teacher_logits[:, :vocab]
     t_buffer = s_buffer if teacher is None else torch.empty_like(s_buffer, dtype=t_dtype)
     grads, values, product = _empty(x, wants, vocab, rows > chunk), [], None
     if grads.head is not None and grads.head.dtype != dtype:
@@ -150,9 +153,9 @@ def _sweep(plan, x, factor, wants, per_row):
         if teacher is not None:
             others = torch.where(counts[at, None], x.teacher_hidden[at], 0.0).to(t_dtype)
             t = teacher.logits(others, t_buffer[: len(hidden)])
-        elif x.teacher_logits is not None:
-            t = x.teacher_logits[at, :vocab]
-        loss = _part(plan.loss, at, rows, "none" if per_row else "sum")
+        elif known is not None:
+            t = known[at]
+        loss = part_of(plan.loss, at, rows, "none" if per_row else "sum")
         labels, temperature = (None if y is None else y[at] if y.dim() else y for y in (x.labels, x.temperature))
         given = dict(temperature=plan.temperature if temperature is None else temperature, vocab_mask=x.mask)
         if not any(wants):
@@ -183,18 +186,6 @@ def _heads(plan: Plan, x: Inputs) -> tuple[Head, Head | None]:
         weight = weight.to(dtype)
     bias = None if x.teacher_bias is None else x.teacher_bias[: plan.vocab].to(dtype)
     return student, Head(weight, bias, unit, plan.scales[1], plan.softcaps[1], plan.scratch)
-
-
-def _part(loss: Loss, at: slice, rows: int, reduction: str) -> Loss:
-    """The loss of some of the rows; its points may have coefficients of each."""
-    part = copy.copy(loss)
-    part.__dict__["reduction"] = reduction
-    for name in ("_single", "_double"):
-        code, args = vars(loss)[name]
-        if 1 < len(args) != rows:
-            raise ValueError(f"{type(loss).__name__} has {len(args)} rows of point coefficients, student_hidden {rows}")
-        part.__dict__[name] = Program(code, args[at] if len(args) == rows > 1 else args)
-    return part
 
 
 def _value_and_grad(loss: Loss, s: Tensor, t: Tensor | None, labels: Tensor | None, out: Tensor, **given):

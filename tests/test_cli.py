@@ -20,7 +20,8 @@ def fails(capsys, *arguments):
 
 def test_help_and_version(capsys):
     for arguments, words in {
-        ("--help",): ["distill", "losses", "doctor"],
+        ("--help",): ["distill", "cache", "losses", "doctor"],
+        ("cache", "--help"): "--teacher --top-k --temperature --quick --seed".split(),
         ("distill", "--help"): "--quick --resume --loss --gamma --set (default: --checkpoint-every".split(),
         ("doctor", "--help"): ["backends"],
         ("losses", "--help"): ["formula"],

@@ -257,6 +257,41 @@ def test_teacher_logits_in_place_of_hidden_states(backend):
         same(fused(kd.BrierLoss(), alone, chunk=4), plain(kd.BrierLoss(), x))
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "spread"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_sparse_teacher_in_place_of_hidden_states(tail, reduction):
+    class Mixtures(kd.Loss):
+        """-log sum_i p_i^a q_i^(1-a), a of each row."""
+
+        def points(self):
+            a = torch.linspace(0.1, 0.9, 15, dtype=F64)
+            return kd.Point(student=1), kd.Point(teacher=1), kd.Point(student=1 - a, teacher=a)
+
+        def value(self, q, p, m):
+            return (q.lse + p.lse) / 2 - m.lse
+
+    g = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(3, 5, 4, generator=g, dtype=F64), torch.randn(40, 4, generator=g, dtype=F64)
+    t, T = torch.randn(3, 5, 40, generator=g, dtype=F64), torch.rand(3, 5, generator=g, dtype=F64) + 0.5
+    sparse = kd.SparseTeacher.from_logits(t, 6, tail=tail)
+    y = sparse.indices[..., 2].clone()
+    y[1, 2] = -100
+    for loss in (kd.DKDLoss(teacher_temperature=1.0, ce_weight=0.5, reduction=reduction),
+                 Mixtures(teacher_temperature=1.0, reduction=reduction)):  # fmt: skip
+        found = []
+        for chunk in (None, 4):
+            leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+            if chunk is None:
+                value = loss(leaves[0] @ leaves[1].T, sparse, y, temperature=T)
+            else:
+                value = kd.LinearLoss(loss, chunk)(*leaves, labels=y, teacher_logits=sparse, temperature=T)
+            found.append((value, *torch.autograd.grad(value.sum(), leaves)))
+        for got, want in zip(found[1], found[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="SparseTeacher must have the rows"):
+        kd.LinearLoss(loss)(hidden[:2], head, teacher_logits=sparse)
+
+
 def test_a_tied_head_is_a_constant_in_the_teachers_place():
     x = batch()
     hidden, head = x.hidden.clone().requires_grad_(), x.head.clone().requires_grad_()

@@ -248,3 +248,21 @@ def test_nothing_to_average(case, reduction, backend):
         assert s.grad.shape == s.shape and (s.grad == 0).all()
         if case.needs_teacher and t.grad is not None:
             assert (t.grad == 0).all()
+
+
+@examples
+def test_a_sparse_teacher_of_all_classes_is_the_teacher(backend, draw):
+    rows = draw(logits(backend))
+    order = rows.t.argsort(-1, descending=True)
+    for case in cases(rows, backend, [c for c in CASES if c.needs_teacher]):
+        T = case.setting("teacher_temperature", None) or case.setting("temperature", 1.0)
+        log_p = (rows.t / T).log_softmax(-1).gather(-1, order)
+        want = apply(case, backend, *rows)
+        for tail in (None, torch.full_like(log_p[:, 0], -torch.inf)):
+            if tail is not None and kd.merged.refusal(make(case)):
+                continue
+            sparse, s = kd.SparseTeacher(order, log_p, tail, temperature=T), rows.s.clone().requires_grad_()
+            with only(backend):
+                value = make(case, reduction="none")(s, sparse, rows.y)
+                value.sum().backward()
+            same(case, (value.detach(), s.grad, None), (*want[:2], None), f"tail {tail}")

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -70,11 +71,11 @@ def run(*arguments, **options):
 
 @pytest.fixture(scope="module")
 def forked(tmp_path_factory):
-    """call(*arguments, kill="") -> exit status, output. A process of its own, without the seconds that importing takes:
-    it is forked from one that has only imported."""
+    """call(*arguments, kill="", command="distill") -> exit status, output. A process of its own, without the seconds
+    that importing takes: it is forked from one that has only imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["kdkernels.trainer.distill", "transformers.models.llama.modeling_llama", "matplotlib.pyplot", "rich", "pytest"]
+        ["kdkernels.trainer.caching", "transformers.models.llama.modeling_llama", "matplotlib.pyplot", "rich", "pytest"]
     )
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment().items():
@@ -82,8 +83,8 @@ def forked(tmp_path_factory):
         forkserver.ensure_running()
     log = tmp_path_factory.mktemp("forked") / "log"
 
-    def call(*arguments, kill=""):
-        process = context.Process(target=child, args=([*map(str, arguments)], log, kill))
+    def call(*arguments, kill="", command="distill"):
+        process = context.Process(target=child, args=([command, *map(str, arguments)], log, kill))
         process.start()
         process.join(60)
         process.kill()  # nothing happens to one that has ended
@@ -95,13 +96,15 @@ def forked(tmp_path_factory):
 
 def child(arguments, log, kill):
     from kdkernels.cli import main
+    from kdkernels.trainer import caching
 
+    caching.SHARD_BYTES = 1 << 18  # the caches here are small
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     if kill:
         arm(*kill.split())
-    sys.exit(main(["distill", *arguments]))
+    sys.exit(main(arguments))
 
 
 def arm(what, number):
@@ -246,3 +249,101 @@ def test_full_disk(place, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"cannot write {tmp_path / 'cache'}" in done.stderr
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def cached(place, cache, out, *more):
+    """The flags of `kdkernels cache`: the run's, but for what belongs to its students."""
+    students = ("--keep-layers", "--lr", "--eval-every", "--curve-tokens", "--val-tokens")
+    given = [str(x) for x in fresh(place, out, cache)]
+    return [x for pair in zip(given[::2], given[1::2], strict=True) if pair[0] not in students for x in pair] + [*more]
+
+
+@pytest.fixture(scope="module")
+def teacher_cache(place, whole, forked):
+    """The 12 most likely of all tokens, written by a run that was killed twice."""
+    flags = cached(place, place / "cache", place / "top-12", "--top-k", "12")
+    for kill in ("shard-00001.safetensors 1", "index.json 2"):
+        status, shown = forked(*flags, kill=kill, command="cache")
+        assert status == -signal.SIGKILL, shown
+        with pytest.raises(kd.cache.CacheError, match="not complete"):
+            kd.cache.Reader(place / "top-12")
+    status, shown = forked(*flags, command="cache")
+    assert status == 0 and "240 sequences of 32 tokens, 12 of 400 classes" in shown, shown
+    return place / "top-12"
+
+
+def test_a_cache_of_a_killed_run_is_that_of_a_whole_one(place, teacher_cache, forked, tmp_path):
+    """With the teacher's file given, from another folder of text and teachers."""
+    [teacher] = (place / "cache").glob("teacher-*")
+    flags = cached(place, tmp_path / "cache", tmp_path / "out", "--top-k", "12", "--teacher", teacher)
+    status, shown = forked(*flags, command="cache")
+    assert status == 0 and "teacher: " not in shown, shown
+    assert contents(tmp_path / "out") == contents(teacher_cache)
+    status, shown = forked(*flags, command="cache")
+    assert status == 0 and contents(tmp_path / "out") == contents(teacher_cache)
+
+
+def test_distilled_from_a_cache(place, whole, teacher_cache, forked, tmp_path):
+    """The student without a teacher is the same to the last bit, the other one learns as from the whole teacher."""
+    flags = [*fresh(place, tmp_path / "out", place / "cache"), "--teacher-cache", teacher_cache]
+    status, shown = forked(*flags, kill="student 12")
+    assert status == -signal.SIGKILL, shown
+    status, shown = forked("--resume", tmp_path / "out")
+    assert status == 0, shown
+    assert (tmp_path / "out" / "ce.safetensors").read_bytes() == (whole[0] / "ce.safetensors").read_bytes()
+    name = "distilled: WTTM (gamma 0.5, T 2, teacher T 1)"
+    mine, theirs = table_of(tmp_path / "out"), table_of(whole[0])
+    assert mine["cross-entropy only"] == theirs["cross-entropy only"]
+    assert mine[name]["kl"] < 0.7 * theirs["cross-entropy only"]["kl"]
+    assert "tail='spread'" in shown
+
+
+def test_a_cache_of_all_classes_is_the_teacher(place, whole, forked, tmp_path):
+    """But for the rounding of its log-probabilities to float16."""
+    out = tmp_path / "all"
+    status, shown = forked(*cached(place, place / "cache", out, "--top-k", "400"), command="cache")
+    assert status == 0, shown
+    flags = [*fresh(place, tmp_path / "out", place / "cache"), "--teacher-cache", out]
+    status, shown = forked(*flags)
+    assert status == 0, shown
+    mine, theirs = ([r["loss"]["distilled"] for r in records(x) if r["stage"] == "student" and "loss" in r]
+                    for x in (tmp_path / "out", whole[0]))  # fmt: skip
+    assert mine == pytest.approx(theirs, rel=5e-3) and mine[0] == pytest.approx(theirs[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seed", "1"], "--teacher-cache: .* another cache: its (teacher|data) is"),
+        (["--batch", "4"], "another cache: its data is .*8 x 32', not '.*4 x 32'"),
+        (["--steps", "31"], "--teacher-cache must be a cache of 248 sequences or more"),
+        (["--loss", "kd", "--temperature", "2"], "tail at temperature 1, and the loss has a teacher at 2"),
+        (["--loss", "spearman"], "SpearmanLoss compares classes one by one"),
+        (["--teacher-cache", "nowhere"], "nowhere has no teacher cache"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused(place, teacher_cache, forked, tmp_path, flags, message):
+    given = [*fresh(place, tmp_path / "out", place / "cache"), "--teacher-cache", teacher_cache, *flags]
+    status, shown = forked(*given)
+    assert status == 2 and re.search(message, shown) and "Traceback" not in shown, shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--top-k", "401"], "--top-k must be between 1 and the 400 tokens, got 401"),
+        (["--temperature", "0"], "temperature must be > 0, got 0"),
+        (["--teacher", "nowhere"], "--teacher nowhere: no such file"),
+        (["--top-k", "11"], "another cache: its k is 12, not 11"),
+    ],
+)
+def test_a_cache_that_cannot_be_written(place, teacher_cache, forked, flags, message):
+    status, shown = forked(*cached(place, place / "cache", teacher_cache, "--top-k", "12", *flags), command="cache")
+    assert status == 2 and message in shown and "Traceback" not in shown, shown
+
+
+def test_a_teacher_of_something_else(place, whole, forked, tmp_path):
+    [text] = (place / "cache").glob("text-*")
+    flags = cached(place, place / "cache", tmp_path / "out", "--teacher", text)
+    status, shown = forked(*flags, command="cache")
+    assert status == 2 and "not a teacher of this version of kdkernels" in shown, shown

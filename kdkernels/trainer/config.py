@@ -32,6 +32,9 @@ class Config:
     seq_len: int = option(64, "data", "tokens per sequence")
     batch: int = option(8, "data", "sequences per step of the students")
     teacher_batch: int = option(4, "data", "sequences per step of the teacher: many small steps teach it most")
+    teacher_cache: str = option("", "data", "a folder that `kdkernels cache` wrote: the students' teacher from there")
+    tail: str = option("", "data", "what the losses make of tokens that the teacher's cache lacks: bucket, spread or "
+                       "renormalise; none: bucket if the loss takes it, else spread")  # fmt: skip
     curve_tokens: int = option(2048, "data", "held-out tokens behind each point of the curves")
     val_tokens: int = option(8192, "data", "held-out tokens behind the final table")
 
@@ -90,6 +93,7 @@ def check(cfg):
     require(cfg.hidden % (2 * cfg.heads) == 0, "hidden", cfg, f"a multiple of 2 x --heads = {2 * cfg.heads}")
     require(cfg.dtype in ("float32", "bfloat16"), "dtype", cfg, "float32 or bfloat16")
     require(cfg.device.split(":")[0] in ("cpu", "cuda"), "device", cfg, "cpu or cuda")
+    require(cfg.tail in ("", "bucket", "spread", "renormalise"), "tail", cfg, "bucket, spread or renormalise")
     keep = cfg.keep_layers
     layers_ok = keep and keep == sorted(set(keep)) and keep[0] >= 0 and keep[-1] < cfg.layers
     require(layers_ok, "keep_layers", cfg, f"rising numbers from 0 to {cfg.layers - 1}")

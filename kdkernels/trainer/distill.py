@@ -66,11 +66,12 @@ def distill(cfg, resume=False):
         f"layers {cfg.keep_layers} of the teacher; {corpus.vocab_size:,} tokens; {call(loss, cfg.loss_options)}",
         flush=True,
     )
+    teach = teaching(cfg, corpus, teacher, teacher_crc, loss)
     points = corpus.held_out(cfg.curve_tokens)
     owner = f"{owner} with teacher {teacher_crc}"
     stage = Stage("student", 1, cfg.batch, cfg.steps, cfg.lr, out / "checkpoint.safetensors", owner)
     with report.progress("students", "tok/s") as bar:
-        fit(stage, learners, corpus, cfg, journal, bar, teacher, lambda: evaluate(students, teacher, *points))
+        fit(stage, learners, corpus, cfg, journal, bar, teach, lambda: evaluate(students, teacher, *points))
 
     start = models.cut_student(cfg, teacher)
     name = f"distilled: {label(loss, cfg.loss_options)}"
@@ -87,6 +88,17 @@ def distill(cfg, resume=False):
     report.print_results(table, out)
     print(f"took {took['seconds']:.0f} s, at most {took['peak_rss_mb']} MB of memory", flush=True)
     return table
+
+
+def teaching(cfg, corpus, teacher, crc, loss):
+    """-> f(step, inputs): the teacher's logits of a step, or what its cache has of them."""
+    if not cfg.teacher_cache:
+        return lambda step, inputs: models.logits_of(teacher, inputs, cfg.dtype)
+    from .caching import CachedTeacher
+
+    cached = CachedTeacher(cfg, corpus, crc, loss)
+    cached.check(loss, corpus)
+    return cached
 
 
 def export(out, students):

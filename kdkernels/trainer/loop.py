@@ -80,9 +80,10 @@ class Stage:
         return header["step"]
 
 
-def fit(stage, learners, corpus, cfg, journal, bar, teacher=None, measure=None):
+def fit(stage, learners, corpus, cfg, journal, bar, teach=None, measure=None):
     """Train {name: Learner} to the end of the stage, from its checkpoint if there is one.
 
+    teach(step, inputs) -> what the losses get of a teacher.
     measure() -> a record of held-out figures, taken every cfg.eval_every steps. bar(done, total, ...) shows progress.
     """
     first = stage.restore(learners)
@@ -93,7 +94,7 @@ def fit(stage, learners, corpus, cfg, journal, bar, teacher=None, measure=None):
         start = time.perf_counter()
         inputs, labels = (x.to(cfg.device) for x in corpus.batch(stage.number, step, stage.batch))
         with torch.no_grad():
-            teacher_logits = logits_of(teacher, inputs, cfg.dtype) if teacher else None
+            teacher_logits = teach(step, inputs) if teach else None
         lr = stage.rate(step, cfg.warmup)
         losses = {name: learner.step(inputs, labels, teacher_logits, lr) for name, learner in learners.items()}
         done, speed = step + 1, round(inputs.numel() / (time.perf_counter() - start))
