@@ -1,6 +1,6 @@
 // The gradient of a row, pack by pack: in float, and in double where classes or points ask for it.
 #pragma once
-#include "sums.h"
+#include "points.h"
 
 namespace kd::gpu {
 
