@@ -9,6 +9,7 @@
 namespace kd {
 
 constexpr int kStats = 7, kCoefs = 10;
+constexpr int64_t kElsewhere = -(int64_t(1) << 62);  // a label of a class that another vocabulary shard has
 enum Flags { RAW = 1, FROZEN = 2, EXCLUDE = 4, MEAN_S = 8, MEAN_T = 16, SECOND = 32 };
 
 // c * x where a zero coefficient ignores its x, infinite or not.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import call, options
+from . import call, options, parallel
 
 
 class _PostInit(type):
@@ -30,6 +31,8 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     needs_labels = False
     rowwise = True
     """Whether rows do not depend on each other, so that a chunk of them may be computed at a time."""
+    unsharded: str | None = "it looks at whole rows"
+    """Why it cannot be computed on vocabulary shards, or None."""
     standardize = False
     teacher_temperature: float | None = None
     temperature: float
@@ -75,6 +78,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         temperature: float | Tensor | None = None,
         vocab_size: int | None = None,
         vocab_mask: Tensor | None = None,
+        group: Any = None,
     ) -> Tensor:
         """The loss of student_logits (..., V).
 
@@ -87,6 +91,8 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
             temperature: in place of the constructor's, a number or one for each row (...).
             vocab_size: classes from here on are padding: probability 0 in both rows. The widths may then differ.
             vocab_mask: (V,) booleans, False where a class is padding.
+            group: a torch.distributed process group, each rank of which calls this with its own columns of the same
+                rows (see `kdkernels.parallel`). DTensors cut along the last dimension bring theirs.
 
         Returns:
             A scalar, or (...) with reduction "none"; float64 for float64 logits, else float32.
@@ -94,8 +100,10 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         Raises:
             TypeError, ValueError: an argument is missing, or not of the dtype, device, shape or range it should be.
         """
-        rows = call.check(self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
-        return self._evaluate(rows, student_logits, num_items, temperature)
+        given = (student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
+        if group is not None or parallel.is_sharded(student_logits):
+            return parallel.forward(self, group, num_items, *given)
+        return self._evaluate(call.check(self, *given), student_logits, num_items, temperature)
 
     @torch.no_grad()
     def value_and_grad(
@@ -110,6 +118,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         temperature: float | Tensor | None = None,
         vocab_size: int | None = None,
         vocab_mask: Tensor | None = None,
+        group: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """The reduced loss and its gradient by student_logits, in one pass and without a graph.
 
@@ -124,7 +133,10 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         Raises:
             TypeError, ValueError: as in a call; `out` does not fit; the reduction is "none"; the loss standardises.
         """
-        rows = call.check(self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
+        given = (student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
+        if group is not None or parallel.is_sharded(student_logits):
+            return parallel.value_and_grad(self, group, num_items, out, *given)
+        rows = call.check(self, *given)
         call.check_out(self, out, rows.student, rows.teacher)
         return self._value_and_grad(rows, student_logits.detach(), num_items, temperature, out)
 

@@ -82,6 +82,7 @@ class Loss(BaseLoss):
         TypeError, ValueError: an option is not of its kind or out of its range.
     """
 
+    unsharded = None
     _double: Program
     _single: Program
 
@@ -125,11 +126,12 @@ class Loss(BaseLoss):
         if backend.OPERATORS is None:
             value = backend.row_losses(self, rows, program, args)
             return call.reduced(value, student_logits, rows.labels, weight, divisor, ignore, per_row)
+        operators = backend.OPERATORS if rows.shards is None else rows.shards.operators(backend.OPERATORS)
         if not torch.is_grad_enabled():  # which an autograd Function does not look at: it would make a gradient
             rows, args = call.detached(rows), args.detach()
         return RowLoss.apply(
             rows.student, rows.teacher, args, rows.labels, rows.mask, weight, divisor, program.code,
-            backend.OPERATORS, rows.vocab, ignore, per_row,
+            operators, rows.vocab, ignore, per_row,
         )  # fmt: skip
 
     def _prepared(self, rows, num_items, temperature):
@@ -141,7 +143,7 @@ class Loss(BaseLoss):
 
     def _value_and_grad(self, rows, student_logits, num_items, temperature, out):
         backend, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
-        if backend.OPERATORS is None or backend.OPERATORS.step is None:
+        if rows.shards is not None or backend.OPERATORS is None or backend.OPERATORS.step is None:
             return super()._value_and_grad(rows, student_logits, num_items, temperature, out)
         return value_and_grad(backend.OPERATORS, rows, args, weight, divisor, program.code, self.ignore_index, out)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 REDUCTIONS = ("mean", "sum", "none", "batchmean")
 REAL: Any = numbers.Real  # numpy's scalars too; to mypy it would not compare with a float
+ELSEWHERE = -(1 << 62)  # a label whose class another vocabulary shard has: the row is kept, and has none here
 RAW, FROZEN, EXCLUDE, MEAN_S, MEAN_T, SECOND = 1, 2, 4, 8, 16, 32
 
 
