@@ -120,7 +120,8 @@ def wide_rows(rank, world):
 
 def kernels_in_single(rank, world):
     """Triton and CUDA C++ in float32: the merge adds no error to that of the kernels."""
-    for backend, cases in (("triton", SAMPLE[:: world // 2]), ("cuda", SAMPLE)):
+    interpreted = [case for case in SAMPLE if case.name in ("KDLoss", "DKDLoss", "WTTMLoss")] if world == 2 else []
+    for backend, cases in (("triton", interpreted), ("cuda", SAMPLE)):
         for case in cases:
             both(make(case), backend, rows(3, 23, F32), rank, WIDTHS[world], 2e-5, f"{backend} {case}")
 
