@@ -6,6 +6,7 @@ from . import backends, correlation, logpartition, metrics, ranks, tape
 from .backends import BackendUnavailable, available_backends, use_backend
 from .base import BaseLoss
 from .compare import RankLoss
+from .compose import SumLoss
 from .correlation import *  # noqa: F403
 from .functional import power_sum, power_transform
 from .linear import LinearLoss
@@ -20,7 +21,7 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 
 __all__ = [
     *logpartition.__all__, *ranks.__all__, *correlation.__all__, "BackendUnavailable", "Label", "LinearLoss", "Loss",
-    "Moment", "Point", "RankLoss", "available_backends", "backends", "catalogue", "metrics", "power_sum",
+    "Moment", "Point", "RankLoss", "SumLoss", "available_backends", "backends", "catalogue", "metrics", "power_sum",
     "power_transform", "tape", "use_backend",
 ]  # fmt: skip
 

@@ -8,7 +8,8 @@ A `Loss` names its points and computes its value from those numbers; every backe
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,11 @@ from . import backends, call, options, tape
 from .base import BaseLoss
 from .ops import RowLoss, value_and_grad
 
+if TYPE_CHECKING:
+    from .compose import SumLoss
+
 MOMENTS = 6  # lse, s, t, ss, st, tt
+_versions = itertools.count()
 
 
 class Point(NamedTuple):
@@ -83,6 +88,7 @@ class Loss(BaseLoss):
     """
 
     unsharded = None
+    _version: int
     _double: Program
     _single: Program
 
@@ -147,6 +153,18 @@ class Loss(BaseLoss):
             return super()._value_and_grad(rows, student_logits, num_items, temperature, out)
         return value_and_grad(backend.OPERATORS, rows, args, weight, divisor, program.code, self.ignore_index, out)
 
+    def __mul__(self, weight: float) -> SumLoss:
+        return _sum((weight, self))
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Loss) -> SumLoss:
+        return _sum((1, self), (1, other))
+
+    def __radd__(self, other) -> Loss:
+        starts = isinstance(other, int) and other == 0  # as sum() does
+        return self if starts else _sum((1, other), (1, self))
+
     def all_points(self) -> tuple[Point, ...]:
         """`points()` and those of the cross-entropy."""
         return (tuple(self.points()) if self.kd_weight else ()) + self._student_points()
@@ -181,6 +199,7 @@ class Loss(BaseLoss):
             shadow = copy.copy(self)
             shadow.__dict__["resolution"] = resolution
             self.__dict__[name] = _traced(shadow)
+        self.__dict__["_version"] = next(_versions)
 
 
 def _traced(loss: Loss) -> Program:
@@ -201,3 +220,9 @@ def _traced(loss: Loss) -> Program:
     columns = torch.broadcast_tensors(*(torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in args))
     header = [len(points), len(code.code), 0, out]
     return Program(torch.tensor([*header, *flags, *lines], dtype=torch.float64), torch.stack(columns, -1))
+
+
+def _sum(*terms) -> SumLoss:
+    from .compose import SumLoss
+
+    return SumLoss(terms)

@@ -146,6 +146,7 @@ def call_options(rank, world):
             for ignore in (-100, -1, 0, widths[0] + 1):
                 loss = kd.DKDLoss(reduction=reduction, ignore_index=ignore, **dkd)
                 both(loss, backend, rows(5, 23, ignore=ignore), rank, widths, what=f"{reduction} {ignore}")
+    both(kd.DKDLoss() + 0.5 * kd.KDLoss(), "cpu", rows(5, 23), rank, widths, what="a sum")
     both(kd.ReverseKLLoss(), "cpu", rows(5, 23), rank, widths, labels=False, what="without labels")
     cube = Batch(*(x.view(2, 3, *x.shape[1:]) for x in rows(6, 23)))
     both(kd.KDLoss(), "cpu", cube, rank, widths, what="three dimensions")
