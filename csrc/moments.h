@@ -10,7 +10,7 @@ namespace kd {
 
 constexpr int kStats = 7, kCoefs = 10;
 constexpr int64_t kElsewhere = -(int64_t(1) << 62);  // a label of a class that another vocabulary shard has
-enum Flags { RAW = 1, FROZEN = 2, EXCLUDE = 4, MEAN_S = 8, MEAN_T = 16, SECOND = 32 };
+enum Flags { RAW = 1, FROZEN = 2, EXCLUDE = 4, MEAN_S = 8, MEAN_T = 16, SECOND = 32, GIVEN = 64 };
 
 // c * x where a zero coefficient ignores its x, infinite or not.
 KD_HD double scaled(double c, double x) { return c == 0 ? 0 : c * x; }
@@ -73,6 +73,7 @@ KD_HD double row_value(const Program& p, const double* args, const Moments* x, c
     in[3] = infinite ? 0 : at.r * at.r * x[k].ss;
     in[4] = infinite ? 0 : at.r * at.rt * x[k].st;
     in[5] = infinite ? 0 : at.rt * at.rt * x[k].tt;
+    if (p.flags(k) & GIVEN) { in[3] = args[3 + 2 * k]; in[4] = args[4 + 2 * k]; }
     const bool apart = at.b != 0 && at.a != 0 && !(p.flags(k) & FROZEN);
     nothing |= x[k].z == 0 && !apart && !((p.flags(k) & EXCLUDE) && label && at(row.s_y, row.t_y) > -INFINITY);
   }
@@ -93,7 +94,9 @@ KD_HD void row_coefs(const Program& p, const double* args, const Moments* x, con
     const Tilt at(p, args, k);
     const double* g = adj + 6 * k;
     const double gE = g[0], gs = at.r * g[1], gt = at.rt * g[2];
-    const double gss = at.r * at.r * g[3], gst = at.r * at.rt * g[4], gtt = at.rt * at.rt * g[5];
+    const double second = p.flags(k) & GIVEN ? 0 : 1;  // the coefficients have no slope
+    const double gss = scaled(second, at.r * at.r * g[3]), gst = scaled(second, at.r * at.rt * g[4]);
+    const double gtt = scaled(second, at.rt * at.rt * g[5]);
     const Moments& o = x[k];
     const double B = p.flags(k) & FROZEN ? 0 : side ? at.a : at.b;
     double c0 = scaled(B, gE - scaled(gss, o.ss) - scaled(gst, o.st) - scaled(gtt, o.tt)) + (side ? gt : gs);

@@ -34,6 +34,8 @@ class SumLoss(Loss):
     terms: Any  # nn.ModuleList of them
     weights: tuple[float, ...]
     _seen: list[int]
+    _points: tuple[Point, ...]
+    _places: list[list[int]]
 
     def __init__(self, terms: Sequence[tuple[float, Loss]]):
         flat = [pair for weight, term in terms for pair in _pairs(weight, term)]
@@ -61,6 +63,9 @@ class SumLoss(Loss):
         own["standardize"] = standardized.pop()
         own["needs_teacher"] = any(term._uses.teacher for term in self.terms)
         own["needs_labels"] = any(term._uses.labels for term in self.terms)
+        each = [[self._at(term, point) for point in term.all_points()] for term in self.terms]
+        place = {point: k for k, point in enumerate(dict.fromkeys(point for points in each for point in points))}
+        own["_points"], own["_places"] = tuple(place), [[place[point] for point in points] for points in each]
         own["_seen"] = [term._version for term in self.terms]
         super()._prepare()
 
@@ -85,15 +90,15 @@ class SumLoss(Loss):
         return point._replace(student=point.student * s, teacher=point.teacher * t)
 
     def all_points(self) -> tuple[Point, ...]:
-        return tuple(dict.fromkeys(self._at(term, p) for term in self.terms for p in term.all_points()))
+        return self._points
 
     def row_value(self, moments, label, raw_label, temperature):
-        found, total = dict(zip(self.all_points(), moments, strict=True)), 0.0
-        for weight, term in zip(self.weights, self.terms, strict=True):
-            own, at, T = [found[self._at(term, p)] for p in term.all_points()], label, temperature
+        total = 0.0
+        for weight, term, places in zip(self.weights, self.terms, self._places, strict=True):
+            own, at, T = [moments[k] for k in places], label, temperature
             if self._mixed:
                 s, t = _scales(term)
-                own = [m if p.raw else _scaled(m, s, t) for p, m in zip(term.all_points(), own, strict=True)]
+                own = [_scaled(p, m, s, t) for p, m in zip(term.all_points(), own, strict=True)]
                 at, T = Label(s * label.student, t * label.teacher), term.temperature
             shadow = copy.copy(term)
             shadow.__dict__["resolution"] = self.resolution
@@ -128,5 +133,9 @@ def _scales(term: Loss) -> tuple[float, float]:
     return 1 / term.temperature, 1 / (term.teacher_temperature or term.temperature)
 
 
-def _scaled(m: Moment, s: float, t: float) -> Moment:
+def _scaled(point: Point, m: Moment, s: float, t: float) -> Moment:
+    if point.raw:
+        return m
+    if point.given:
+        return m._replace(s=s * m.s, t=t * m.t, ss=m.ss / s, st=m.st / t)
     return Moment(m.lse, s * m.s, t * m.t, s * s * m.ss, s * t * m.st, t * t * m.tt)

@@ -33,6 +33,7 @@ class Point(NamedTuple):
         frozen: the weights softmax(x) are constants in the gradient.
         exclude_label: the label's class is left out of the sums.
         raw: the coefficients apply to logits at temperature 1.
+        given: its moments have the coefficients, which may be tensors of one for each row, in place of covariances.
     """
 
     student: Any = 0.0
@@ -40,6 +41,7 @@ class Point(NamedTuple):
     frozen: bool = False
     exclude_label: bool = False
     raw: bool = False
+    given: bool = False
 
 
 class Moment(NamedTuple):
@@ -51,6 +53,15 @@ class Moment(NamedTuple):
     ss: Any
     st: Any
     tt: Any
+
+    @property
+    def student(self):
+        """The point's coefficient of the student's logits, if it is `given`."""
+        return self.ss
+
+    @property
+    def teacher(self):
+        return self.st
 
 
 class Label(NamedTuple):
@@ -217,7 +228,8 @@ def _traced(loss: Loss) -> Program:
     lines = [x for line in code.code for x in line]
     args = [1 / loss.temperature, 1 / (loss.teacher_temperature or loss.temperature), loss.temperature]
     args += [c for p in points for c in (p.student, p.teacher)]
-    columns = torch.broadcast_tensors(*(torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in args))
+    flat = (torch.as_tensor(x, dtype=torch.float64, device="cpu").reshape(-1) for x in args)
+    columns = torch.broadcast_tensors(*flat)
     header = [len(points), len(code.code), 0, out]
     return Program(torch.tensor([*header, *flags, *lines], dtype=torch.float64), torch.stack(columns, -1))
 

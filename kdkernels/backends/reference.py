@@ -77,7 +77,10 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
     nothing = torch.zeros(s.shape[0], dtype=torch.bool, device=s.device)
     for no_class, mixture in zip(empty, apart, strict=True):
         nothing = nothing | (no_class & ~mixture)
-    value = loss.row_value([Moment(*m) for m in moments], Label(*at[:2]), at[2], args[:, 2])
+    moments = [Moment(*m) for m in moments]
+    for k in (k for k, point in enumerate(loss.all_points()) if point.given):
+        moments[k] = moments[k]._replace(ss=args[:, 3 + 2 * k], st=args[:, 4 + 2 * k])
+    value = loss.row_value(moments, Label(*at[:2]), at[2], args[:, 2])
     value = torch.as_tensor(value, dtype=torch.float64, device=s.device).expand(s.shape[0])
     value = torch.where(nothing, math.nan, value)
     damage = torch.where(nothing, math.nan, 0.0)[:, None]
