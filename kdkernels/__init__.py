@@ -12,6 +12,7 @@ from .functional import power_sum, power_transform
 from .linear import LinearLoss
 from .logpartition import *  # noqa: F403  (its __all__ is the catalogue)
 from .loss import Label, Loss, Moment, Point
+from .observe import RowMetrics
 from .ranks import *  # noqa: F403
 
 try:
@@ -21,8 +22,8 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 
 __all__ = [
     *logpartition.__all__, *ranks.__all__, *correlation.__all__, "BackendUnavailable", "Label", "LinearLoss", "Loss",
-    "Moment", "Point", "RankLoss", "SumLoss", "available_backends", "backends", "catalogue", "metrics", "power_sum",
-    "power_transform", "tape", "use_backend",
+    "Moment", "Point", "RankLoss", "RowMetrics", "SumLoss", "available_backends", "backends", "catalogue", "metrics",
+    "power_sum", "power_transform", "tape", "use_backend",
 ]  # fmt: skip
 
 

@@ -64,10 +64,15 @@ class SumLoss(Loss):
         own["needs_teacher"] = any(term._uses.teacher for term in self.terms)
         own["needs_labels"] = any(term._uses.labels for term in self.terms)
         each = [[self._at(term, point) for point in term.all_points()] for term in self.terms]
-        place = {point: k for k, point in enumerate(dict.fromkeys(point for points in each for point in points))}
+        every = dict.fromkeys(point for points in (*each, self._more_points()) for point in points)
+        place = {point: k for k, point in enumerate(every)}
         own["_points"], own["_places"] = tuple(place), [[place[point] for point in points] for points in each]
         own["_seen"] = [term._version for term in self.terms]
         super()._prepare()
+
+    def _more_points(self) -> list[Point]:
+        """Those that no term needs."""
+        return []
 
     @property
     def _uses(self) -> Uses:  # type: ignore[override]  # what every call looks at first

@@ -20,6 +20,7 @@ from .ops import RowLoss, value_and_grad
 
 if TYPE_CHECKING:
     from .compose import SumLoss
+    from .observe import RowMetrics
 
 MOMENTS = 6  # lse, s, t, ss, st, tt
 _versions = itertools.count()
@@ -163,6 +164,28 @@ class Loss(BaseLoss):
         if rows.shards is not None or backend.OPERATORS is None or backend.OPERATORS.step is None:
             return super()._value_and_grad(rows, student_logits, num_items, temperature, out)
         return value_and_grad(backend.OPERATORS, rows, args, weight, divisor, program.code, self.ignore_index, out)
+
+    def with_metrics(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        agreement: bool = True,
+        **given: Any,
+    ) -> tuple[Tensor, RowMetrics]:
+        """What a call returns, and `RowMetrics` of its rows: from the statistics of the call, without another read.
+
+        Args:
+            agreement: top-1 agreement and acceptance as well, for which the logits are read once more, in float64.
+            given: the other keywords of a call, but for `group`.
+
+        Raises:
+            TypeError, ValueError: as in a call.
+        """
+        from .observe import with_metrics
+
+        return with_metrics(self, student_logits, teacher_logits, labels, agreement, given)
 
     def __mul__(self, weight: float) -> SumLoss:
         return _sum((weight, self))
