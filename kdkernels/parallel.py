@@ -8,6 +8,7 @@ The backward needs none: a rank's gradient is a function of its own columns and 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import zlib
@@ -33,6 +34,12 @@ class Shards:
     def gather(self, x: Tensor) -> Tensor:
         """(...) -> (ranks, ...), the same on every rank."""
         return _gather(self.group, x)
+
+    def add_up(self, x: Tensor) -> None:
+        """x becomes the sum over the ranks, added up in float32 at least."""
+        total = x.to(torch.promote_types(x.dtype, torch.float32))
+        dist.all_reduce(total, group=self.group)
+        x.copy_(total)
 
     def local(self, labels: Tensor | None, ignore: int) -> Tensor | None:
         """(N,) numbers of classes -> of this rank's columns, ELSEWHERE, IGNORED or STRANGE."""
@@ -139,22 +146,15 @@ def split(loss, group, student, teacher, labels, row_weight, temperature, vocab_
         TypeError, ValueError: as in a call, on the rank with the argument at fault and (another) on all others; the
             loss cannot be cut into shards; the ranks hold different rows or make different calls.
     """
-    if loss.unsharded:
-        raise ValueError(f"{type(loss).__name__} cannot be computed on vocabulary shards: {loss.unsharded}")
+    check_loss(loss)
     group, student, teacher, labels = _unwrapped(group, student, teacher, labels)
-    try:
+    with refusing(group, student):
         width = student.shape[-1] if isinstance(student, Tensor) and student.dim() else 0
         rows = call.check(loss, _padded(student), _padded(teacher), labels, row_weight, temperature, vocab_size, None)
         if vocab_mask is not None:
             rows = rows._replace(mask=call.check_mask(vocab_mask, rows.student, rows.vocab, least=0))
-        entry = [1, rows.student.shape[:-1].numel(), width, min(rows.vocab, width), _checksum(loss, rows)]
-    except (TypeError, ValueError, RuntimeError):
-        if not isinstance(group, Shards):  # the others would wait for this rank
-            _gather(group, torch.zeros(5, dtype=torch.int64, device=getattr(student, "device", None)))
-        raise
-    shards = group
-    if not isinstance(group, Shards):
-        shards = _agreed(group, _gather(group, torch.tensor(entry, device=student.device)).tolist())
+        code = _checksum(loss, rows)
+    shards = join(group, rows.student, width, min(rows.vocab, width), code)
     labels = shards.local(rows.labels, loss.ignore_index)
     loss = copy.copy(loss)
     loss.__dict__["ignore_index"] = IGNORED
@@ -162,24 +162,54 @@ def split(loss, group, student, teacher, labels, row_weight, temperature, vocab_
     return loss, rows._replace(student=_Guard.apply(rows.student), teacher=teacher, labels=labels, shards=shards)
 
 
+def check_loss(loss) -> None:
+    if loss.unsharded:
+        raise ValueError(f"{type(loss).__name__} cannot be computed on vocabulary shards: {loss.unsharded}")
+
+
+def check_group(group) -> None:
+    if not isinstance(group, (dist.ProcessGroup, Shards)):
+        raise TypeError(f"group must be a process group of torch.distributed, got {group!r}")
+
+
+@contextlib.contextmanager
+def refusing(group, like):
+    """A rank that refuses its arguments says so: the others would wait for it."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError):
+        if group is not None and not isinstance(group, Shards):
+            _gather(group, torch.zeros(5, dtype=torch.int64, device=getattr(like, "device", None)))
+        raise
+
+
 def _checksum(loss, rows: call.Rows) -> int:
-    """Of what has to be the same on all ranks for what they exchange to fit together."""
     backend = backends.pick(rows.student, rows.teacher).__name__
-    kind = (type(loss).__name__, loss.reduction, loss.standardize, loss.ignore_index, rows.labels is None, backend)
+    return checksum(loss, rows.labels is None, backend)
+
+
+def checksum(loss, *kind) -> int:
+    """Of what has to be the same on all ranks for what they exchange to fit together."""
+    kind = (type(loss).__name__, loss.reduction, loss.standardize, loss.ignore_index, *kind)
     program = vars(loss).get("_double")
     return zlib.crc32(repr(kind).encode() + (b"" if program is None else program.code.numpy().tobytes()))
 
 
-def _agreed(group, entries: list[list[int]]) -> Shards:
+def join(group, like: Tensor, width: int, classes: int, code: int) -> Shards:
+    """The group's shards, once all ranks have as many rows as `like` (..., W) and the same checksum."""
+    if isinstance(group, Shards):
+        return group
+    own = torch.tensor([1, like.shape[:-1].numel(), width, classes, code], device=like.device)
+    entries = _gather(group, own).tolist()
     if refused := [r for r, entry in enumerate(entries) if not entry[0]]:
         raise ValueError(f"ranks {refused} of the group have refused their arguments; see their errors")
-    _, counts, widths, classes, codes = map(list, zip(*entries, strict=True))
+    _, counts, widths, spans, codes = map(list, zip(*entries, strict=True))
     if len(set(counts)) > 1:
-        raise ValueError(f"student_logits must have the same rows on every rank of the group, got {counts} rows")
+        raise ValueError(f"the ranks of the group must hold the same rows, got {counts} of them")
     if len(set(codes)) > 1:
         raise ValueError("the ranks of the group must call the same loss, with the same options, backend and labels or "
                          f"none, got different calls (checksums {codes})")  # fmt: skip
-    return Shards(group, widths, classes)
+    return Shards(group, widths, spans)
 
 
 def _gather(group, x: Tensor) -> Tensor:
@@ -202,8 +232,7 @@ def _unwrapped(group, student, teacher, labels):
             raise ValueError(f"labels must be the same on every rank, got a DTensor with {labels.placements}")
         labels = labels.to_local()
     if not is_sharded(student):
-        if not isinstance(group, (dist.ProcessGroup, Shards)):
-            raise TypeError(f"group must be a process group of torch.distributed, got {group!r}")
+        check_group(group)
         if is_sharded(teacher):
             raise TypeError("teacher_logits are a DTensor and student_logits are not; pass both in one form")
         return group, student, teacher, labels

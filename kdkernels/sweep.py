@@ -58,6 +58,7 @@ class Plan(NamedTuple):
         vocab: classes; rows of a head from here on are never looked at.
         scales, softcaps: of student and teacher.
         temperature: the call's, where it is a number.
+        shards: of the vocabulary (`kdkernels.parallel`), if these heads are only a part of it.
     """
 
     loss: Loss
@@ -69,10 +70,11 @@ class Plan(NamedTuple):
     scales: tuple[float, float]
     softcaps: tuple[float | None, float | None]
     temperature: float | None
+    shards: Any
 
 
 class Gradients(NamedTuple):
-    """Of hidden (N, H), head (V, H) and bias (V,); None where none is wanted. The sums over rows may be wider."""
+    """Of hidden, head and bias; None where none is wanted. The sums over rows may be wider."""
 
     hidden: Tensor | None
     head: Tensor | None
@@ -154,13 +156,16 @@ def _sweep(plan, x, factor, wants, per_row):
             t = x.teacher_logits[at, :vocab]
         loss = _part(plan.loss, at, rows, "none" if per_row else "sum")
         labels, temperature = (None if y is None else y[at] if y.dim() else y for y in (x.labels, x.temperature))
-        given = dict(temperature=plan.temperature if temperature is None else temperature, vocab_mask=x.mask)
+        given = dict(temperature=plan.temperature if temperature is None else temperature, vocab_mask=x.mask,
+                     group=plan.shards)
         if not any(wants):
             values.append(loss(s, t, labels, row_weight=factor[at], **given))
             continue
         value, g = _value_and_grad(loss, s, t, labels, g_buffer[: len(s)], row_weight=factor[at], **given)
         values.append(value)
         _add_up(grads, at, student.uncap(g, s), student, hidden, product)
+    if plan.shards is not None and grads.hidden is not None:
+        plan.shards.add_up(grads.hidden)
     values = values or [factor.new_zeros(0 if per_row else ())]
     value = torch.cat(values) if per_row else torch.stack(values).sum(dtype=torch.float64)
     return value.to(result_dtype(s_buffer)), grads

@@ -262,10 +262,46 @@ class raises:
         return True
 
 
+def fused_linear(rank, world):
+    """Shards of both heads: value, and gradients of hidden states (summed here), head and bias."""
+    widths, g = WIDTHS[world], torch.Generator().manual_seed(2)
+    new = lambda *shape: torch.randn(*shape, generator=g, dtype=F64)  # noqa: E731
+    hidden, head, bias, t_hidden, t_head = new(5, 6), new(23, 6), new(23), new(5, 4), new(23, 4)
+    y, weight = rows(5, 23).y, torch.rand(5, generator=g, dtype=F64)
+    cases = [
+        (kd.DKDLoss(ce_weight=0.3), dict(row_weight=weight)),
+        (kd.KDLoss(reduction="none"), {}),
+        (kd.ForwardKLLoss(standardize=True, temperature=2.0), dict(temperature=2.0)),
+        (kd.ReverseKLLoss() + 0.5 * kd.CrossEntropyLoss(), dict(num_items=7)),
+    ]
+    for backend in ("cpu", "reference"):
+        for loss, call in cases:
+            for options in (dict(chunk=2), dict(student_softcap=3.0, student_logit_scale=0.7)):
+                results = []
+                for sharded in (False, True):
+                    cut = (lambda x: x.split(widths)[rank]) if sharded else (lambda x: x)
+                    leaves = [x.clone().requires_grad_() for x in (hidden, cut(head), cut(bias))]
+                    keywords = dict(student_bias=leaves[2], **call, **({"group": dist.group.WORLD} if sharded else {}))
+                    with only(backend):
+                        value = kd.LinearLoss(loss, **options)(*leaves[:2], t_hidden, cut(t_head), y, **keywords)
+                        value.sum().backward()
+                    results.append([value.detach(), *(x.grad for x in leaves)])
+                whole, got = results
+                for k, (a, b) in enumerate(zip(got, whole, strict=True)):
+                    near(a, b.split(widths)[rank] if k > 1 else b, 1e-11, f"{backend} {loss} {options} {k}")
+    own_head, teacher, group = head.split(widths)[rank], (t_hidden, t_head.split(widths)[rank]), dist.group.WORLD
+    with raises(ValueError, "have refused" if rank else "student_head must have shape"):
+        kd.LinearLoss(kd.KDLoss())(hidden, own_head if rank else own_head[:, :3], *teacher, y, group=group)
+    with raises(ValueError, "must call the same loss"):
+        kd.LinearLoss(kd.KDLoss(), chunk=1 + rank)(hidden, own_head, *teacher, y, group=group)
+    with raises(ValueError, "labels must be in [0, 23)"):
+        kd.LinearLoss(kd.KDLoss())(hidden, own_head, *teacher, y + 23, group=group)
+
+
 def refusals(rank, world):
     group, (s, t, y) = dist.group.WORLD, rows(4, 6)
     fewer = rows(3, 6)
-    with raises(ValueError, "the same rows on every rank"):
+    with raises(ValueError, "must hold the same rows"):
         kd.ForwardKLLoss()(*(fewer if rank else (s, t, y)), group=group)
     with raises(ValueError, "have refused" if rank else "must have student_logits' shape"):
         kd.ForwardKLLoss()(s, t if rank else t[:, :5], group=group)
@@ -293,4 +329,4 @@ def refusals(rank, world):
 
 CHECKS = {f.__name__: f for f in (every_loss, wide_rows, kernels_in_single, call_options, deleted_classes,
                                   few_collectives, gradient_without_a_graph, data_parallel, dtensors,
-                                  refusals)}  # fmt: skip
+                                  fused_linear, refusals)}  # fmt: skip
