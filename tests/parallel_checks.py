@@ -169,6 +169,12 @@ def deleted_classes(rank, world):
                      dict(vocab_mask=mask), own_mask)  # fmt: skip
                 dead = Batch(*(z.masked_fill(~mask, -torch.inf) for z in x[:2]), y)
                 both(make(case), backend, dead, rank, widths, 1e-11, f"{backend} {case} -inf {shift}")
+    far, wide = rows(5, 230), [10 * width for width in widths]
+    far = Batch(*((z - 30000).float() for z in far[:2]), y + 10 * widths[0])
+    keep = mask.repeat_interleave(10)
+    for loss in (kd.ForwardKLLoss(), kd.HellingerLoss()):  # in float32 a maximum of 0 would cost all digits
+        both(loss, "cpu", far, rank, wide, 1e-6, f"{loss}, float32", dict(vocab_mask=keep),
+             dict(vocab_mask=own(keep, rank, wide)), labels=False)  # fmt: skip
     last = dict(vocab_size=21) if rank < world - 1 else dict(vocab_size=widths[-1] - 2)
     both(kd.DKDLoss(), "cpu", Batch(*batch[:2], y), rank, widths, what="vocab_size", call=dict(vocab_size=21),
          local=last if rank == world - 1 else dict(vocab_size=None))  # fmt: skip
@@ -289,6 +295,14 @@ def fused_linear(rank, world):
                 whole, got = results
                 for k, (a, b) in enumerate(zip(got, whole, strict=True)):
                     near(a, b.split(widths)[rank] if k > 1 else b, 1e-11, f"{backend} {loss} {options} {k}")
+    x, w, t = (z.to(torch.bfloat16) for z in (hidden, head, new(5, 23)))
+    grads = []
+    for keywords in ({}, dict(group=dist.group.WORLD)):
+        cut = (lambda z, dim: z.split(widths, dim)[rank]) if keywords else (lambda z, dim: z)
+        leaf = x.clone().requires_grad_()
+        kd.LinearLoss(kd.ForwardKLLoss())(leaf, cut(w, 0), teacher_logits=cut(t, 1), **keywords).backward()
+        grads.append(leaf.grad)
+    near(grads[1], grads[0], 2e-2, "bfloat16")
     own_head, teacher, group = head.split(widths)[rank], (t_hidden, t_head.split(widths)[rank]), dist.group.WORLD
     with raises(ValueError, "have refused" if rank else "student_head must have shape"):
         kd.LinearLoss(kd.KDLoss())(hidden, own_head if rank else own_head[:, :3], *teacher, y, group=group)
