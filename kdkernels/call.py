@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 class Rows(NamedTuple):
     """student (..., W), teacher (..., W2) or None, labels (N,) int64 or None, mask (vocab,), classes [0, vocab).
-
-    `shards` (`parallel.Shards`), where these are the columns of one rank only; labels are then numbers of its columns.
-    """
+    Of one rank's columns, and labels among them, if there are `shards` (`parallel.Shards`)."""
 
     student: Tensor
     teacher: Tensor | None
@@ -75,10 +73,8 @@ def _like(name: str, x, student: Tensor | Shaped) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.shape != student.shape[:-1]:
-        raise ValueError(
-            f"{name} must have shape {tuple(student.shape[:-1])} for student_logits of shape "
-            f"{tuple(student.shape)}, got {tuple(x.shape)}"
-        )
+        raise ValueError(f"{name} must have shape {tuple(student.shape[:-1])} for student_logits of shape "
+                         f"{tuple(student.shape)}, got {tuple(x.shape)}")  # fmt: skip
     if x.device != student.device:
         raise ValueError(f"{name} must be on student_logits' device {student.device}, got {x.device}")
     return x

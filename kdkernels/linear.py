@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from . import backends, call, parallel
 from .base import BaseLoss
-from .loss import Loss
 from .options import check_number
 from .sweep import Inputs, LinearRows, Plan, cast_dtype
 
@@ -49,7 +48,7 @@ class LinearLoss(nn.Module):
 
     def __init__(
         self,
-        loss: Loss,
+        loss: BaseLoss,
         chunk: int | str = "auto",
         *,
         memory_budget: int | None = None,
@@ -177,9 +176,6 @@ class LinearLoss(nn.Module):
         if not self.loss.rowwise:
             raise ValueError(f"loss must be row-wise: {type(self.loss).__name__} relates rows to each other, and only "
                              "a chunk of them has logits at a time; call it on the logits")  # fmt: skip
-        if not isinstance(self.loss, Loss):
-            raise ValueError(f"loss must be of the log-partition (kdkernels.Loss) for now, which "
-                             f"{type(self.loss).__name__} is not; call it on the logits")  # fmt: skip
         if self.chunk != "auto" and (isinstance(self.chunk, bool) or not isinstance(self.chunk, int) or self.chunk < 1):
             raise ValueError(f"chunk must be 'auto' or an int >= 1, got {self.chunk!r}")
         if self.memory_budget is not None:
@@ -231,7 +227,7 @@ def _check_head(side: str, hidden, head, bias, cast: torch.dtype | None, quantis
             raise ValueError(f"{name} must be on {hidden_name}'s device {hidden.device}, got {x.device}")
 
 
-def _check_teacher(loss: Loss, x: Inputs, student: call.Shaped, vocab_size: int | None, cast) -> Inputs:
+def _check_teacher(loss: BaseLoss, x: Inputs, student: call.Shaped, vocab_size: int | None, cast) -> Inputs:
     """The inputs with the teacher's as constants, or without a teacher where the loss looks at none."""
     names = ("teacher_hidden", "teacher_head", "teacher_bias", "teacher_head_scale", "teacher_logits")
     if not loss._uses.teacher:

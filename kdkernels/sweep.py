@@ -7,15 +7,16 @@ their place, then g @ head and the chunk's part of g.T @ hidden. The buffers of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends
+from .base import BaseLoss
 from .call import result_dtype
-from .loss import Loss, Program
+from .head import Head, rows_within, slices
+from .loss import Program
 from .options import readable
 
 CACHED = 1 << 20  # bytes that are widened at a time on a CPU
@@ -61,7 +62,7 @@ class Plan(NamedTuple):
         shards: of the vocabulary (`kdkernels.parallel`), if these heads are only a part of it.
     """
 
-    loss: Loss
+    loss: BaseLoss
     backend: str
     cast: torch.dtype | None
     chunk: int
@@ -81,49 +82,6 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-class Head(NamedTuple):
-    """Makes logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) of chunks of hidden states."""
-
-    weight: Tensor  # (vocab, H)
-    bias: Tensor | None
-    quantum: Tensor | None  # () or (vocab, G)
-    scale: float
-    softcap: float | None
-    scratch: int
-
-    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """hidden (n, H) -> out (n, vocab)."""
-        block = len(self.weight) if self.quantum is None else _block(self.weight.shape[1], hidden.dtype, self.scratch)
-        for at in slices(len(self.weight), block):
-            weight, to = self._dequantized(at, hidden.dtype), out[:, at]
-            bias, beta = (to, 0.0) if self.bias is None else (self.bias[at], self.scale)
-            torch.addmm(bias, hidden, weight.T, beta=beta, alpha=self.scale, out=to)
-        return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
-
-    def uncap(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """From the gradient of the capped logits, which are lost, to that of the uncapped ones, in place."""
-        if self.softcap is None:
-            return gradient
-        return torch.ops.aten.tanh_backward.grad_input(gradient, logits.div_(self.softcap), grad_input=gradient)
-
-    def _dequantized(self, at: slice, dtype: torch.dtype) -> Tensor:
-        weight = self.weight[at]
-        if self.quantum is None:
-            return weight
-        unit = self.quantum[at] if self.quantum.dim() else self.quantum
-        groups = weight.to(unit.dtype).view(len(weight), unit.shape[1] if unit.dim() else 1, -1)
-        return groups.mul_(unit[..., None]).view(weight.shape).to(dtype)
-
-
-def slices(count: int, size: int) -> Iterator[slice]:
-    return (slice(i, min(i + size, count)) for i in range(0, count, size))
-
-
-def _block(width: int, dtype: torch.dtype, scratch: int) -> int:
-    """Rows of a (., width) matrix that fit into `scratch` bytes."""
-    return max(1, scratch // (width * dtype.itemsize))
-
-
 def sweep(plan: Plan, x: Inputs, factor: Tensor, wants: tuple[bool, bool, bool], per_row: bool = False):
     """-> value, the sum of factor * loss (or (N,), each for itself), and those `Gradients` of it that are wanted."""
     device = x.student_hidden.device.type
@@ -140,10 +98,11 @@ def _sweep(plan, x, factor, wants, per_row):
     g_buffer = torch.empty_like(s_buffer) if student.softcap is not None and any(wants) else s_buffer
     t_dtype = dtype if teacher is None else cast_dtype(x.teacher_hidden, plan.cast)
     t_buffer = s_buffer if teacher is None else torch.empty_like(s_buffer, dtype=t_dtype)
+    whole = _reducing(plan.loss, "none" if per_row else "sum")
     grads, values, product = _empty(x, wants, vocab, rows > chunk), [], None
     if grads.head is not None and grads.head.dtype != dtype:
         width = x.student_head.shape[1]
-        product = s_buffer.new_empty((min(vocab, _block(width, dtype, plan.scratch)), width))
+        product = s_buffer.new_empty((min(vocab, rows_within(width, dtype, plan.scratch)), width))
     counts = factor != 0 if x.labels is None else (factor != 0) & (x.labels != plan.loss.ignore_index)
     for at in slices(rows, chunk):
         # Whatever a row holds that does not count: its gradient is 0, and 0 * NaN is not.
@@ -154,7 +113,7 @@ def _sweep(plan, x, factor, wants, per_row):
             t = teacher.logits(others, t_buffer[: len(hidden)])
         elif x.teacher_logits is not None:
             t = x.teacher_logits[at, :vocab]
-        loss = _part(plan.loss, at, rows, "none" if per_row else "sum")
+        loss = _part(whole, at, rows)
         labels, temperature = (None if y is None else y[at] if y.dim() else y for y in (x.labels, x.temperature))
         given = dict(temperature=plan.temperature if temperature is None else temperature, vocab_mask=x.mask,
                      group=plan.shards)
@@ -190,19 +149,28 @@ def _heads(plan: Plan, x: Inputs) -> tuple[Head, Head | None]:
     return student, Head(weight, bias, unit, plan.scales[1], plan.softcaps[1], plan.scratch)
 
 
-def _part(loss: Loss, at: slice, rows: int, reduction: str) -> Loss:
-    """The loss of some of the rows; its points may have coefficients of each."""
+def _reducing(loss: BaseLoss, reduction: str) -> BaseLoss:
     part = copy.copy(loss)
-    part.__dict__["reduction"] = reduction
-    for name in ("_single", "_double"):
-        code, args = vars(loss)[name]
-        if 1 < len(args) != rows:
-            raise ValueError(f"{type(loss).__name__} has {len(args)} rows of point coefficients, student_hidden {rows}")
-        part.__dict__[name] = Program(code, args[at] if len(args) == rows > 1 else args)
+    if "_double" in vars(loss):  # a log-partition loss is traced for any reduction
+        part.__dict__["reduction"] = reduction
+    else:
+        part.reduction = reduction
     return part
 
 
-def _value_and_grad(loss: Loss, s: Tensor, t: Tensor | None, labels: Tensor | None, out: Tensor, **given):
+def _part(loss: BaseLoss, at: slice, rows: int) -> BaseLoss:
+    """The loss of some of the rows; its points may have coefficients of each."""
+    part = copy.copy(loss)
+    for name in ("_single", "_double"):
+        code, args = vars(loss).get(name, (None, ()))
+        if 1 < len(args) != rows:
+            raise ValueError(f"{type(loss).__name__} has {len(args)} rows of point coefficients, student_hidden {rows}")
+        if len(args) == rows > 1:
+            part.__dict__[name] = Program(code, args[at])
+    return part
+
+
+def _value_and_grad(loss: BaseLoss, s: Tensor, t: Tensor | None, labels: Tensor | None, out: Tensor, **given):
     if not loss.standardize:
         return loss.value_and_grad(s, t, labels, out=out, **given)
     with torch.enable_grad():  # z-scores make the row's scale a function of its logits
@@ -249,7 +217,7 @@ def _add_up(grads: Gradients, at: slice, g: Tensor, head: Head, hidden: Tensor, 
 def _column_sums(g: Tensor, dtype: torch.dtype) -> Tensor:
     if not g.is_cpu or g.dtype == dtype:
         return g.sum(0, dtype=dtype)
-    blocks = slices(g.shape[1], _block(len(g), dtype, CACHED))  # a wider sum of all of g would first widen all of it
+    blocks = slices(g.shape[1], rows_within(len(g), dtype, CACHED))  # a wider sum of all of g would first widen all of it
     return torch.cat([g[:, block].sum(0, dtype=dtype) for block in blocks])
 
 
@@ -257,7 +225,7 @@ def _widen_and_add(total: Tensor, part: Tensor) -> None:
     if not total.is_cpu:
         total.add_(part)
         return
-    for block in slices(len(total), _block(total.shape[1], total.dtype, CACHED)):  # a mixed add_ takes 5 times as long
+    for block in slices(len(total), rows_within(total.shape[1], total.dtype, CACHED)):  # a mixed add_ takes 5 times as long
         total[block].add_(part[block].to(total.dtype))
 
 

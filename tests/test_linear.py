@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import pytest
+import textbook_ranks
 import torch
 import torch.distributed.fsdp
 import torch.nn.functional as F
@@ -115,6 +116,21 @@ def test_chunks_are_the_whole(case, backend):
     value = case.loss(s, t if case.needs_teacher else None, x.labels, **call)
     grads = torch.autograd.grad(value, leaves[:3])
     same(want, (value.detach(), *grads), 1e-11)
+
+
+@NATIVE
+@pytest.mark.parametrize("case", textbook_ranks.CASES, ids=str)
+def test_losses_of_whole_rows(case, backend):
+    """Ranks and correlations, with a cross-entropy, weights and ignored rows; and what relates rows raises."""
+    x, call = batch(), dict(row_weight=torch.linspace(0, 2, N))
+    for reduction, weight in (("mean", None), ("none", torch.linspace(-1, 1, N))):
+        loss = getattr(kd, case.name)(**case.options, ce_weight=0.5, reduction=reduction)
+        with only(backend) if case.name != "CMKDLoss" else kd.use_backend(backend):
+            want = plain(loss, x, call, weight, **OPTIONS)
+            for chunk in (5, "auto"):
+                same(fused(loss, x, call, weight, chunk=chunk, **OPTIONS), want, 1e-11)
+    with pytest.raises(ValueError, match="DISTLoss relates rows to each other"):
+        kd.LinearLoss(kd.DISTLoss())
 
 
 @pytest.mark.parametrize("case", [c for c in SAMPLE if c.name in ("KDLoss", "DKDLoss", "TAIDLoss")], ids=str)
