@@ -21,7 +21,7 @@ class Head(NamedTuple):
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """hidden (n, H) -> out (n, vocab)."""
-        size = len(self.weight) if self.quantum is None else rows_within(self.weight.shape[1], hidden.dtype, self.scratch)
+        size = len(self.weight) if self.quantum is None else fitting(self.weight.shape[1], hidden.dtype, self.scratch)
         for at in slices(len(self.weight), size):
             weight, to = self._dequantized(at, hidden.dtype), out[:, at]
             bias, beta = (to, 0.0) if self.bias is None else (self.bias[at], self.scale)
@@ -47,6 +47,6 @@ def slices(count: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, count)) for i in range(0, count, size))
 
 
-def rows_within(width: int, dtype: torch.dtype, scratch: int) -> int:
+def fitting(width: int, dtype: torch.dtype, scratch: int) -> int:
     """Rows of a (., width) matrix that fit into `scratch` bytes."""
     return max(1, scratch // (width * dtype.itemsize))

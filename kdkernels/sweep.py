@@ -15,7 +15,7 @@ from torch import Tensor
 from . import backends
 from .base import BaseLoss
 from .call import result_dtype
-from .head import Head, rows_within, slices
+from .head import Head, fitting, slices
 from .loss import Program
 from .options import readable
 
@@ -102,7 +102,7 @@ def _sweep(plan, x, factor, wants, per_row):
     grads, values, product = _empty(x, wants, vocab, rows > chunk), [], None
     if grads.head is not None and grads.head.dtype != dtype:
         width = x.student_head.shape[1]
-        product = s_buffer.new_empty((min(vocab, rows_within(width, dtype, plan.scratch)), width))
+        product = s_buffer.new_empty((min(vocab, fitting(width, dtype, plan.scratch)), width))
     counts = factor != 0 if x.labels is None else (factor != 0) & (x.labels != plan.loss.ignore_index)
     for at in slices(rows, chunk):
         # Whatever a row holds that does not count: its gradient is 0, and 0 * NaN is not.
@@ -217,7 +217,7 @@ def _add_up(grads: Gradients, at: slice, g: Tensor, head: Head, hidden: Tensor, 
 def _column_sums(g: Tensor, dtype: torch.dtype) -> Tensor:
     if not g.is_cpu or g.dtype == dtype:
         return g.sum(0, dtype=dtype)
-    blocks = slices(g.shape[1], rows_within(len(g), dtype, CACHED))  # a wider sum of all of g would first widen all of it
+    blocks = slices(g.shape[1], fitting(len(g), dtype, CACHED))  # a wider sum of all of g would first widen all of it
     return torch.cat([g[:, block].sum(0, dtype=dtype) for block in blocks])
 
 
@@ -225,7 +225,7 @@ def _widen_and_add(total: Tensor, part: Tensor) -> None:
     if not total.is_cpu:
         total.add_(part)
         return
-    for block in slices(len(total), rows_within(total.shape[1], total.dtype, CACHED)):  # a mixed add_ takes 5 times as long
+    for block in slices(len(total), fitting(total.shape[1], total.dtype, CACHED)):  # a mixed add_ takes 5 times as long
         total[block].add_(part[block].to(total.dtype))
 
 

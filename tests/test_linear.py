@@ -426,6 +426,25 @@ def test_under_torch_compile():
     assert torch._dynamo.explain(step)(*x.leaves()[:3]).graph_break_count == 1
 
 
+@pytest.mark.parametrize("dtype", [F64, BF16])
+def test_micro_batches_accumulate_into_grad(dtype):
+    """num_items of the whole batch as the denominator of each part: the parts' gradients add up to the whole's."""
+    x = batch(dtype)
+    whole, parts, linear = x.leaves(), x.leaves(), kd.LinearLoss(kd.KDLoss(), 4)
+    items = int((x.labels >= 0).sum())
+    value = linear(whole.hidden, whole.head, x.t_hidden, x.t_head, x.labels, student_bias=whole.bias)
+    value.backward()
+    values = []
+    for at in (slice(0, 5), slice(5, N)):
+        part = linear(parts.hidden[at], parts.head, x.t_hidden[at], x.t_head, x.labels[at], student_bias=parts.bias,
+                      num_items=items)  # fmt: skip
+        part.backward()
+        values.append(part.detach())
+    got, want = ((v, *(y.grad for y in z[:3])) for v, z in ((sum(values), parts), (value.detach(), whole)))
+    for a, b in zip(got, want, strict=True):
+        assert rms(a - b) <= 2 * torch.finfo(dtype if a.dim() else F32).eps * rms(b)
+
+
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
