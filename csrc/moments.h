@@ -58,79 +58,77 @@ struct Tilt {
 
 KD_HD double lse(const Moments& x) { return x.z == 0 ? -INFINITY : x.m + log(x.z); }
 
-// Value of the row; reg: registers() doubles. NaN where a point has no class left to sum over, unless it is a mixture:
-// two rows may have no class in common.
-KD_HD double row_value(const Program& p, const double* args, const Moments* x, const Row& row, double* reg) {
-  const int K = p.points();
+// The tape's inputs from point k. True where the point has no class left to sum over, which makes the value NaN, unless
+// it is a mixture: two rows may have no class in common.
+KD_HD bool point_inputs(const Program& p, const double* args, int k, const Moments& x, const Row& row, double* reg) {
+  const Tilt at(p, args, k);
+  double* in = reg + 6 * k;
+  in[0] = lse(x);
+  in[1] = at.r * x.s; in[2] = at.rt * x.t;
+  const bool infinite = std::isinf(x.s) || std::isinf(x.t);  // the mean already says so
+  in[3] = infinite ? 0 : at.r * at.r * x.ss;
+  in[4] = infinite ? 0 : at.r * at.rt * x.st;
+  in[5] = infinite ? 0 : at.rt * at.rt * x.tt;
+  if (p.flags(k) & GIVEN) { in[3] = args[3 + 2 * k]; in[4] = args[4 + 2 * k]; }
+  if (x.z != 0 || (at.b != 0 && at.a != 0 && !(p.flags(k) & FROZEN))) return false;
   const bool label = row.s_y > -INFINITY || row.t_y > -INFINITY;  // a class of the row, not a deleted one
-  bool nothing = false;
-  for (int k = 0; k < K; ++k) {
-    const Tilt at(p, args, k);
-    double* in = reg + 6 * k;
-    in[0] = lse(x[k]);
-    in[1] = at.r * x[k].s; in[2] = at.rt * x[k].t;
-    const bool infinite = std::isinf(x[k].s) || std::isinf(x[k].t);  // the mean already says so
-    in[3] = infinite ? 0 : at.r * at.r * x[k].ss;
-    in[4] = infinite ? 0 : at.r * at.rt * x[k].st;
-    in[5] = infinite ? 0 : at.rt * at.rt * x[k].tt;
-    if (p.flags(k) & GIVEN) { in[3] = args[3 + 2 * k]; in[4] = args[4 + 2 * k]; }
-    const bool apart = at.b != 0 && at.a != 0 && !(p.flags(k) & FROZEN);
-    nothing |= x[k].z == 0 && !apart && !((p.flags(k) & EXCLUDE) && label && at(row.s_y, row.t_y) > -INFINITY);
-  }
-  double* in = reg + 6 * K;
+  return !((p.flags(k) & EXCLUDE) && label && at(row.s_y, row.t_y) > -INFINITY);
+}
+KD_HD void label_inputs(const Program& p, const double* args, const Row& row, double* reg) {
+  double* in = reg + 6 * p.points();
   in[0] = scaled(args[0], row.s_y); in[1] = scaled(args[1], row.t_y); in[2] = row.s_y; in[3] = args[2];
-  const double value = evaluate(p, reg);
-  return nothing ? NAN : value;
 }
 
 // coef: (K + 1) x kCoefs. The gradient of this side's logits is
 //   d_i = sum_k pi_ki (c0 + c1 u + c2 v + c3 u^2 + c4 u v + c5 v^2),  u = s_i - max s, v = t_i - max t,
-// pi_ki = exp(b u + a v + lam); the label adds its own slope. adj: the slope of the value at reg.
-KD_HD void row_coefs(const Program& p, const double* args, const Moments* x, const Row& row, const double* adj,
-                     int side, double poison, double* coef) {
-  const int K = p.points();
+// pi_ki = exp(b u + a v + lam); the label adds its own slope. adj: the slope of the value at reg. Line k of coef;
+// returns the point's part of d value / d log scale of this side.
+KD_HD double point_coefs(const Program& p, const double* args, int k, const Moments& o, const Row& row,
+                         const double* adj, int side, double poison, double* coef) {
+  const Tilt at(p, args, k);
+  const double* g = adj + 6 * k;
+  const double gE = g[0], gs = at.r * g[1], gt = at.rt * g[2];
+  const double second = p.flags(k) & GIVEN ? 0 : 1;  // coefficients that are given have no slope
+  const double gss = scaled(second, at.r * at.r * g[3]), gst = scaled(second, at.r * at.rt * g[4]);
+  const double gtt = scaled(second, at.rt * at.rt * g[5]);
+  const double B = p.flags(k) & FROZEN ? 0 : side ? at.a : at.b;
+  double c0 = scaled(B, gE - scaled(gss, o.ss) - scaled(gst, o.st) - scaled(gtt, o.tt)) + (side ? gt : gs);
+  double c1 = B * gs + (side ? gst : 2 * gss), c2 = B * gt + (side ? 2 * gtt : gst);
+  const double c3 = B * gss, c4 = B * gst, c5 = B * gtt;
   double log_scale = 0;
-  for (int k = 0; k < K; ++k, coef += kCoefs) {
-    const Tilt at(p, args, k);
-    const double* g = adj + 6 * k;
-    const double gE = g[0], gs = at.r * g[1], gt = at.rt * g[2];
-    const double second = p.flags(k) & GIVEN ? 0 : 1;  // the coefficients have no slope
-    const double gss = scaled(second, at.r * at.r * g[3]), gst = scaled(second, at.r * at.rt * g[4]);
-    const double gtt = scaled(second, at.rt * at.rt * g[5]);
-    const Moments& o = x[k];
-    const double B = p.flags(k) & FROZEN ? 0 : side ? at.a : at.b;
-    double c0 = scaled(B, gE - scaled(gss, o.ss) - scaled(gst, o.st) - scaled(gtt, o.tt)) + (side ? gt : gs);
-    double c1 = B * gs + (side ? gst : 2 * gss), c2 = B * gt + (side ? 2 * gtt : gst);
-    const double c3 = B * gss, c4 = B * gst, c5 = B * gtt;
-    if (!(p.flags(k) & RAW)) {  // d value / d log scale of this side
-      const double own = side ? o.t : o.s, own2 = side ? o.tt : o.ss;
-      const double g1 = side ? gt : gs, g2 = side ? gs : gt, g11 = side ? gtt : gss;
-      log_scale += scaled(B * gE, own) + scaled(g1, own + scaled(B, own2)) + scaled(g2 * B, o.st) +
-                   2 * scaled(g11, own2) + scaled(gst, o.st);
-    }
-    // From deviations of the means to deviations of the maxima.
-    const double d = row.s_max - o.s, e = row.t_max - o.t;
-    c0 += scaled(c1, d) + scaled(c2, e) + scaled(c3, d * d) + scaled(c4, d * e) + scaled(c5, e * e);
-    c1 += 2 * scaled(c3, d) + scaled(c4, e);
-    c2 += scaled(c4, d) + 2 * scaled(c5, e);
-    const double lam = o.z == 0 ? -INFINITY : at(row.s_max, row.t_max) - lse(o);
-    const double out[kCoefs] = {lam, at.b, at.a, c0 + poison, c1, c2, c3, c4, c5, double((p.flags(k) & EXCLUDE) != 0)};
-    for (int j = 0; j < kCoefs; ++j) coef[j] = out[j];
+  if (!(p.flags(k) & RAW)) {
+    const double own = side ? o.t : o.s, own2 = side ? o.tt : o.ss;
+    const double g1 = side ? gt : gs, g2 = side ? gs : gt, g11 = side ? gtt : gss;
+    log_scale = scaled(B * gE, own) + scaled(g1, own + scaled(B, own2)) + scaled(g2 * B, o.st) +
+                2 * scaled(g11, own2) + scaled(gst, o.st);
   }
-  const double* g = adj + 6 * K;
+  // From deviations of the means to deviations of the maxima.
+  const double d = row.s_max - o.s, e = row.t_max - o.t;
+  c0 += scaled(c1, d) + scaled(c2, e) + scaled(c3, d * d) + scaled(c4, d * e) + scaled(c5, e * e);
+  c1 += 2 * scaled(c3, d) + scaled(c4, e);
+  c2 += scaled(c4, d) + 2 * scaled(c5, e);
+  const double lam = o.z == 0 ? -INFINITY : at(row.s_max, row.t_max) - lse(o);
+  const double out[kCoefs] = {lam, at.b, at.a, c0 + poison, c1, c2, c3, c4, c5, double((p.flags(k) & EXCLUDE) != 0)};
+  for (int j = 0; j < kCoefs; ++j) coef[k * kCoefs + j] = out[j];
+  return log_scale;
+}
+KD_HD void label_coefs(const Program& p, const double* args, const Row& row, const double* adj, int side, double poison,
+                       double log_scale, double* coef) {
+  const double* g = adj + 6 * p.points();
   const double label = side ? scaled(args[1], g[1]) : scaled(args[0], g[0]) + g[2];
   log_scale += side ? scaled(g[1], args[1] * row.t_y) : scaled(g[0], args[0] * row.s_y);
   const double out[kCoefs] = {label + poison, row.s_max, row.t_max, row.keep, log_scale, row.special, 0, 0, 0, 0};
-  for (int j = 0; j < kCoefs; ++j) coef[j] = out[j];
+  for (int j = 0; j < kCoefs; ++j) coef[p.points() * kCoefs + j] = out[j];
 }
+
+KD_HD Row row_of(const double* last) { return {last[0], last[1], last[2], last[3], last[4], last[5]}; }
 
 // Value of a row and, for each side, coef (K + 1) x kCoefs, from its statistics (kdkernels/ops.py); registers: 2 x
 // p.registers() doubles of scratch. A row that is not kept (0) has neither; one of NaN (-1) has no gradient.
 KD_HD double value_and_coefs(const Program& p, const double* args, const double* stats, int sides, int64_t side_stride,
                              double* registers, double* coef) {
   const int K = p.points();
-  const double* last = stats + K * kStats;
-  const Row row{last[0], last[1], last[2], last[3], last[4], last[5]};
+  const Row row = row_of(stats + K * kStats);
   if (row.keep <= 0) {
     for (int side = 0; side < sides; ++side)
       for (int i = 0; i < (K + 1) * kCoefs; ++i) coef[side * side_stride + i] = 0;
@@ -138,11 +136,17 @@ KD_HD double value_and_coefs(const Program& p, const double* args, const double*
   }
   const Moments* x = reinterpret_cast<const Moments*>(stats);
   double* adjoints = registers + p.registers();
-  const double value = row_value(p, args, x, row, registers);
+  bool nothing = false;
+  for (int k = 0; k < K; ++k) nothing |= point_inputs(p, args, k, x[k], row, registers);
+  label_inputs(p, args, row, registers);
+  const double value = evaluate(p, registers), poison = nothing || value != value ? NAN : 0;
   differentiate(p, registers, adjoints);
-  for (int side = 0; side < sides; ++side)
-    row_coefs(p, args, x, row, adjoints, side, value != value ? NAN : 0, coef + side * side_stride);
-  return value;
+  for (int side = 0; side < sides; ++side, coef += side_stride) {
+    double log_scale = 0;
+    for (int k = 0; k < K; ++k) log_scale += point_coefs(p, args, k, x[k], row, adjoints, side, poison, coef);
+    label_coefs(p, args, row, adjoints, side, poison, log_scale, coef);
+  }
+  return value + poison;
 }
 
 // The gradient at one class, in double: what the vectors of a backend compute, term by term. The means of a point of

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import call, options, parallel
+from .out import check_out, handed_over
 
 
 class _PostInit(type):
@@ -43,6 +44,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     z_loss: float
     reduction: str
     ignore_index: int
+    validate = False
     _uses: options.Uses
 
     def __init_subclass__(cls, **kwargs):
@@ -113,6 +115,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         labels: Tensor | None = None,
         *,
         out: Tensor | None = None,
+        accumulate: bool = False,
         row_weight: Tensor | None = None,
         num_items: float | Tensor | None = None,
         temperature: float | Tensor | None = None,
@@ -129,23 +132,24 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         Args:
             out: where the gradient goes: a tensor of student_logits' shape, dtype and device, student_logits itself
                 included (its logits are then gone) but no part of it. Without it a new tensor.
+            accumulate: add the gradient to what is in `out`, in place of writing it there.
 
         Raises:
             TypeError, ValueError: as in a call; `out` does not fit; the reduction is "none"; the loss standardises.
         """
         given = (student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
         if group is not None or parallel.is_sharded(student_logits):
-            return parallel.value_and_grad(self, group, num_items, out, *given)
+            return parallel.value_and_grad(self, group, num_items, out, accumulate, *given)
         rows = call.check(self, *given)
-        call.check_out(self, out, rows.student, rows.teacher)
-        return self._value_and_grad(rows, student_logits.detach(), num_items, temperature, out)
+        check_out(self, out, accumulate, rows.student, rows.teacher)
+        return self._value_and_grad(rows, student_logits.detach(), num_items, temperature, out, accumulate)
 
-    def _value_and_grad(self, rows: call.Rows, student_logits: Tensor, num_items, temperature, out):
+    def _value_and_grad(self, rows: call.Rows, student_logits: Tensor, num_items, temperature, out, accumulate):
         with torch.enable_grad():
             leaf = student_logits.requires_grad_()
             value = self._evaluate(rows._replace(student=leaf), leaf, num_items, temperature)
             (gradient,) = torch.autograd.grad(value, leaf)
-        return value.detach(), gradient if out is None else out.copy_(gradient)
+        return value.detach(), handed_over(gradient, out, accumulate)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_") and k not in _MODULE)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -142,6 +140,8 @@ def check_rows(loss: BaseLoss, student: Tensor | Shaped, vocab: int, labels, row
             raise TypeError(f"labels must be integers, got {labels.dtype} of shape {tuple(labels.shape)}")
         if labels.dim() != 1 or labels.dtype != torch.int64 or not labels.is_contiguous():  # each costs a small batch
             labels = labels.reshape(-1).to(torch.int64).contiguous()
+        if loss.validate and not torch.compiler.is_compiling():
+            _in_vocabulary(labels, vocab, loss.ignore_index)
     if row_weight is not None:
         row_weight = _like("row_weight", row_weight, student)
         _constant("row_weight", row_weight)
@@ -159,6 +159,12 @@ def check_rows(loss: BaseLoss, student: Tensor | Shaped, vocab: int, labels, row
     return labels, vocab_mask, row_weight
 
 
+def _in_vocabulary(labels: Tensor, vocab: int, ignore: int) -> None:
+    wrong = labels[(labels != ignore) & ((labels < 0) | (labels >= vocab))]
+    if len(wrong):
+        raise ValueError(f"labels must be in [0, {vocab}) or ignore_index={ignore}, got {wrong[0].item()}")
+
+
 def _temperature(temperature: Tensor, student: Tensor | Shaped, keep: Tensor | None) -> None:
     _constant("temperature", temperature)
     if temperature.dim():
@@ -168,41 +174,6 @@ def _temperature(temperature: Tensor, student: Tensor | Shaped, keep: Tensor | N
         bad = bad & keep if keep is not None and temperature.dim() else bad
         if bad.any():
             raise ValueError(f"temperature must be > 0 and finite, got {temperature.reshape(-1)[bad][0].item()}")
-
-
-def check_out(loss: BaseLoss, out, student: Tensor, teacher: Tensor | None) -> None:
-    """What value_and_grad asks for beside a call's."""
-    if loss.reduction == "none":
-        raise ValueError("value_and_grad needs a reduction other than 'none'")
-    if loss.standardize:
-        raise ValueError("value_and_grad needs standardize=False")
-    if out is None:
-        return
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
-    if out.shape != student.shape or out.dtype != student.dtype or out.device != student.device:
-        raise ValueError(f"out must be like student_logits {tuple(student.shape)} {student.dtype} on {student.device}, "
-                         f"got {tuple(out.shape)} {out.dtype} on {out.device}")  # fmt: skip
-    if out.requires_grad and out.is_leaf:
-        raise ValueError("out is a leaf that requires grad; pass out.detach()")
-    for name, x in (("student_logits", student), ("teacher_logits", teacher)):
-        if x is not None and not torch.compiler.is_compiling() and _overlaps(out, x):
-            raise ValueError(f"out shares memory with {name}, which is read meanwhile; only {name} itself may be out")
-
-
-def _overlaps(out: Tensor, x: Tensor) -> bool:
-    """Whether they share memory, and not element by element."""
-    if out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
-        return False
-    same = (out.data_ptr(), out.shape, out.stride()) == (x.data_ptr(), x.shape, x.stride())
-    return not (same and out.dtype == x.dtype) and np.shares_memory(_footprint(out), _footprint(x))
-
-
-def _footprint(x: Tensor) -> np.ndarray:
-    """An array at x's addresses, on whatever device they are: numpy compares them and reads nothing."""
-    strides = tuple(n * x.itemsize for n in x.stride())
-    place = dict(data=(x.data_ptr(), True), shape=tuple(x.shape), strides=strides, typestr=f"|V{x.itemsize}", version=3)
-    return np.asarray(SimpleNamespace(__array_interface__=place))
 
 
 def check_mask(mask, student: Tensor | Shaped, vocab: int, least: int = 1) -> Tensor:

@@ -32,6 +32,7 @@ class RankLoss(BaseLoss):
         label_smoothing, z_loss: of that cross-entropy, as in `kdkernels.Loss`; without one they raise.
         reduction: "mean" (sum of row_weight * loss over the number of kept rows), "sum", "none" or "batchmean".
         ignore_index: rows with this label are left out, whatever they hold.
+        validate: as in `kdkernels.Loss`.
 
     Raises:
         TypeError, ValueError: an option is not of its kind or out of its range; a teacher that requires grad, except
@@ -52,12 +53,13 @@ class RankLoss(BaseLoss):
         z_loss: float = 0.0,
         reduction: str = "mean",
         ignore_index: int = -100,
+        validate: bool = False,
     ):
         super().__init__()
         self.temperature, self.t_squared = temperature, t_squared
         self.kd_weight, self.ce_weight = kd_weight, ce_weight
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
-        self.reduction, self.ignore_index = reduction, ignore_index
+        self.reduction, self.ignore_index, self.validate = reduction, ignore_index, validate
 
     def _prepare(self) -> None:
         super()._prepare()

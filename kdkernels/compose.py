@@ -47,7 +47,7 @@ class SumLoss(Loss):
             if len(found) > 1:
                 raise ValueError(f"the terms of a sum must have the same {name}, got {found}")
             shared[name] = found[0]
-        super().__init__(**shared)
+        super().__init__(**shared, validate=any(term.validate for _, term in flat))
         self.terms = nn.ModuleList(term for _, term in flat)
         self.weights = tuple(weight for weight, _ in flat)
 

@@ -131,13 +131,14 @@ class LinearLoss(nn.Module):
         if group is not None:
             code = parallel.checksum(self.loss, kind)
             group = parallel.join(group, x.student_hidden, len(x.student_head), vocab, code)
-            group.local(x.labels, self.loss.ignore_index)  # raises on every rank
+            group.local(x.labels, self.loss.ignore_index, self.loss.validate)  # raises on every rank
         value = LinearRows.apply(self._plan(x, vocab, cast, number, group), torch.is_grad_enabled(), *x)
         return value.view(shape) if self.loss.reduction == "none" else value
 
     def _checked(self, x: Inputs, num_items, vocab_size: int | None, group):
         """The inputs in the shapes of a sweep, the number of classes, autocast's dtype and a temperature number."""
-        loss, cast = self.loss, _autocast(x.student_hidden)
+        loss = self.loss if group is None else parallel.unvalidated(self.loss)
+        cast = _autocast(x.student_hidden)
         _check_head("student", x.student_hidden, x.student_head, x.student_bias, cast)
         logits = call.Shaped(torch.Size((*x.student_hidden.shape[:-1], len(x.student_head))), x.student_hidden.device)
         vocab = call.check_vocab(vocab_size, logits)

@@ -45,11 +45,11 @@ class KDLoss(ForwardKLLoss):
     """
 
     def __init__(self, temperature=2.0, alpha=0.5, *, teacher_temperature=None, t_squared=True, label_smoothing=0.0,
-                 z_loss=0.0, standardize=False, reduction="mean", ignore_index=-100):  # fmt: skip
+                 z_loss=0.0, standardize=False, reduction="mean", ignore_index=-100, validate=False):  # fmt: skip
         super().__init__(
             temperature=temperature, teacher_temperature=teacher_temperature, t_squared=t_squared,
             kd_weight=0.5, ce_weight=0.5, label_smoothing=label_smoothing, z_loss=z_loss,
-            standardize=standardize, reduction=reduction, ignore_index=ignore_index,
+            standardize=standardize, reduction=reduction, ignore_index=ignore_index, validate=validate,
         )  # fmt: skip
 
         self.alpha = alpha
@@ -186,9 +186,9 @@ class CrossEntropyLoss(Loss):
 
     needs_teacher = False
 
-    def __init__(self, label_smoothing=0.0, z_loss=0.0, *, reduction="mean", ignore_index=-100):
+    def __init__(self, label_smoothing=0.0, z_loss=0.0, *, reduction="mean", ignore_index=-100, validate=False):
         super().__init__(kd_weight=0.0, ce_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss,
-                         reduction=reduction, ignore_index=ignore_index)  # fmt: skip
+                         reduction=reduction, ignore_index=ignore_index, validate=validate)  # fmt: skip
 
     def points(self):
         return self._student_points()

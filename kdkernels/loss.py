@@ -94,6 +94,8 @@ class Loss(BaseLoss):
         reduction: "mean" (sum of row_weight * loss over the number of kept rows), "sum", "none" or
             "batchmean" (sum over the size of the first dimension).
         ignore_index: rows with this label are left out, whatever they hold.
+        validate: look at labels on a GPU before they are used, which waits for it; a label outside the vocabulary
+            raises, where otherwise its row becomes NaN and has no gradient. On a CPU it always raises.
 
     Raises:
         TypeError, ValueError: an option is not of its kind or out of its range.
@@ -117,13 +119,14 @@ class Loss(BaseLoss):
         standardize: bool = False,
         reduction: str = "mean",
         ignore_index: int = -100,
+        validate: bool = False,
     ):
         super().__init__()
         self.temperature, self.teacher_temperature = temperature, teacher_temperature
         self.t_squared, self.standardize = t_squared, standardize
         self.kd_weight, self.ce_weight = kd_weight, ce_weight
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
-        self.reduction, self.ignore_index = reduction, ignore_index
+        self.reduction, self.ignore_index, self.validate = reduction, ignore_index, validate
         self.resolution = 1e-16  # relative error of the row statistics; set while tracing
 
     def points(self) -> tuple[Point, ...]:
@@ -159,11 +162,12 @@ class Loss(BaseLoss):
         args = call.arguments(self, program, rows, temperature)
         return backend, program, args, *call.weighting(self, rows, num_items)
 
-    def _value_and_grad(self, rows, student_logits, num_items, temperature, out):
+    def _value_and_grad(self, rows, student_logits, num_items, temperature, out, accumulate):
         backend, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
         if rows.shards is not None or backend.OPERATORS is None or backend.OPERATORS.step is None:
-            return super()._value_and_grad(rows, student_logits, num_items, temperature, out)
-        return value_and_grad(backend.OPERATORS, rows, args, weight, divisor, program.code, self.ignore_index, out)
+            return super()._value_and_grad(rows, student_logits, num_items, temperature, out, accumulate)
+        numbers = (args, weight, divisor, program.code, self.ignore_index)
+        return value_and_grad(backend.OPERATORS, rows, *numbers, out, accumulate)
 
     def with_metrics(
         self,

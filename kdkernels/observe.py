@@ -77,7 +77,7 @@ class _Observed(SumLoss):
             self._sink.update(lse=torch.stack(lse), mean=torch.stack(means), label=stats[:, -1, 0] * scale[0])
             return stats
 
-        operators = backend.OPERATORS._replace(reduce=reduce, step=None, step_out=None)
+        operators = backend.OPERATORS._replace(reduce=reduce, step=None, step_out=None, step_add=None)
         return SimpleNamespace(OPERATORS=operators), program, args, *rest
 
 
@@ -89,7 +89,8 @@ def with_metrics(loss: Loss, student, teacher, labels, agreement: bool, given: d
         observed = loss.__dict__["_observed"] = _Observed([(1, loss)])
     observed._uses  # noqa: B018  (prepares it again if an option of the loss has changed)
     observed = copy.copy(observed)
-    observed.__dict__.update(_sink={}, reduction=loss.reduction, ignore_index=loss.ignore_index)
+    observed.__dict__.update(_sink={}, reduction=loss.reduction, ignore_index=loss.ignore_index,
+                             validate=loss.validate)  # fmt: skip
     value = observed(student, teacher, labels, **given)
     with torch.no_grad():
         return value, _metrics(observed._sink, observed.ignore_index, agreement)

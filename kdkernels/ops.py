@@ -30,18 +30,24 @@ import torch
 from torch import Tensor
 
 from .call import apply_factor, dense, factor, result_dtype
+from .out import handed_over
 
 STATS, COEFS = 7, 10
 
 
 class Operators(NamedTuple):
-    """What a backend offers. `rescale(gradient, factor)`: factor * gradient in place, or None: make it again."""
+    """What a backend offers.
+
+    `step_add` adds the gradient to `out`. `rescale(gradient, factor)`: factor * gradient in place, or None: make it
+    again.
+    """
 
     reduce: Callable
     rows: Callable
     spread: Callable
     step: Callable | None = None
     step_out: Callable | None = None
+    step_add: Callable | None = None
     rescale: Callable | None = None
 
 
@@ -158,16 +164,15 @@ def rescale(gradient: Tensor, grad: Tensor) -> Tensor | None:
     return gradient.mul_(factor) if exact else None
 
 
-def value_and_grad(operators, rows, args, weight, divisor, code, ignore, out):
+def value_and_grad(operators, rows, args, weight, divisor, code, ignore, out, accumulate):
     """(sum of the weighted row losses, gradient of the student's logits), without a graph, by `step`."""
-    step, step_out = operators.step, operators.step_out
+    step, step_out = operators.step, operators.step_add if accumulate else operators.step_out
     student, teacher = dense(rows.student), None if rows.teacher is None else dense(rows.teacher)
     inputs = (student, teacher, rows.labels, rows.mask, args, code, weight, divisor, rows.vocab, ignore)
     to = None if out is None else dense(out)
-    if to is None or not to.is_contiguous():
+    if to is None or not to.is_contiguous() or step_out is None:
         value, gradient = step(*inputs)
-        gradient = gradient.view(rows.student.shape)
-        return value, gradient if out is None else out.copy_(gradient)
+        return value, handed_over(gradient.view(rows.student.shape), out, accumulate)
     value = step_out(*inputs, to)
     if to.data_ptr() != out.data_ptr():
         return value, out.copy_(to.view(out.shape))

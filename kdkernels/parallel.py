@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import backends, call
 from .options import ELSEWHERE, readable
+from .out import check_out
 
 IGNORED, STRANGE = ELSEWHERE + 1, ELSEWHERE - 1  # labels of a row left out; of a class that no rank has
 
@@ -41,13 +42,13 @@ class Shards:
         dist.all_reduce(total, group=self.group)
         x.copy_(total)
 
-    def local(self, labels: Tensor | None, ignore: int) -> Tensor | None:
+    def local(self, labels: Tensor | None, ignore: int, validate: bool = False) -> Tensor | None:
         """(N,) numbers of classes -> of this rank's columns, ELSEWHERE, IGNORED or STRANGE."""
         if labels is None:
             return None
         kept = labels != ignore
         known = torch.stack([(labels >= start) & (labels < end) for start, end in self.spans])
-        if readable(labels) and (bad := kept & ~known.any(0)).any():
+        if (validate or readable(labels)) and (bad := kept & ~known.any(0)).any():
             first = labels[bad][0].item()
             raise ValueError(f"labels must be in {self._classes()} or ignore_index={ignore}, got {first}")
         local = torch.where(known[self.rank], labels - self.spans[self.rank][0], ELSEWHERE)
@@ -64,7 +65,7 @@ class Shards:
             stats = base.reduce(student, teacher, labels, mask, args, program, vocab, ignore_index)
             return self.merge_stats(stats, args)
 
-        return base._replace(reduce=reduce, step=None, step_out=None)
+        return base._replace(reduce=reduce, step=None, step_out=None, step_add=None)
 
     def merge_stats(self, stats: Tensor, args: Tensor) -> Tensor:
         """(N, K + 1, 7) of this rank's columns -> of the rows (`kdkernels.ops`)."""
@@ -132,11 +133,11 @@ def _forward(loss, group, num_items, *given):
     return loss._evaluate(rows, rows.student, num_items, given[4])
 
 
-def value_and_grad(loss, group, num_items, out, *given):
+def value_and_grad(loss, group, num_items, out, accumulate, *given):
     """(the reduced loss, the gradient of this rank's student logits)."""
     loss, rows = split(loss, group, *given)
-    call.check_out(loss, out, rows.student, rows.teacher)
-    return loss._value_and_grad(rows, rows.student.detach(), num_items, given[4], out)
+    check_out(loss, out, accumulate, rows.student, rows.teacher)
+    return loss._value_and_grad(rows, rows.student.detach(), num_items, given[4], out, accumulate)
 
 
 def split(loss, group, student, teacher, labels, row_weight, temperature, vocab_size, vocab_mask):
@@ -150,16 +151,24 @@ def split(loss, group, student, teacher, labels, row_weight, temperature, vocab_
     group, student, teacher, labels = _unwrapped(group, student, teacher, labels)
     with refusing(group, student):
         width = student.shape[-1] if isinstance(student, Tensor) and student.dim() else 0
-        rows = call.check(loss, _padded(student), _padded(teacher), labels, row_weight, temperature, vocab_size, None)
+        given = (_padded(student), _padded(teacher), labels, row_weight, temperature, vocab_size, None)
+        rows = call.check(unvalidated(loss), *given)
         if vocab_mask is not None:
             rows = rows._replace(mask=call.check_mask(vocab_mask, rows.student, rows.vocab, least=0))
         code = _checksum(loss, rows)
     shards = join(group, rows.student, width, min(rows.vocab, width), code)
-    labels = shards.local(rows.labels, loss.ignore_index)
+    labels = shards.local(rows.labels, loss.ignore_index, loss.validate)
     loss = copy.copy(loss)
     loss.__dict__["ignore_index"] = IGNORED
     teacher = None if rows.teacher is None else _Guard.apply(rows.teacher)
     return loss, rows._replace(student=_Guard.apply(rows.student), teacher=teacher, labels=labels, shards=shards)
+
+
+def unvalidated(loss):
+    """The loss, for checks that do not know of the other ranks' classes."""
+    loss = copy.copy(loss)
+    loss.__dict__["validate"] = False
+    return loss
 
 
 def check_loss(loss) -> None:

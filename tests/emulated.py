@@ -19,7 +19,7 @@ TORCH = Path(torch.__file__).parent
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-math-errno", "-Wno-unknown-pragmas", "-DKD_EMULATED",
          "-DKD_DISPATCH=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{TESTS}", f"-I{CSRC}",
          f"-I{TORCH / 'include'}"]  # fmt: skip
-LINK = [f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
+LINK = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-Wl,--no-undefined", "-lc10"]
 
 
 def build() -> Path:

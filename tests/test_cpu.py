@@ -114,6 +114,9 @@ def test_value_and_grad(case, backend):
             value, gradient = loss.value_and_grad(itself if out is itself else rows.s, teacher, rows.y, out=out)
             assert out is None or gradient is out
             assert torch.equal(value, want.detach()) and torch.equal(gradient, leaf.grad)
+        for out in (given, strided):
+            value, total = loss.value_and_grad(rows.s, teacher, rows.y, out=out.fill_(2.0), accumulate=True)
+            assert total is out and torch.equal(value, want.detach()) and torch.equal(total, leaf.grad + 2.0)
     assert itself._version == 1
 
 

@@ -38,8 +38,8 @@ def test_clusters_grow_with_the_row():
                 loss.value_and_grad(rows.s, rows.t)
                 widest.setdefault(name, []).append(ranks())
     assert widest == {  # 1 also where there is too little for a cluster, and two sweeps are made
-        "two sweeps": [1, 1], "enough": [1, 1], "17 KB a block": [2, 16], "13 KB a block": [4, 1],
-        "10 KB a block": [16, 1],
+        "two sweeps": [1, 1], "enough": [1, 1], "17 KB a block": [16, 4], "13 KB a block": [4, 16],
+        "10 KB a block": [8, 1],
     }  # fmt: skip
 
 
@@ -121,6 +121,21 @@ def test_rows_left_out_masks_and_padding(form):
 
 
 @in_forms
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_gradient_may_be_added_to_a_buffer(form, dtype):
+    rows = batch(N=9, V=1001, scale=3.0, saturated=20.0, s_dtype=dtype)
+    rows.y[4] = -100
+    loss = kd.DKDLoss(reduction="sum")
+    before = torch.randn(rows.s.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with device(form), only("cuda"):
+        value, gradient = loss.value_and_grad(rows.s.float(), rows.t, rows.y)
+        again, total = loss.value_and_grad(rows.s, rows.t, rows.y, out=before.clone(), accumulate=True)
+    assert abs(again - value) <= 1e-6 * abs(value)
+    exact = before.double() + gradient.double()
+    assert ((total.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs().clamp(min=1e-3)).all()
+
+
+@in_forms
 def test_a_label_outside_the_vocabulary_spoils_its_row_alone(form):
     rows = batch(N=6, V=300, s_dtype=F32)
     y = rows.y.clone()
@@ -132,6 +147,9 @@ def test_a_label_outside_the_vocabulary_spoils_its_row_alone(form):
         right = kd.KDLoss(reduction="none")(rows.s[good], rows.t[good], y[good])
     assert value[[2, 4]].isnan().all() and torch.equal(value[good], right)
     assert not gradient[[2, 4]].any() and gradient[good].isfinite().all()
+    named = r"labels must be in \[0, 300\) or ignore_index=-100, got 300"
+    with kd.use_backend("cuda"), pytest.raises(ValueError, match=named):
+        kd.KDLoss(validate=True)(rows.s, rows.t, y)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -149,7 +167,5 @@ def test_backward_scales_by_what_it_is_given(dtype):
         rounded = (exact.ds * factor).to(dtype)
         bar = Bar(exact.ds * factor, (exact.ds.to(dtype) * factor).to(dtype), rounded, 0.0)
         assert not excess(first, bar, dtype)
-        if factor != 0.3:
-            assert torch.equal(first, leaf.grad)
-        else:
-            assert (first.double() - leaf.grad.double()).norm() <= 2 * torch.finfo(dtype).eps * first.double().norm()
+        # by other kernels, which sum up in another order
+        assert (first.double() - leaf.grad.double()).norm() <= 2 * torch.finfo(dtype).eps * first.double().norm()

@@ -211,6 +211,10 @@ def test_out_may_be_the_logits_but_not_overlap_them():
             loss.value_and_grad(s, t, out=out)
     with pytest.raises(ValueError, match="out shares memory with teacher_logits"):
         loss.value_and_grad(s, memory[1:5, :7], out=s)
+    with pytest.raises(ValueError, match=r"out shares memory with student_logits, which is read meanwhile$"):
+        loss.value_and_grad(s, t, out=s, accumulate=True)
+    with pytest.raises(ValueError, match=r"accumulate=True needs out"):
+        loss.value_and_grad(s, t, accumulate=True)
     for which in (0, 1):
         pair = memory.clone()
         logits = pair[:4, :7], pair[:4, 7:]  # neighbours in memory, with no number in common

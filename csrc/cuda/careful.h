@@ -1,11 +1,11 @@
 // What float cannot do: sums over a row in double, relative to their largest term. For covariances, negative
 // coefficients, mixtures whose heavy classes are light in both rows, points without the label's class, narrow rows.
 #pragma once
-#include "sums.h"
+#include "records.h"
 
 namespace kd::gpu {
 
-constexpr int kMaxWarps = 32, kMaxRanks = 16;
+constexpr int kMaxWarps = 8, kMaxRanks = 16;
 
 // The threads of a block, or of a cluster of blocks, which hold a row together. `exchange` has 2 kMaxRanks slots of
 // `size` doubles: of two sums that follow each other, each has its own.
@@ -14,12 +14,13 @@ struct Team {
   double* exchange;  // null for a block alone
   int rank, ranks, size, turn;
 
-  // Shares `n` doubles of this block with the others: slot r of the result is what block r wrote.
-  KD_DEVICE const double* share(const double* mine, int n) {
+  // Shares `n` doubles of this block, number i from thread i: slot r of the result is what block r wrote.
+  KD_DEVICE const double* share(double x, int n) {
     double* slots = exchange + turn * kMaxRanks * size;
     turn ^= 1;
 #ifdef KD_CLUSTERS
-    for (int i = thread(); i < ranks * n; i += threads()) store_remote(slots + rank * size + i % n, i / n, mine[i % n]);
+    if (thread() < n)
+      for (int r = 0; r < ranks; ++r) store_remote(slots + rank * size + thread(), r, x);
     sync_warp();
     cluster_sync();
 #endif
@@ -44,7 +45,7 @@ struct Team {
     if (thread() == 0)
       for (int i = 0; i < n; ++i) scratch[i] = x[i];
     sync();
-    const double* slots = share(scratch, n);
+    const double* slots = share(thread() < n ? scratch[thread()] : 0, n);
     for (int i = 0; i < n; ++i) {
       x[i] = none;
       for (int r = 0; r < ranks; ++r) x[i] = f(x[i], slots[r * size + i]);

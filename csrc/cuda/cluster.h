@@ -63,7 +63,7 @@ template <typename S, typename T> struct Stage {
   KD_HD static int s_bytes(int packs) { return packs * kPack * int(sizeof(S)) + 32; }
   KD_HD static int bytes(int packs) { return s_bytes(packs) + packs * kPack * int(sizeof(T)) + 32; }
 
-  // All threads; they have finished with what was here.
+  // A warp's work; all threads have finished with what was here.
   KD_DEVICE void fill(const Problem& p, int64_t n, const Share& share) const {
     const Slice<S> from_s(p.s, n, share.begin, share.finish);
     const Slice<T> from_t(p.t, n, share.begin, share.finish);
@@ -85,7 +85,7 @@ template <typename S, typename T> struct Stage {
 };
 
 // Reads 2 w bytes a class, writes w; 2 K exponentials. Row n + 1 is on its way while row n is worked on.
-template <typename S, typename T, int K> KD_KERNEL(kThreads) cluster_kernel(KD_PARAMS ClusterTask task) {
+template <typename S, typename T, int K> KD_KERNEL(2 * kThreads, 1) cluster_kernel(KD_PARAMS ClusterTask task) {
 #ifdef KD_CLUSTERS
   const StepTask& step = task.step;
   const Problem& p = step.problem;
@@ -95,10 +95,9 @@ template <typename S, typename T, int K> KD_KERNEL(kThreads) cluster_kernel(KD_P
   const int64_t clusters = blocks() / ranks;
   Team team{m.scratch, m.exchange, rank, ranks, Memory::exchange_size(count), 0};
   const Weights weights(step.factor);
-  const auto factor = [&](int64_t n) { return p.labels && p.labels[n] == p.ignore ? 0 : weights(n); };
   const auto share_of = [&](int64_t n) { return Share(Reader<S>::head(p.s, n), task.packs, rank, int(p.vocab)); };
   const auto fill = [&](int64_t n, int stage) {
-    if (n < p.rows && factor(n) != 0) Stage<S, T>(task, m, stage).fill(p, n, share_of(n));
+    if (thread() < 32 && n < p.rows && weights(p, n) != 0) Stage<S, T>(task, m, stage).fill(p, n, share_of(n));
   };
   if (thread() == 0)
     for (int i = 0; i < task.stages; ++i) barrier_init(m.barriers + i);
@@ -107,33 +106,35 @@ template <typename S, typename T, int K> KD_KERNEL(kThreads) cluster_kernel(KD_P
   cluster_sync();  // the others' shared memory is there to be written to
   int64_t n = block() / ranks;
   for (int i = 0; i < task.stages; ++i) fill(n + i * clusters, i);
+  sync();  // what threads have copied themselves is there; later a row's own barriers see to that
   uint32_t phases = 0;
   for (int stage = 0; n < p.rows; n += clusters, stage = stage + 1 == task.stages ? 0 : stage + 1) {
     const int64_t label = p.labels ? p.labels[n] : -1;
-    const double g = factor(n);
+    const double g = weights(p, n);
     const Share share = share_of(n);
     const Stage<S, T> here(task, m, stage);
     const auto row = here.row(p, n, share);
+    const Head* sums = nullptr;
     if (g != 0) {
-      load_points(p, program, m, n);
+      if (p.row_args) load_points(p, m, p.row_args + n * p.args_stride);
       const Pair<Reader<S>, Reader<T>> whole{{p.s, n, share.head}, {p.t, n, share.head}, share.head, int(p.vocab), p.mask};
-      if (thread() == 0) begin_statistics(whole, p, m, label);
+      begin_statistics(whole, p, m, label);
       barrier_wait(here.barrier, phases >> stage & 1);
       phases ^= 1u << stage;
-      const double* record = nullptr;
       for (int from = 0; from < count; from += K)
-        record = reduce_points<K>(row, program, m, team, from, share.first, share.end, label);
-      end_row(step, program, m, record, n, g, rank == 0);
+        sums = reduce_points<K>(row, program, m, team, from, share.first, share.end, label);
+      end_row(step, m, *sums, g, rank == 0);
     } else {
-      skip_row(step, m, count, n, rank == 0);
+      skip_row(m, count);
     }
-    const Slope slope(m.coef, m.terms, count, g, label, p.narrow());
     const Writer<S> out(step.out, n, share.head);
     const int end = share.first + task.packs;
-    spread_packs(row, slope, out, share.first, end < out.packs() ? end : out.packs());
-    sync();
+    spread_row(step, m, sums, row, out, g, label, share.first, end < out.packs() ? end : out.packs(), share.begin,
+               share.finish);
     fill(n + task.stages * clusters, stage);
+    if (task.stages == 1) sync();
   }
+  end_step(step.total, m.parts);
   cluster_sync();  // nobody leaves while others may still write here
 #endif
 }

@@ -1,5 +1,7 @@
 // From a task to a kernel of its dtypes and its number of points. Included by one source file for each dtype.
 #pragma once
+#include <algorithm>
+
 #include "cluster.h"
 #include "dtype.h"
 #include "passes.h"
@@ -7,10 +9,11 @@
 namespace kd::gpu {
 
 inline int round_up(int64_t x, int unit) { return int((x + unit - 1) / unit * unit); }
-// A thread for each pack, up to kThreads: a function of the width alone, so that results repeat to the bit.
-inline int threads_for(int64_t width) {
+// A thread for each pack, up to `most`: a function of the width alone, so that results repeat to the bit. Few enough for
+// blocks to share a multiprocessor: one sweeps over its row while another is at what is serial in its own.
+inline int threads_for(int64_t width, int most = kThreads) {
   const int64_t packs = width / kPack + 2;
-  return packs < kThreads ? round_up(packs, 32) : kThreads;
+  return packs < most ? round_up(packs, 32) : most;
 }
 
 template <typename P> int launch_rows(void (*kernel)(P), const P& task, int64_t rows, int64_t width, void* stream) {
@@ -18,7 +21,7 @@ template <typename P> int launch_rows(void (*kernel)(P), const P& task, int64_t 
   Shape z{0, threads_for(width), Memory::bytes(p.points(), p.length(), p.count, false), 1};
   if (int error = prepare(kernel, z.shared, false)) return error;
   const int64_t most = int64_t(device().processors) * resident(kernel, z.threads, z.shared);
-  z.blocks = int(rows < most ? rows : most);
+  z.blocks = int(std::min<int64_t>({rows, most, kMaxBlocks}));
   return z.blocks ? launch(kernel, z, stream, task) : 0;
 }
 
@@ -34,20 +37,23 @@ template <typename S, typename T> int reduce_as(const ReduceTask& task, void* st
     return launch_rows(reduce_kernel<S, T, K>, task, task.problem.rows, task.problem.vocab, stream);
   });
 }
-// The smallest cluster whose shared memory holds two rows or more, or else one; false where none does.
+// The smallest cluster whose shared memory holds two rows or more: with two blocks to a multiprocessor, or else one; or
+// else one row. False where none does.
 template <typename S, typename T> bool fits_cluster(const StepTask& step, ClusterTask* task, Shape* z) {
   const Problem& p = step.problem;
   const int small = Memory::bytes(p.points(), p.length(), p.count, true);
   const int64_t packs = (step.out.width + 2 * kPack - 2) / kPack;
-  for (int rows : {2, 1})
+  const int whole = device().shared, half = (whole + 1024) / 2 - 1024;  // each block takes 1 KB more
+  const struct { int shared, rows, threads; } ways[] = {{half, 2, kThreads}, {whole, 2, 2 * kThreads}, {whole, 1, 2 * kThreads}};
+  for (const auto& way : ways)
     for (int ranks = 1; ranks <= kMaxRanks; ranks *= 2) {
       const int64_t slice = (packs + ranks - 1) / ranks;
       if (slice > (1 << 20) / kPack / 4) continue;
       const int stage = round_up(Stage<S, T>::bytes(int(slice)), 128);
-      const int stages = (device().shared - small) / stage;
-      if (stages < rows) continue;
+      const int stages = (way.shared - small) / stage;
+      if (stages < way.rows) continue;
       *task = {step, int(slice), stages < kStages ? stages : kStages, stage};
-      *z = {0, threads_for(slice * kPack), small + task->stages * stage, ranks};
+      *z = {0, threads_for(slice * kPack, way.threads), small + task->stages * stage, ranks};
       return true;
     }
   return false;
@@ -58,11 +64,11 @@ template <typename S, typename T, int K> int cluster_as(const StepTask& step, vo
   Shape z;
   if (!fits_cluster<S, T>(step, &task, &z)) return -1;
   auto* kernel = cluster_kernel<S, T, K>;
-  if (int error = prepare(kernel, z.shared, z.cluster > 8)) return error;
+  if (prepare(kernel, z.shared, z.cluster > 8)) return -1;  // two sweeps then
   const int64_t most = z.cluster > 1 ? resident_clusters(kernel, z)
                                      : int64_t(device().processors) * resident(kernel, z.threads, z.shared);
   if (!most) return -1;
-  z.blocks = int(step.problem.rows < most ? step.problem.rows : most) * z.cluster;
+  z.blocks = int(std::min<int64_t>({step.problem.rows, most, kMaxBlocks / z.cluster})) * z.cluster;
   return z.blocks ? launch(kernel, z, stream, task) : 0;
 }
 

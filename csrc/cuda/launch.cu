@@ -7,7 +7,7 @@
 namespace kd::gpu {
 namespace {
 
-KD_KERNEL(128) rows_kernel(KD_PARAMS RowsTask task) {
+KD_KERNEL(128, 1) rows_kernel(KD_PARAMS RowsTask task) {
   const Problem& p = task.problem;
   double* numbers = reinterpret_cast<double*>(shared());
   const int count = p.count + (p.row_args ? 0 : 3 + 2 * p.points());
@@ -18,38 +18,26 @@ KD_KERNEL(128) rows_kernel(KD_PARAMS RowsTask task) {
   const int64_t n = int64_t(block()) * threads() + thread();
   if (n >= p.rows) return;
   const double* args = p.row_args ? p.row_args + n * p.args_stride : numbers + p.count;
-  task.value[n] = finish_row(program, args, task.stats + n * (K + 1) * kStats,
-                             task.registers + n * 2 * program.registers(), task.sides, p.rows * (K + 1) * kCoefs,
-                             task.coef + n * (K + 1) * kCoefs);
+  task.value[n] = value_and_coefs(program, args, task.stats + n * (K + 1) * kStats, task.sides,
+                                  p.rows * (K + 1) * kCoefs, task.registers + n * 2 * program.registers(),
+                                  task.coef + n * (K + 1) * kCoefs);
 }
 
-struct CountTask { const int64_t* labels; int64_t rows, ignore; double* kept; };
-struct TotalTask { const double* value; int64_t rows; float* sum; };
+struct BeginTask { const int64_t* labels; int64_t rows, ignore; Total total; };
 
-// One block: the sum over threads, in an order that depends on nothing but the number of rows.
-template <typename F> KD_DEVICE double sum_over(int64_t rows, F f) {
-  double* parts = reinterpret_cast<double*>(shared());
-  double sum = 0;
-  for (int64_t n = thread(); n < rows; n += threads()) sum += f(n);
-  sum = warp_sum(sum);
-  if (thread() % 32 == 0) parts[thread() / 32] = sum;
-  sync();
-  sum = 0;
-  for (int w = 0; w < threads() / 32; ++w) sum += parts[w];
-  return sum;
-}
-KD_KERNEL(1024) count_kernel(KD_PARAMS CountTask p) {
-  const double kept = sum_over(p.rows, [&](int64_t n) { return p.labels[n] == p.ignore ? 0. : 1.; });
-  if (thread() == 0) *p.kept = kept;
-}
-KD_KERNEL(1024) total_kernel(KD_PARAMS TotalTask p) {
-  const double total = sum_over(p.rows, [&](int64_t n) { return p.value[n]; });
-  if (thread() == 0) *p.sum = float(total);
+KD_KERNEL(1024, 1) begin_kernel(KD_PARAMS BeginTask p) {
+  double kept = 0;
+  for (int64_t n = thread(); p.labels && n < p.rows; n += threads()) kept += p.labels[n] != p.ignore;
+  kept = sum_of_threads(kept, reinterpret_cast<double*>(shared()));
+  if (thread()) return;
+  *p.total.kept = kept;
+  *p.total.done = 0;
+  *p.total.sum = 0;
 }
 
 struct RescaleTask { void* x; int64_t count; const void* factor; bool wide; };
 
-template <typename X> KD_KERNEL(256) rescale_kernel(KD_PARAMS RescaleTask p) {
+template <typename X> KD_KERNEL(256, 1) rescale_kernel(KD_PARAMS RescaleTask p) {
   const double wide = p.wide ? *static_cast<const double*>(p.factor) : *static_cast<const float*>(p.factor);
   const float factor = float(wide);
   if (factor == 1) return;
@@ -99,11 +87,9 @@ int rows(const RowsTask& task, void* stream) {
   if (!p.rows) return 0;
   return launch(rows_kernel, Shape{int((p.rows + 127) / 128), 128, bytes, 1}, stream, task);
 }
-int count(const int64_t* labels, int64_t rows, int64_t ignore, double* kept, void* stream) {
-  return launch(count_kernel, Shape{1, 1024, 256, 1}, stream, CountTask{labels, rows, ignore, kept});
-}
-int total(const double* value, int64_t rows, float* sum, void* stream) {
-  return launch(total_kernel, Shape{1, 1024, 256, 1}, stream, TotalTask{value, rows, sum});
+int begin(const int64_t* labels, int64_t rows, int64_t ignore, const Total& total, void* stream) {
+  const int threads = labels ? 1024 : 32;
+  return launch(begin_kernel, Shape{1, threads, 256, 1}, stream, BeginTask{labels, rows, ignore, total});
 }
 int rescale(void* x, Type type, int64_t count, const void* factor, bool wide, void* stream) {
   const RescaleTask task{x, count, factor, wide};

@@ -8,6 +8,7 @@ namespace kd::gpu {
 constexpr int kNumbers = 2048;
 constexpr int64_t kNarrow = 32;  // rows computed in double: with few classes single roundings do not average out
 constexpr int kMaxPoints = 6;    // of one sweep
+constexpr int kMaxBlocks = 4096;  // of a step
 enum class Type { f32, f16, bf16 };
 inline int size_of(Type t) { return t == Type::f32 ? 4 : 2; }
 
@@ -16,7 +17,10 @@ struct Matrix {
   const void* data;
   Type type;
   int64_t inner, outer_stride, inner_stride;
-  KD_HD int64_t offset(int64_t n) const { return n / inner * outer_stride + n % inner * inner_stride; }
+  KD_HD int64_t offset(int64_t n) const {
+    if (n < inner) return n * inner_stride;  // a division of 64 bits takes long
+    return n / inner * outer_stride + n % inner * inner_stride;
+  }
 };
 
 struct Problem {
@@ -52,17 +56,17 @@ struct Factor {
 struct ReduceTask { Problem problem; double* stats; };
 struct RowsTask { Problem problem; const double* stats; double *registers, *value, *coef; int sides; };
 struct SpreadTask { Problem problem; const double *coef, *grad; int64_t grad_step; int side; Output out; };
-struct StepTask { Problem problem; Factor factor; Output out; double* value; };
+// What a step adds up to: `parts`, one double of each block, become *sum by the block that is the last to be done.
+// begin() clears `done` and *sum, and counts the labels that are not to be ignored.
+struct Total { double *parts, *kept; int* done; float* sum; };
+struct StepTask { Problem problem; Factor factor; Output out; Total total; };
 
 int reduce(const ReduceTask& task, void* stream);
 int rows(const RowsTask& task, void* stream);
 int spread(const SpreadTask& task, void* stream);
 // form: 0 picks, 1 two sweeps over memory, 2 a cluster of blocks that holds the row.
 int step(const StepTask& task, int form, void* stream);
-// kept: how many labels are not to be ignored.
-int count(const int64_t* labels, int64_t rows, int64_t ignore, double* kept, void* stream);
-// total, float: the sum of value[n], n < rows.
-int total(const double* value, int64_t rows, float* sum, void* stream);
+int begin(const int64_t* labels, int64_t rows, int64_t ignore, const Total& total, void* stream);
 // x *= *factor, unless it is 1; zeros stay.
 int rescale(void* x, Type type, int64_t count, const void* factor, bool wide_factor, void* stream);
 

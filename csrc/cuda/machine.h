@@ -2,11 +2,14 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <array>
 #include <cstdint>
+#include <map>
+#include <mutex>
 
 #define KD_DEVICE __device__ __forceinline__
 #define KD_SLOW inline __device__ __noinline__  // keeps the registers of rare double arithmetic out of the common path
-#define KD_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define KD_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)  // at least, to a multiprocessor
 #define KD_PARAMS const __grid_constant__
 
 namespace kd::gpu {
@@ -47,6 +50,26 @@ KD_DEVICE void narrow(float x, float* y) { *y = x; }
 KD_DEVICE void narrow(float x, BF16* y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y->bits) : "f"(x)); }
 KD_DEVICE void narrow(float x, F16* y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y->bits) : "f"(x)); }
 
+// Two in a word, the first in its low half. The larger of each, where either is a number.
+KD_DEVICE uint32_t max2(uint32_t x, uint32_t y, BF16*) {
+  asm("max.bf16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
+  return x;
+}
+KD_DEVICE uint32_t max2(uint32_t x, uint32_t y, F16*) {
+  asm("max.f16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
+  return x;
+}
+KD_DEVICE uint32_t narrow2(float x, float y, BF16*) {
+  uint32_t z;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
+  return z;
+}
+KD_DEVICE uint32_t narrow2(float x, float y, F16*) {
+  uint32_t z;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
+  return z;
+}
+
 struct alignas(16) Bytes16 { uint32_t word[4]; };
 
 // Kept in L2 for a second sweep, or read for the last time; neither stays in L1.
@@ -61,6 +84,15 @@ KD_DEVICE Bytes16 load16_last(const void* from) {
 KD_DEVICE void store16(void* to, const Bytes16& x) {
   __stcs(static_cast<uint4*>(to), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
 }
+
+// How many blocks were here before; what they had written by then is there for those that come after.
+KD_DEVICE int arrive(int* counter) {
+  __threadfence();
+  const int before = atomicAdd(counter, 1);
+  __threadfence();
+  return before;
+}
+KD_DEVICE double load_shared_by_blocks(const double* from) { return __ldcg(from); }
 
 // Clusters, distributed shared memory and bulk copies: Hopper and later. Elsewhere the kernels that use them only trap.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -118,15 +150,33 @@ inline Device device() {
 
 struct Shape { int blocks, threads, shared, cluster; };
 
-template <typename P> int prepare(void (*kernel)(P), int shared, bool wide_clusters) {
-  if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) return e;
-  return wide_clusters ? cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) : cudaSuccess;
+// What the driver says of a kernel and a shape: asked once, by whichever host thread is the first.
+template <typename P, typename F> int once(void (*kernel)(P), const Shape& z, F ask) {
+  static std::mutex mutex;
+  static std::map<std::array<intptr_t, 5>, int> known;
+  const std::array<intptr_t, 5> key{reinterpret_cast<intptr_t>(kernel), device().index, z.threads, z.shared, z.cluster};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(key);
+  return found != known.end() ? found->second : known[key] = ask();
+}
+
+// Allows a kernel all the shared memory and the largest clusters that there are, once and for all: another host thread
+// may be about to launch it with another shape.
+template <typename P> int prepare(void (*kernel)(P), int /*shared*/, bool wide_clusters) {
+  return once(kernel, Shape{0, 0, 0, wide_clusters}, [&] {
+    const int shared = device().shared;
+    if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) return int(e);
+    if (!wide_clusters) return int(cudaSuccess);
+    return int(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  });
 }
 // Blocks of this shape that a multiprocessor holds at once.
 template <typename P> int resident(void (*kernel)(P), int threads, int shared) {
-  int blocks = 0;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared);
-  return blocks > 0 ? blocks : 1;
+  return once(kernel, Shape{0, threads, shared, 1}, [&] {
+    int blocks = 0;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared);
+    return blocks > 0 ? blocks : 1;
+  });
 }
 // A launch of this shape; the attribute it points to is its own.
 struct Config {
@@ -146,11 +196,13 @@ struct Config {
 };
 // Clusters of this shape (of two blocks or more) that the device holds at once; 0 where it cannot.
 template <typename P> int resident_clusters(void (*kernel)(P), const Shape& z) {
-  const Config config(z, z.cluster);
-  int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config.launch) == cudaSuccess) return clusters;
-  cudaGetLastError();
-  return 0;
+  return once(kernel, z, [&] {
+    const Config config(z, z.cluster);
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config.launch) == cudaSuccess) return clusters;
+    cudaGetLastError();
+    return 0;
+  });
 }
 template <typename P> int launch(void (*kernel)(P), const Shape& z, void* stream, const P& params) {
   const Config config(z, z.blocks, stream);

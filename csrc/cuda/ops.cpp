@@ -190,15 +190,16 @@ Tensor step_to(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
   const int64_t rows = task.problem.rows;
   STD_TORCH_CHECK(out.is_contiguous() && out.numel() == rows * width_of(s) && out.scalar_type() == s.scalar_type(),
                   "kdkernels: out must be contiguous, of the student's shape and dtype");
-  Tensor values = doubles(s, {rows + 1}), sum = torch::stable::new_empty(s, {}, ScalarType::Float);
-  task.value = values.mutable_data_ptr<double>();
+  Tensor parts = doubles(s, {kMaxBlocks + 2}), sum = torch::stable::new_empty(s, {}, ScalarType::Float);
+  double* memory = parts.mutable_data_ptr<double>();
+  task.total = {memory + 2, memory, reinterpret_cast<int*>(memory + 1), sum.mutable_data_ptr<float>()};
   task.factor = {weight ? weight->const_data_ptr<double>() : nullptr,
-                 weight ? stride_of(*weight, rows, "weight") : 0, divisor, task.value + rows};
+                 weight ? stride_of(*weight, rows, "weight") : 0, divisor, task.total.kept};
+  const bool counts = divisor == 0 && labels;
   if (divisor == 0 && !labels) task.factor.divisor = double(std::max<int64_t>(rows, 1));
-  else if (divisor == 0) check(count(task.problem.labels, rows, ignore, task.value + rows, stream), "count");
+  check(begin(counts ? task.problem.labels : nullptr, rows, ignore, task.total, stream), "begin");
   task.out = {out.mutable_data_ptr(), width_of(s), accumulate};
   check(step(task, int(form), stream), "step");
-  check(total(task.value, rows, sum.mutable_data_ptr<float>(), stream), "total");
   return sum;
 }
 
@@ -213,8 +214,8 @@ std::tuple<Tensor, Tensor> cuda_step(const Tensor& s, const MaybeTensor& t, cons
 
 Tensor cuda_step_out(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
                      const Tensor& args, const Tensor& program, const MaybeTensor& weight, double divisor,
-                     int64_t vocab, int64_t ignore, Tensor out, int64_t form) {
-  return step_to(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, false, form);
+                     int64_t vocab, int64_t ignore, Tensor out, bool accumulate, int64_t form) {
+  return step_to(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, accumulate, form);
 }
 
 void cuda_rescale(Tensor x, const Tensor& factor) {
@@ -236,7 +237,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def("cuda_step(Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, "
         "Tensor? weight, float divisor, SymInt vocab, int ignore_index, int form) -> (Tensor, Tensor)");
   m.def("cuda_step_out(Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, "
-        "Tensor? weight, float divisor, SymInt vocab, int ignore_index, Tensor(a!) out, int form) -> Tensor");
+        "Tensor? weight, float divisor, SymInt vocab, int ignore_index, Tensor(a!) out, bool accumulate, int form) -> Tensor");
   m.def("cuda_rescale(Tensor(a!) x, Tensor factor) -> ()");
 }
 

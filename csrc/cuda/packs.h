@@ -20,6 +20,7 @@ KD_DEVICE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 
 template <typename T, bool kOnChip = false> struct Reader {
   using Element = T;
   static constexpr bool kInShared = kOnChip;
+  static constexpr bool kTwoPacks = sizeof(T) == 2;  // at a time: registers hold so much
   struct Raw { Bytes16 part[kPack * sizeof(T) / 16]; };
   const T* base;
   bool wide;
@@ -58,13 +59,23 @@ template <typename T, bool kOnChip = false> struct Reader {
     }
     return raw;
   }
-  KD_DEVICE static void unpack(const Raw& raw, float (&x)[kPack]) {
-#pragma unroll
-    for (int e = 0; e < kPack; ++e) x[e] = element(raw, e);
-  }
   KD_DEVICE static float element(const Raw& raw, int e) {
     constexpr int n = 4 / sizeof(T);
     return from_bits(raw.part[e / n / 4].word[e / n % 4] >> (e % n * 16), static_cast<T*>(nullptr));
+  }
+  // The largest of packs and a value of the type, in a form that compares for equality: two classes at a time.
+  KD_DEVICE static uint32_t top(float x) {
+    if constexpr (sizeof(T) == 4) return float_bits(x);
+    else return narrow2(x, x, static_cast<T*>(nullptr));
+  }
+  KD_DEVICE static uint32_t top(const Raw& raw, uint32_t top) {
+#pragma unroll
+    for (int i = 0; i < int(sizeof raw / 4); ++i) {
+      const uint32_t word = raw.part[i / 4].word[i % 4];
+      if constexpr (sizeof(T) == 4) top = float_bits(fmaxf(bits_float(top), bits_float(word)));
+      else top = max2(top, word, static_cast<T*>(nullptr));
+    }
+    return top;
   }
 
  private:
@@ -79,7 +90,7 @@ template <typename T, bool kOnChip = false> struct Reader {
 // Of another dtype than the row beside it: which one is known when it runs.
 struct Any {};
 template <bool kOnChip> struct Reader<Any, kOnChip> {
-  static constexpr bool kInShared = kOnChip;
+  static constexpr bool kInShared = kOnChip, kTwoPacks = false;
   struct Raw { float x[kPack]; };
   const char* base;
   Type type;
@@ -98,9 +109,31 @@ template <bool kOnChip> struct Reader<Any, kOnChip> {
     for (int e = 0; e < kPack; ++e) raw.x[e] = live >> e & 1 ? at(int64_t(pack) * kPack + e) : -INFINITY;
     return raw;
   }
-  KD_DEVICE static void unpack(const Raw& raw, float (&x)[kPack]) {
+  KD_DEVICE static float element(const Raw& raw, int e) { return raw.x[e]; }
+  KD_DEVICE static uint32_t top(float x) { return float_bits(x); }
+  KD_DEVICE static uint32_t top(const Raw& raw, uint32_t top) {
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) x[e] = raw.x[e];
+    for (int e = 0; e < kPack; ++e) top = float_bits(fmaxf(bits_float(top), raw.x[e]));
+    return top;
+  }
+};
+
+// M packs of a row, in registers.
+template <typename R, int M> struct Packs {
+  static constexpr int kCount = M * kPack;
+  typename R::Raw raw[M];
+  KD_DEVICE float operator[](int e) const { return R::element(raw[e / kPack], e % kPack); }
+  KD_DEVICE float at(int e) const {  // where e is not known when compiling
+    float y = (*this)[0];
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) y = e == i ? (*this)[i] : y;
+    return y;
+  }
+  KD_DEVICE bool above(uint32_t than) const {
+    uint32_t top = than;
+#pragma unroll
+    for (int i = 0; i < M; ++i) top = R::top(raw[i], top);
+    return top != than;
   }
 };
 
@@ -110,7 +143,10 @@ template <typename S, typename T> struct Pair {  // of readers
   T t;
   int head, vocab;
   const uint8_t* mask;
+  using SReader = S;
+  using TReader = T;
   static constexpr bool kOnChip = S::kInShared;
+  static constexpr int kAtOnce = S::kTwoPacks && T::kTwoPacks ? 2 : 1;
 
   KD_DEVICE int packs() const { return int((vocab + head + kPack - 1) / kPack); }
   KD_DEVICE int first_class(int pack) const { return pack * kPack - head; }
@@ -122,18 +158,18 @@ template <typename S, typename T> struct Pair {  // of readers
       if (first + e >= 0 && first + e < vocab && (!mask || mask[first + e])) bits |= 1 << e;
     return bits;
   }
+  // Of packs [first, end) the part [from, to) that is live throughout.
+  KD_DEVICE void whole(int first, int end, int* from, int* to) const {
+    const int begin = head ? 1 : 0, last = (vocab + head) / kPack;
+    *from = first > begin ? first : begin;
+    *to = end < last ? end : last;
+    if (mask || *to < *from) *to = *from = mask ? first : *from < end ? *from : end;
+  }
 };
 
-// Element e of a pack in registers, where e is not known when compiling.
-KD_DEVICE float pick(const float (&x)[kPack], int e) {
-  float y = x[0];
+template <int N> KD_DEVICE void put(float (&x)[N], int e, float y) {  // where e is not known when compiling
 #pragma unroll
-  for (int i = 1; i < kPack; ++i) y = e == i ? x[i] : y;
-  return y;
-}
-KD_DEVICE void put(float (&x)[kPack], int e, float y) {
-#pragma unroll
-  for (int i = 0; i < kPack; ++i) x[i] = e == i ? y : x[i];
+  for (int i = 0; i < N; ++i) x[i] = e == i ? y : x[i];
 }
 
 }  // namespace kd::gpu

@@ -5,7 +5,7 @@
 namespace kd::gpu {
 
 // Reads 2 w bytes a class at w bytes a logit, K exponentials; (K + 1) x 7 doubles a row.
-template <typename S, typename T, int K> KD_KERNEL(kThreads) reduce_kernel(KD_PARAMS ReduceTask task) {
+template <typename S, typename T, int K> KD_KERNEL(kThreads, 3) reduce_kernel(KD_PARAMS ReduceTask task) {
   const Problem& p = task.problem;
   const Memory m = memory_of(p);
   const Program program = load_program(p, m);
@@ -17,12 +17,12 @@ template <typename S, typename T, int K> KD_KERNEL(kThreads) reduce_kernel(KD_PA
     const Pair<Reader<S>, Reader<T>> row{{p.s, n, head}, {p.t, n, head}, head, int(p.vocab), p.mask};
     const bool kept = !p.labels || label != p.ignore;
     if (kept) {
-      load_points(p, program, m, n);
-      if (thread() == 0) begin_statistics(row, p, m, label);
-      const double* record = nullptr;
+      if (p.row_args) load_points(p, m, p.row_args + n * p.args_stride);
+      begin_statistics(row, p, m, label);
+      const Head* sums = nullptr;
       for (int from = 0; from < count; from += K)
-        record = reduce_points<K>(row, program, m, team, from, 0, row.packs(), label);
-      if (thread() == 0) end_statistics(m, record, count);
+        sums = reduce_points<K>(row, program, m, team, from, 0, row.packs(), label);
+      if (thread() == 0) end_statistics(m, *sums, count);
       sync();
     }
     for (int i = thread(); i < numbers; i += threads()) task.stats[n * numbers + i] = kept ? m.stats[i] : 0;
@@ -31,7 +31,7 @@ template <typename S, typename T, int K> KD_KERNEL(kThreads) reduce_kernel(KD_PA
 }
 
 // Reads 2 w bytes a class, writes w; K exponentials.
-template <typename S, typename T, int kSide> KD_KERNEL(kThreads) spread_kernel(KD_PARAMS SpreadTask task) {
+template <typename S, typename T, int kSide> KD_KERNEL(kThreads, 3) spread_kernel(KD_PARAMS SpreadTask task) {
   const Problem& p = task.problem;
   const Memory m = memory_of(p);
   const int K = p.points(), numbers = (K + 1) * kCoefs;
@@ -43,12 +43,17 @@ template <typename S, typename T, int kSide> KD_KERNEL(kThreads) spread_kernel(K
     const Pair<Reader<S>, Reader<T>> row{{p.s, n, head}, {p.t, n, head}, head, int(p.vocab), p.mask};
     for (int i = thread(); i < numbers; i += threads()) m.coef[i] = task.coef[n * numbers + i];
     sync();
-    for (int k = thread(); k < K; k += threads()) m.terms[k] = Term(m.coef + k * kCoefs, g);
+    for (int k = thread(); k < K; k += threads()) m.terms[k] = Term(m.coef, K, k, g);
     sync();
-    const Slope slope(m.coef, m.terms, K, g, label, p.narrow());
+    const Slope slope(m.coef, m.terms, K, g, p.narrow());
     const Writer<typename Own::Element> out(task.out, n, head);
-    spread_packs(row, slope, out, 0, out.packs());
+    const bool known = label >= 0 && label < p.vocab && (!p.mask || p.mask[label]);
+    const int y = known && thread() == 0 ? int(label) : -1;
+    const Redo<typename Own::Element> redo(slope, out, 0, row.vocab, y, y, known ? row.s.at(label + head) : 0,
+                                           known ? row.t.at(label + head) : 0);
+    spread_packs<Pair<Reader<S>, Reader<T>>::kAtOnce>(row, slope, out, 0, out.packs(), slope.heavy);
     sync();
+    redo.store();
   }
 }
 

@@ -4,50 +4,63 @@
 
 namespace kd::gpu {
 
-// A point in the gradient: exp2(b u + a v + lam) (c0 + c1 u + c2 v + c3 u^2 + c4 u v + c5 v^2), u and v relative to the
-// row's maxima. CAREFUL stands for a point without a slope here.
-struct Term {
-  float b, a, lam, c[6];
+// A point in the gradient: exp2(b u + a v + shift) (c0 + c1 u + c2 v + c3 u^2 + c4 u v + c5 v^2), u and v relative to the
+// row's maxima. Or, where every point is of one row's logits and has only c0, of the logits themselves, in one rounding:
+// `shift` then stands for lam - b max, and what it was rounded by is in c0. CAREFUL: a point without a slope here.
+struct alignas(16) Term {
+  float b, a, shift, c[6];
   int kind;
-  bool affine, second, exclude;
+  bool affine, second;
 
-  KD_DEVICE Term(const double* coef, double g) {
+  KD_DEVICE static bool curved(const double* coef) { return coef[6] != 0 || coef[7] != 0 || coef[8] != 0; }
+  KD_DEVICE static bool sloped(const double* coef) { return curved(coef) || coef[4] != 0 || coef[5] != 0; }
+  KD_DEVICE static bool relative(const double* coef, int K) {
+    bool found = false;
+    for (int k = 0; k < K; ++k, coef += kCoefs) found |= sloped(coef) || ((coef[1] != 0) == (coef[2] != 0));
+    return found;
+  }
+  // Of point k, from the coefficients of all K.
+  KD_DEVICE Term(const double* coefs, int K, int k, double g) {
+    const double *coef = coefs + k * kCoefs, *last = coefs + K * kCoefs;
     b = float(coef[1] * kLog2e);
     a = float(coef[2] * kLog2e);
-    lam = float(coef[0] * kLog2e);
-    for (int i = 0; i < 6; ++i) c[i] = float(coef[3 + i] * g);
-    second = c[3] != 0 || c[4] != 0 || c[5] != 0;
-    affine = second || c[1] != 0 || c[2] != 0;
-    exclude = coef[9] != 0;
-    kind = !affine && c[0] == 0 ? CAREFUL : b != 0 && a == 0 ? OF_S : a != 0 && b == 0 ? OF_T : OF_BOTH;
+    second = curved(coef);
+    affine = sloped(coef);
+    kind = !affine && coef[3] == 0 ? CAREFUL : b != 0 && a == 0 ? OF_S : a != 0 && b == 0 ? OF_T : OF_BOTH;
+    const double exact = coef[0] * kLog2e - (relative(coefs, K) ? 0 : scaled(b, last[1]) + scaled(a, last[2]));
+    shift = float(exact);
+    const double f = coef[0] > -INFINITY ? g * exp2(exact - shift) : g;
+    for (int i = 0; i < 6; ++i) c[i] = float(coef[3 + i] * f);
   }
 };
 
-// What a row's packs need to know. `doubles`: all of it in double. `heavy`: a class may have most of a point's weight;
-// the points can cancel there, and the classes at the maxima are done in double.
+// What a row's packs need to know. `doubles`: all of it in double. `heavy`: a class may have most of a point's weight; the
+// points can cancel there, and the classes at the maxima are done in double. `odd`: there are infinite logits.
 struct Slope {
   const double* coef;
   const Term* terms;
   int K;
   double g;
-  int label;  // a class of the row, or out of reach
-  float s_max, t_max, at_label;
-  bool nothing, damaged, heavy, doubles;
+  float s_max, t_max;
+  bool nothing, damaged, heavy, doubles, odd, relative;
 
-  KD_DEVICE Slope(const double* coef, const Term* terms, int K, double g, int64_t label, bool narrow)
-      : coef(coef), terms(terms), K(K), g(g), label(label < 0 || label > 0x7fffffff - kPack ? 0x7fffffff : int(label)) {
+  KD_DEVICE Slope(const double* coef, const Term* terms, int K, double g, bool narrow)
+      : coef(coef), terms(terms), K(K), g(g) {
     const double* last = coef + K * kCoefs;
     s_max = float(last[1]);
     t_max = float(last[2]);
-    at_label = float(last[0] * g);
     nothing = last[3] == 0 || g == 0;
     damaged = last[0] != last[0];
+    odd = last[5] != 0;
     heavy = false;
+    relative = Term::relative(coef, K);
     doubles = narrow;
     for (int k = 0; k < K; ++k) {
       const double* c = coef + k * kCoefs;
       heavy |= c[0] > -0.7;  // log(1/2)
       doubles |= c[1] < 0 || c[2] < 0 || (c[1] != 0 && c[2] != 0 && c[0] > 4);
+      doubles |= fabs(c[1] * s_max) > 65536 || fabs(c[2] * t_max) > 65536;
+      odd |= Term::curved(c);  // the sums of such points do not show it
     }
   }
 };
@@ -59,50 +72,75 @@ KD_SLOW float slope_in_double(const double* coef, int K, double g, float s, floa
   return float(g * slope_at(coef, K, exact, exact, label));
 }
 
-// d of eight classes, `live` of them in the row; element `at` is the label, if it is one of them.
-KD_DEVICE void slopes(const Slope& row, const float (&x)[kPack], const float (&y)[kPack], int live, int at,
-                      float (&d)[kPack]) {
-  int again = row.doubles ? 255 : 0;
+// One point's part of the slopes of N classes, in float; u, v are deviations or the logits themselves.
+template <int N>
+KD_DEVICE void add_term(const Term& p, const float (&u)[N], const float (&v)[N], float (&d)[N]) {
+  float w[N];
+  if (p.kind == OF_S) {
 #pragma unroll
-  for (int e = 0; e < kPack; ++e) d[e] = 0;
-  if (!row.doubles) {
-    for (int k = 0; k < row.K; ++k) {
-      const Term p = row.terms[k];
-      if (p.kind == CAREFUL) continue;
-      float w[kPack];
-      exponents(p, row.s_max, row.t_max, p.lam, x, y, w);
+    for (int e = 0; e < N; ++e) w[e] = fast_exp2(fmaf(p.b, u[e], p.shift));
+  } else if (p.kind == OF_T) {
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) {
-        w[e] = fast_exp2(w[e]);
-        if (p.exclude && e == at) w[e] = 0;
-        if (!p.affine) d[e] = fmaf(w[e], p.c[0], d[e]);
-      }
-      if (!p.affine) continue;
+    for (int e = 0; e < N; ++e) w[e] = fast_exp2(fmaf(p.a, v[e], p.shift));
+  } else {
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) {
-        const float u = x[e] - row.s_max, v = y[e] - row.t_max;
-        float h = fmaf(p.c[1], u, fmaf(p.c[2], v, p.c[0]));
-        if (p.second) h += p.c[3] * u * u + p.c[4] * u * v + p.c[5] * v * v;
-        d[e] = fmaf(w[e], h, d[e]);
-      }
-    }
-    float check = 0;
-#pragma unroll
-    for (int e = 0; e < kPack; ++e) {
-      if (e == at) d[e] += row.at_label;
-      check += d[e];
-      if (row.heavy && (x[e] == row.s_max || y[e] == row.t_max)) again |= 1 << e;
-    }
-    if (!(fabsf(check) < kInf)) again = 255;  // infinite logits: a weight of 0 met them, or what they make is infinite
+    for (int e = 0; e < N; ++e) w[e] = fast_exp2(fmaf(p.b, u[e], fmaf(p.a, v[e], p.shift)));
   }
-  for (again &= live; again; again &= again - 1) {
+  if (!p.affine) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) d[e] = fmaf(w[e], p.c[0], d[e]);
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < N; ++e) {
+    float h = fmaf(p.c[1], u[e], fmaf(p.c[2], v[e], p.c[0]));
+    if (p.second) h += p.c[3] * u[e] * u[e] + p.c[4] * u[e] * v[e] + p.c[5] * v[e] * v[e];
+    d[e] = fmaf(w[e], h, d[e]);
+  }
+}
+
+// d of M packs, `live` of their classes in the row; but for the label's own slope, which Redo sees to. `odd`: there may be
+// logits of -inf; `search` for the classes at the maxima.
+template <typename X, typename Y, int N>
+KD_DEVICE void slopes(const Slope& row, const X& xs, const Y& ys, int live, bool odd, bool search, float (&d)[N]) {
+  uint32_t again = row.doubles ? ~0u : 0;
+#pragma unroll
+  for (int e = 0; e < N; ++e) d[e] = 0;
+  if (!row.doubles) {
+    float u[N], v[N];
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      u[e] = xs[e];
+      v[e] = ys[e];
+    }
+    if (row.relative) {  // slopes, of which the largest finite logits would make infinite ones
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        u[e] = fmaxf(u[e] - row.s_max, kLowest);
+        v[e] = fmaxf(v[e] - row.t_max, kLowest);
+      }
+    }
+    for (int k = 0; k < row.K; ++k) {
+      const Term& p = row.terms[k];
+      if (p.kind != CAREFUL) add_term(p, u, v, d);
+    }
+  }
+  if (odd || search) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      const float x = xs[e], y = ys[e];
+      if (!(fabsf(d[e]) < kHuge) || (search && (x == row.s_max || y == row.t_max))) again |= 1u << e;
+    }
+  }
+#pragma unroll 1
+  for (again &= uint32_t(live) & (1ull << N) - 1; again; again &= again - 1) {
     int e = 0;
     while (!(again >> e & 1)) ++e;
-    put(d, e, slope_in_double(row.coef, row.K, row.g, pick(x, e), pick(y, e), row.s_max, row.t_max, e == at));
+    put(d, e, slope_in_double(row.coef, row.K, row.g, xs.at(e), ys.at(e), row.s_max, row.t_max, false));
   }
-  if (live != 255) {
+  if (odd) {
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) d[e] = live >> e & 1 ? d[e] : 0;
+    for (int e = 0; e < N; ++e) d[e] = live >> e & 1 && !(xs[e] == -kInf && ys[e] == -kInf) ? d[e] : 0;
   }
 }
 
@@ -116,54 +154,86 @@ template <typename O> struct Writer {
       : base(static_cast<O*>(out.data) + n * out.width - head), head(head), width(int(out.width)), wide(aligned(base)),
         accumulate(out.accumulate) {}
   KD_DEVICE int packs() const { return (width + head + kPack - 1) / kPack; }
-  KD_DEVICE void store(int pack, float (&d)[kPack]) const {
-    const int first = pack * kPack - head;
-    const bool whole = first >= 0 && first + kPack <= width;
+  // A pack that is `whole`, or as much of it as there is.
+  KD_DEVICE void store(int pack, const float* d, bool whole) const {
     O* to = base + int64_t(pack) * kPack;
-    union { Bytes16 part[kPack * sizeof(O) / 16]; O x[kPack]; } all;
-#pragma unroll
-    for (int e = 0; e < kPack; ++e) {
-      const bool inside = whole || (first + e >= 0 && first + e < width);
-      if (accumulate && inside) d[e] += widen(to[e]);
-      narrow(d[e], &all.x[e]);
-      if (!(whole && wide) && inside) to[e] = all.x[e];
+    if (!(whole && wide) || accumulate) {
+      for (int e = 0; e < kPack; ++e) {
+        const int at = pack * kPack - head + e;
+        if (at >= 0 && at < width) narrow(accumulate ? d[e] + widen(to[e]) : d[e], to + e);
+      }
+      return;
     }
-    if (!(whole && wide)) return;
 #pragma unroll
-    for (int i = 0; i < int(sizeof all / 16); ++i) store16(reinterpret_cast<Bytes16*>(to) + i, all.part[i]);
+    for (int i = 0; i < int(kPack * sizeof(O) / 16); ++i) {
+      Bytes16 part;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if constexpr (sizeof(O) == 4) part.word[j] = float_bits(d[i * 4 + j]);
+        else part.word[j] = narrow2(d[j * 2], d[j * 2 + 1], static_cast<O*>(nullptr));
+      }
+      store16(reinterpret_cast<Bytes16*>(to) + i, part);
+    }
   }
 };
 
-// Packs [first, end), the last ones first: they are the ones a sweep has left in the cache.
-template <typename P, typename O>
-KD_DEVICE void spread_packs(const P& row, const Slope& slope, const Writer<O>& out, int first, int end) {
-  float d[kPack];
+// Packs [first, end), M at a time, the last ones first: they are the ones a sweep has left in the cache.
+template <int M, typename P, typename O>
+KD_DEVICE void spread_packs(const P& row, const Slope& slope, const Writer<O>& out, int first, int end, bool search) {
+  const int step = threads();
   if (slope.nothing || slope.damaged) {
-    for (int pack = end - 1 - thread(); pack >= first; pack -= threads()) {
+    float d[kPack];
+    for (int pack = end - 1 - thread(); pack >= first; pack -= step) {
 #pragma unroll
       for (int e = 0; e < kPack; ++e)
         d[e] = !slope.nothing && row.first_class(pack) + e < row.vocab ? bits_float(0x7fc00000) : 0;
-      out.store(pack, d);
+      out.store(pack, d, false);
     }
     return;
   }
+  using S = typename P::SReader;
+  using T = typename P::TReader;
+  int from, to;
+  row.whole(first, end, &from, &to);
   int pack = end - 1 - thread();
-  if (pack < first) return;
-  int live = row.live(pack);
-  auto s = row.s.fetch(pack, live, true);
-  auto t = row.t.fetch(pack, live, true);
-  for (; pack >= first; pack -= threads()) {
-    float x[kPack], y[kPack];
-    row.s.unpack(s, x);
-    row.t.unpack(t, y);
-    const int now = live, next = pack - threads();
-    if (next >= first) {
-      live = row.live(next);
-      s = row.s.fetch(next, live, true);
-      t = row.t.fetch(next, live, true);
+  const int left = pack - to;  // whole packs begin below
+  if (left >= 0) pack -= (left / step + 1) * step;
+  const int begin = pack;
+  const auto fetch = [&](int at, Packs<S, M>& x, Packs<T, M>& y) {
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+      x.raw[i] = row.s.fetch(at - i * step, 255, true);
+      y.raw[i] = row.t.fetch(at - i * step, 255, true);
     }
-    slopes(slope, x, y, now, slope.label - row.first_class(pack), d);
-    out.store(pack, d);
+  };
+  const auto all = [&](int at) { return at - (M - 1) * step >= from; };
+  Packs<S, M> x, x_next;
+  Packs<T, M> y, y_next;
+  if (all(pack)) fetch(pack, x, y);
+  while (all(pack)) {
+    const int next = pack - M * step;
+    if (!P::kOnChip && all(next)) fetch(next, x_next, y_next);
+    float d[M * kPack];
+    slopes(slope, x, y, -1, slope.odd, search, d);
+#pragma unroll
+    for (int i = 0; i < M; ++i) out.store(pack - i * step, d + i * kPack, true);
+    if (P::kOnChip) {
+      if (all(next)) fetch(next, x, y);
+    } else {
+      x = x_next;
+      y = y_next;
+    }
+    pack = next;
+  }
+  for (int at = end - 1 - thread(); at >= first; at -= step) {  // what is left
+    if (at == begin) at = pack;
+    if (at < first) break;
+    const int live = row.live(at);
+    float d[kPack];
+    const Packs<S, 1> x1{{row.s.fetch(at, live, true)}};
+    const Packs<T, 1> y1{{row.t.fetch(at, live, true)}};
+    slopes(slope, x1, y1, live, slope.odd || live != 255, search, d);
+    out.store(at, d, live == 255);
   }
 }
 

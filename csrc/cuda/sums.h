@@ -6,247 +6,295 @@
 namespace kd::gpu {
 
 constexpr float kInf = INFINITY;
+constexpr float kLowest = -1e30f;  // stands for -inf where a weight of 0 will meet it
+constexpr float kHuge = 1e20f;     // what such a stand-in makes where the weight is not 0
 constexpr double kLog2e = 1.4426950408889634;
-
-// `points` below are a group of up to K, the rest CAREFUL with coefficients 0.
-// How the exponent of a point is made of u = s - pivot and v = t - pivot; points with signs or covariances are left to
-// double arithmetic (careful.h).
-enum Kind { CAREFUL, OF_S, OF_T, OF_BOTH };
-struct Point {
-  float b, a;  // to base 2
-  int kind;
-  bool means, exclude;
-
-  KD_DEVICE Point() : b(0), a(0), kind(CAREFUL), means(false), exclude(false) {}
-  KD_DEVICE Point(const Program& p, const double* args, int k, bool narrow) {
-    const Tilt at(p, args, k);
-    const int flags = p.flags(k);
-    const bool careful = narrow || at.b < 0 || at.a < 0 || flags & SECOND;
-    kind = careful ? CAREFUL : at.b != 0 ? (at.a != 0 ? OF_BOTH : OF_S) : at.a != 0 ? OF_T : OF_BOTH;
-    b = careful ? 0 : float(at.b * kLog2e);
-    a = careful ? 0 : float(at.a * kLog2e);
-    means = flags & (MEAN_S | MEAN_T);
-    exclude = flags & EXCLUDE;
-  }
-};
 
 // c * x where a zero coefficient ignores its x, infinite or not.
 KD_DEVICE float times(float c, float x) { return c == 0 ? 0 : c * x; }
 template <typename R> KD_DEVICE R finite_or_0(R x) { return x > -kInf ? x : 0; }
-
-// b u + a v + c of a pack. The branches are the same for all threads.
-template <typename P>
-KD_DEVICE void exponents(const P& p, float s0, float t0, float c, const float (&x)[kPack], const float (&y)[kPack],
-                         float (&w)[kPack]) {
-  if (p.kind == OF_S) {
-#pragma unroll
-    for (int e = 0; e < kPack; ++e) w[e] = fmaf(p.b, x[e] - s0, c);
-  } else if (p.kind == OF_T) {
-#pragma unroll
-    for (int e = 0; e < kPack; ++e) w[e] = fmaf(p.a, y[e] - t0, c);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kPack; ++e) w[e] = fmaf(p.b, x[e] - s0, fmaf(p.a, y[e] - t0, c));
-  }
-}
-
 KD_DEVICE bool above(float x, float companion, float than, float its) {
   return x > than || (x == than && companion > its);
 }
 
-// A warp's classes: z = sum of w, s = sum of w u, t = sum of w v with w = exp2(b u + a v), in each thread its own part.
-// Pivots are the same throughout the warp: the largest logits so far, s0 and t0, and for the means of a point of one
-// row's logits the other row's logit of that class, t_at_s0 and s_at_t0: a class that has nearly all of a point's weight
-// then enters as an exact 0.
-template <int K> struct Sums {
-  float s0 = -kInf, t0 = -kInf, t_at_s0 = -kInf, s_at_t0 = -kInf;
-  float z[K] = {}, s[K] = {}, t[K] = {};
-  bool damaged = false;
+// How the exponent of a point is made of u = s - pivot and v = t - pivot. Points with signs or covariances are left to
+// double arithmetic (careful.h), and so are the rest of a group of K.
+enum Kind { CAREFUL, OF_S, OF_T, OF_BOTH };
+struct Point {
+  float b = 0, a = 0;  // to base 2
+  int kind = CAREFUL;
+  bool mean_s = false, mean_t = false, exclude = false, careful = false;  // careful, and not only the rest of a group
 
-  KD_DEVICE float s_pivot(const Point& p) const { return finite_or_0(p.kind == OF_T ? s_at_t0 : s0); }
-  KD_DEVICE float t_pivot(const Point& p) const { return finite_or_0(p.kind == OF_S ? t_at_s0 : t0); }
+  KD_DEVICE Point() {}
+  KD_DEVICE Point(const Program& p, const double* args, int k, bool narrow) {
+    const Tilt at(p, args, k);
+    const int flags = p.flags(k);
+    careful = narrow || at.b < 0 || at.a < 0 || flags & SECOND;
+    kind = careful ? CAREFUL : at.b != 0 && at.a == 0 ? OF_S : at.a != 0 && at.b == 0 ? OF_T : OF_BOTH;
+    b = careful ? 0 : float(at.b * kLog2e);
+    a = careful ? 0 : float(at.a * kLog2e);
+    mean_s = flags & MEAN_S || uniform();
+    mean_t = flags & MEAN_T || uniform();
+    exclude = flags & EXCLUDE;
+  }
+  // The same weight for all classes: its means show where there are dead ones.
+  KD_DEVICE bool uniform() const { return kind == OF_BOTH && b == 0 && a == 0; }
+};
 
-  // Raises the pivots to the largest of the warp's; the whole warp takes part. s1, t1 and the logits beside them.
-  KD_DEVICE void lift(const Point* points, float s1, float t_at, float t1, float s_at) {
-    if (!any(s1 > s0 || t1 > t0)) return;
+// Weights of N classes. The branches are the same for all threads.
+template <int N>
+KD_DEVICE void weights(const Point& p, const float (&u)[N], const float (&v)[N], float (&w)[N]) {
+  if (p.kind == OF_S) {
 #pragma unroll
-    for (int d = 16; d; d >>= 1) {
-      const float s2 = shuffle_xor(s1, d), t_at2 = shuffle_xor(t_at, d);
-      const float t2 = shuffle_xor(t1, d), s_at2 = shuffle_xor(s_at, d);
-      if (above(s2, t_at2, s1, t_at)) { s1 = s2; t_at = t_at2; }
-      if (above(t2, s_at2, t1, s_at)) { t1 = t2; s_at = s_at2; }
+    for (int e = 0; e < N; ++e) w[e] = fast_exp2(p.b * u[e]);
+  } else if (p.kind == OF_T) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) w[e] = fast_exp2(p.a * v[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < N; ++e) w[e] = fast_exp2(fmaf(p.b, u[e], p.a * v[e]));
+  }
+}
+
+// sum of w (x - from), two chains of additions long.
+template <int N> KD_DEVICE float weighted(const float (&w)[N], const float (&x)[N], float from) {
+  float a = 0, b = 0;
+  if (from == 0) {
+#pragma unroll
+    for (int e = 0; e < N; e += 2) {
+      a = fmaf(w[e], x[e], a);
+      b = fmaf(w[e + 1], x[e + 1], b);
     }
-    const Sums before = *this;
-    if (s1 > s0) { s0 = s1; t_at_s0 = t_at; }
-    if (t1 > t0) { t0 = t1; s_at_t0 = s_at; }
-    const float ds = finite_or_0(before.s0) - finite_or_0(s0), dt = finite_or_0(before.t0) - finite_or_0(t0);
+  } else {
+#pragma unroll
+    for (int e = 0; e < N; e += 2) {
+      a = fmaf(w[e], x[e] - from, a);
+      b = fmaf(w[e + 1], x[e + 1] - from, b);
+    }
+  }
+  return a + b;
+}
+
+// The largest logits so far, and for the means of a point of one row's logits the other row's logit of that class, t_at
+// and s_at: a class that has nearly all of a point's weight then enters its sums as an exact 0.
+struct Pivots {
+  float s0 = -kInf, t0 = -kInf, t_at = -kInf, s_at = -kInf;
+  int s_class = -1, t_class = -1;  // where they are from
+
+  KD_DEVICE float s(const Point& p) const { return finite_or_0(p.kind == OF_T ? s_at : s0); }
+  KD_DEVICE float t(const Point& p) const { return finite_or_0(p.kind == OF_S ? t_at : t0); }
+  KD_DEVICE void lift(float x, float y, int c) { lift({x, y, y, x, c, c}); }
+  KD_DEVICE void lift(const Pivots& o) {
+    if (above(o.s0, o.t_at, s0, t_at)) { s0 = o.s0; t_at = o.t_at; s_class = o.s_class; }
+    if (above(o.t0, o.s_at, t0, s_at)) { t0 = o.t0; s_at = o.s_at; t_class = o.t_class; }
+  }
+  // To those of N classes that are numbers, the first of each pack `stride` from the last's.
+  template <typename X, typename Y> KD_DEVICE void lift(const X& xs, const Y& ys, int first, int stride) {
+#pragma unroll
+    for (int e = 0; e < X::kCount; ++e)
+      if (xs[e] < kInf && ys[e] < kInf) lift(xs[e], ys[e], first + e % kPack + e / kPack * stride);
+  }
+  KD_DEVICE void lift_over_warp() {
+#pragma unroll
+    for (int d = 16; d; d >>= 1)
+      lift(Pivots{shuffle_xor(s0, d), shuffle_xor(t0, d), shuffle_xor(t_at, d), shuffle_xor(s_at, d),
+                  shuffle_xor(s_class, d), shuffle_xor(t_class, d)});
+  }
+};
+enum Odd { INFINITE = 1, DAMAGED = 2 };  // -inf among the logits; NaN or +inf
+
+// z = sum of w, s = sum of w u, t = sum of w v at each point.
+template <int K> struct Parts {
+  float z[K] = {}, s[K] = {}, t[K] = {};
+  int odd = 0;
+};
+
+// N classes one by one, for the points of `which`: what infinite logits need, and points without the label's class.
+template <int K, int N>
+KD_SLOW void add_classes(Parts<K>* to, const Point* points, int which, const Pivots* pivots, const float* x,
+                         const float* y, int live, int label) {
+  Parts<K> sum;
+#pragma unroll 1
+  for (int e = 0; e < N; ++e) {
+    if (!(x[e] < kInf && y[e] < kInf)) sum.odd |= DAMAGED;
+    if ((x[e] == -kInf || y[e] == -kInf) && live >> e & 1) sum.odd |= INFINITE;
+    if (x[e] == -kInf && y[e] == -kInf) continue;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const Point& p = points[k];
+      if (!(which >> k & 1) || p.kind == CAREFUL || (p.exclude && e == label)) continue;
+      const float w = fast_exp2(times(p.b, x[e] - finite_or_0(pivots->s0)) + times(p.a, y[e] - finite_or_0(pivots->t0)));
+      sum.z[k] += w;
+      if (w == 0) continue;
+      if (p.mean_s) sum.s[k] += w * (x[e] - pivots->s(p));
+      if (p.mean_t) sum.t[k] += w * (y[e] - pivots->t(p));
+    }
+  }
+  *to = sum;
+}
+
+// A warp's classes, in each thread its own part; pivots are the same throughout the warp.
+template <int K> struct Sums {
+  Pivots at;
+  Parts<K> sum;
+  bool looks = false;  // at every class: there are points whose sums here would not show what is odd
+
+  KD_DEVICE explicit Sums(const Point* points) {
+    for (int k = 0; k < K; ++k) looks |= points[k].careful;
+  }
+
+  // To pivots that are as high or higher.
+  KD_DEVICE void rebase(const Point* points, const Pivots& to) {
+    const Pivots was = at;
+    at = to;
+    const float ds = finite_or_0(was.s0) - finite_or_0(at.s0), dt = finite_or_0(was.t0) - finite_or_0(at.t0);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const Point p = points[k];
-      const float f = z[k] == 0 ? 0 : fast_exp2(p.b * ds + p.a * dt);
-      s[k] = times(f, s[k] + z[k] * (before.s_pivot(p) - s_pivot(p)));
-      t[k] = times(f, t[k] + z[k] * (before.t_pivot(p) - t_pivot(p)));
-      z[k] *= f;
+      const float f = sum.z[k] == 0 ? 0 : fast_exp2(p.b * ds + p.a * dt);
+      sum.s[k] = times(f, sum.s[k] + sum.z[k] * (was.s(p) - at.s(p)));
+      sum.t[k] = times(f, sum.t[k] + sum.z[k] * (was.t(p) - at.t(p)));
+      sum.z[k] *= f;
     }
   }
 
-  // Eight classes, of which element `label` is left out of some points, or none. The whole warp takes part.
-  KD_DEVICE void add(const Point* points, const float (&x)[kPack], const float (&y)[kPack], int label) {
-    float s1 = x[0], t1 = y[0], total = 0;
-#pragma unroll
-    for (int e = 0; e < kPack; ++e) {
-      s1 = fmaxf(s1, x[e]);
-      t1 = fmaxf(t1, y[e]);
-      total += x[e] + y[e];
+  // M packs, their first classes `stride` apart, `live` of their classes in the row; class `label` is left out of points
+  // that exclude it. The pivots stay as they are, or the whole warp takes part and they rise with the logits.
+  template <bool kRising, typename R, typename Q, int M>
+  KD_DEVICE void add(const Point* points, const Packs<R, M>& xs, const Packs<Q, M>& ys, int first, int stride, int live,
+                     int label) {
+    constexpr int N = M * kPack;
+    if (kRising && any(xs.above(R::top(at.s0)) || ys.above(Q::top(at.t0)))) {
+      Pivots to = at;
+      to.lift(xs, ys, first, stride);
+      to.lift_over_warp();
+      rebase(points, to);
     }
-    const bool finite = fabsf(total) < kInf;  // or else one of them may be infinite, or NaN: that is no pivot
-    if (!finite) {
-      s1 = t1 = -kInf;
+    int apart = looks && odd(xs, ys) ? (1 << K) - 1 : 0;  // points to be added class by class
+    label -= first;
+    if (M > 1 && label >= stride) label += kPack - stride;
+    else if (label >= kPack) label = N;
+    if (label >= 0 && label < N)
+      for (int k = 0; k < K; ++k) apart |= points[k].exclude << k;
+    float u[N], v[N];
+    const float s_from = finite_or_0(at.s0), t_from = finite_or_0(at.t0);
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) {
-        s1 = x[e] < kInf ? fmaxf(s1, x[e]) : s1;
-        t1 = y[e] < kInf ? fmaxf(t1, y[e]) : t1;
+    for (int e = 0; e < N; ++e) {
+      u[e] = xs[e] - s_from;
+      v[e] = ys[e] - t_from;
+    }
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const Point p = points[k];
+      if (p.kind == CAREFUL || apart >> k & 1) continue;
+      float w[N], z = 0, s = 0, t = 0;
+      weights(p, u, v, w);
+#pragma unroll
+      for (int e = 0; e < N; e += 4) z += (w[e] + w[e + 1]) + (w[e + 2] + w[e + 3]);
+      if (p.mean_s) s = weighted(w, u, p.kind == OF_T ? at.s(p) - s_from : 0);
+      if (p.mean_t) t = weighted(w, v, p.kind == OF_S ? at.t(p) - t_from : 0);
+      if (fabsf(z + s + t) < kInf) {
+        sum.z[k] += z; sum.s[k] += s; sum.t[k] += t;
+      } else {
+        apart |= 1 << k;
       }
     }
-    float t_at = -kInf, s_at = -kInf;
-    if (s1 > s0 || t1 > t0) {
+    if (!apart) return;
+    float x[N], y[N];
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) {
-        t_at = x[e] == s1 && y[e] < kInf ? fmaxf(t_at, y[e]) : t_at;
-        s_at = y[e] == t1 && x[e] < kInf ? fmaxf(s_at, x[e]) : s_at;
-      }
-    }
-    lift(points, s1, t_at, t1, s_at);
-    if (finite && (label < 0 || label >= kPack)) return add_finite(points, x, y);
-    for (int e = 0; e < kPack; ++e) add_class(points, pick(x, e), pick(y, e), e == label);
+    for (int e = 0; e < N; ++e) { x[e] = xs[e]; y[e] = ys[e]; }
+    const Pivots pivots = at;
+    Parts<K> part;
+    add_classes<K, N>(&part, points, apart, &pivots, x, y, live, label);
+#pragma unroll
+    for (int k = 0; k < K; ++k) { sum.z[k] += part.z[k]; sum.s[k] += part.s[k]; sum.t[k] += part.t[k]; }
+    sum.odd |= part.odd;
   }
 
  private:
-  KD_DEVICE void add_finite(const Point* points, const float (&x)[kPack], const float (&y)[kPack]) {
+  template <typename X, typename Y> KD_DEVICE static bool odd(const X& xs, const Y& ys) {
+    float total = 0;
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const Point p = points[k];
-      if (p.kind == CAREFUL) continue;
-      float w[kPack];
-      exponents(p, s0, t0, 0, x, y, w);
-#pragma unroll
-      for (int e = 0; e < kPack; ++e) w[e] = fast_exp2(w[e]);
-      z[k] += ((w[0] + w[1]) + (w[2] + w[3])) + ((w[4] + w[5]) + (w[6] + w[7]));
-      if (!p.means) continue;
-      const float u = s_pivot(p), v = t_pivot(p);
-      float ds = 0, dt = 0;
-#pragma unroll
-      for (int e = 0; e < kPack; ++e) {
-        ds = fmaf(w[e], x[e] - u, ds);
-        dt = fmaf(w[e], y[e] - v, dt);
-      }
-      s[k] += ds;
-      t[k] += dt;
-    }
-  }
-
-  KD_DEVICE void add_class(const Point* points, float x, float y, bool label) {
-    if (x == -kInf && y == -kInf) return;
-    damaged |= !(x < kInf && y < kInf);
-    if (damaged) return;
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const Point p = points[k];
-      if (p.kind == CAREFUL || (p.exclude && label)) continue;
-      const float w = fast_exp2(times(p.b, x - finite_or_0(s0)) + times(p.a, y - finite_or_0(t0)));
-      z[k] += w;
-      s[k] += w == 0 ? 0 : w * (x - s_pivot(p));
-      t[k] += w == 0 ? 0 : w * (y - t_pivot(p));
-    }
+    for (int e = 0; e < X::kCount; ++e) total += xs[e] + ys[e];
+    return !(fabsf(total) < kInf);
   }
 };
 
+// The pivots of packs [first, end), each thread's of its own; where they can be read twice.
+template <typename P> KD_DEVICE Pivots pivots_of(const P& row, int first, int end) {
+  using S = typename P::SReader;
+  using T = typename P::TReader;
+  uint32_t s_top = S::top(-kInf), t_top = T::top(-kInf);
+  int by_s = -1, by_t = -1, from, to;
+  row.whole(first, end, &from, &to);
+  const auto fetch = [&](int at, Packs<S, 1>& x, Packs<T, 1>& y) {
+    const int live = at >= from && at < to ? 255 : row.live(at);
+    x.raw[0] = row.s.fetch(at, live);
+    y.raw[0] = row.t.fetch(at, live);
+  };
+  Packs<S, 1> x;
+  Packs<T, 1> y;
+  for (int pack = first + thread(); pack < end; pack += threads()) {
+    fetch(pack, x, y);
+    const uint32_t s = S::top(x.raw[0], s_top), t = T::top(y.raw[0], t_top);
+    by_s = s != s_top ? pack : by_s;
+    by_t = t != t_top ? pack : by_t;
+    s_top = s;
+    t_top = t;
+  }
+  Pivots pivots;
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    const int pack = i ? by_t : by_s;
+    if (pack < 0) continue;
+    fetch(pack, x, y);
+    pivots.lift(x, y, row.first_class(pack), 0);
+  }
+  return pivots;
+}
+
 // Packs [first, end) of a pair of rows, dealt to the threads of a block; `label` is a class or -1.
 template <int K, typename P>
-KD_DEVICE void add_packs(Sums<K>& sums, const Point* points, const P& row, int first, int end, int64_t label) {
-  const int step = threads();
-  int pack = first + thread();
-  const auto live = [&](int at) { return at < end ? row.live(at) : 0; };
-  auto s = row.s.fetch(pack, live(pack)), s_next = s;
-  auto t = row.t.fetch(pack, live(pack)), t_next = t;
-  if constexpr (!P::kOnChip) {
-    s_next = row.s.fetch(pack + step, live(pack + step));
-    t_next = row.t.fetch(pack + step, live(pack + step));
-  }
-  for (; pack - thread() % 32 < end; pack += step) {
-    float x[kPack], y[kPack];
-    row.s.unpack(s, x);
-    row.t.unpack(t, y);
-    // Memory is asked two packs ahead: 64 bytes of each thread are on their way while one pack is added up.
-    const int ahead = pack + (P::kOnChip ? step : 2 * step), bits = live(ahead);
-    if constexpr (!P::kOnChip) {
-      s = s_next;
-      t = t_next;
-    }
-    (P::kOnChip ? s : s_next) = row.s.fetch(ahead, bits);
-    (P::kOnChip ? t : t_next) = row.t.fetch(ahead, bits);
-    sums.add(points, x, y, int(label < 0 ? -1 : label - row.first_class(pack)));
-  }
-}
-
-// A record of sums in double, in shared memory: pivots, whether damaged, and z, s, t of each point.
-KD_HD int record_size(int K) { return 5 + 3 * K; }
-KD_DEVICE double record_pivot(const double* record, const Point& p, bool of_t) {
-  const double x = record[of_t ? (p.kind == OF_S ? 2 : 1) : p.kind == OF_T ? 3 : 0];
-  return x > -INFINITY ? x : 0;
-}
-
-template <typename F> KD_DEVICE double over_warp(double x, F f) {
+KD_DEVICE void add_packs(Sums<K>& sums, const Point* points, const P& row, int first, int end, int label) {
+  constexpr int M = P::kOnChip || K < 4 ? P::kAtOnce : 1;  // as registers allow
+  using S = typename P::SReader;
+  using T = typename P::TReader;
+  const int lane = thread() % 32, step = threads();
+  int from, to;
+  row.whole(first, end, &from, &to);
+  int pack = from + thread();
+  const auto fetch = [&](int at, Packs<S, M>& x, Packs<T, M>& y) {
 #pragma unroll
-  for (int d = 16; d; d >>= 1) x = f(x, shuffle_xor(x, d));
-  return x;
-}
-KD_DEVICE double warp_max(double x) { return over_warp(x, [](double a, double b) { return a > b ? a : b; }); }
-KD_DEVICE double warp_sum(double x) { return over_warp(x, [](double a, double b) { return a + b; }); }
-
-// The sums of a warp's threads, to `record`.
-template <int K> KD_DEVICE void write_record(const Sums<K>& sums, const Point* points, int count, double* record) {
-  const bool damaged = any(sums.damaged), writes = thread() % 32 == 0;
-  if (writes) {
-    record[0] = sums.s0; record[1] = sums.t0; record[2] = sums.t_at_s0; record[3] = sums.s_at_t0; record[4] = damaged;
-  }
-#pragma unroll
-  for (int k = 0; k < K; ++k) {
-    if (k >= count) break;
-    const bool means = points[k].means;
-    const double z = warp_sum(sums.z[k]), s = means ? warp_sum(sums.s[k]) : 0, t = means ? warp_sum(sums.t[k]) : 0;
-    double* to = record + 5 + 3 * k;
-    if (writes) { to[0] = z; to[1] = s; to[2] = t; }
-  }
-}
-
-// One warp merges up to 32 records, `stride` doubles apart, into `total`, which may be the first of them.
-KD_SLOW void merge_records(const double* records, int count, int stride, const Point* points, int K, double* total) {
-  const int lane = thread() % 32;
-  const double *mine = records + lane * stride;
-  double head[5] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY, 0};
-  if (lane < count)
-    for (int i = 0; i < 5; ++i) head[i] = mine[i];
-  const double s0 = warp_max(head[0]), t0 = warp_max(head[1]);
-  const double t_at_s0 = warp_max(head[0] == s0 ? head[2] : -INFINITY);
-  const double s_at_t0 = warp_max(head[1] == t0 ? head[3] : -INFINITY);
-  const double all[5] = {s0, t0, t_at_s0, s_at_t0, warp_max(head[4])};
-  for (int k = 0; k < K; ++k) {
-    const Point p = points[k];
-    double z = 0, s = 0, t = 0;
-    if (lane < count && mine[5 + 3 * k] != 0) {
-      const double ds = finite_or_0(head[0]) - finite_or_0(s0), dt = finite_or_0(head[1]) - finite_or_0(t0);
-      const double f = exp2(double(p.b) * ds + double(p.a) * dt), z_mine = mine[5 + 3 * k];
-      z = f * z_mine;
-      s = scaled(f, mine[6 + 3 * k] + z_mine * (record_pivot(head, p, false) - record_pivot(all, p, false)));
-      t = scaled(f, mine[7 + 3 * k] + z_mine * (record_pivot(head, p, true) - record_pivot(all, p, true)));
+    for (int i = 0; i < M; ++i) {
+      x.raw[i] = row.s.fetch(at + i * step, 255);
+      y.raw[i] = row.t.fetch(at + i * step, 255);
     }
-    z = warp_sum(z); s = warp_sum(s); t = warp_sum(t);  // and every lane has read its record of this point
-    if (lane == 0) { total[5 + 3 * k] = z; total[6 + 3 * k] = s; total[7 + 3 * k] = t; }
+  };
+  const auto full = [&](int at) { return at - lane + (M - 1) * step + 32 <= to; };  // the same for a warp
+  Packs<S, M> x, x_next;
+  Packs<T, M> y, y_next;
+  if (full(pack)) fetch(pack, x, y);
+  while (full(pack)) {
+    // Memory is asked M packs ahead; shared memory answers at once.
+    const int next = pack + M * step;
+    if (!P::kOnChip && full(next)) fetch(next, x_next, y_next);
+    sums.template add<!P::kOnChip>(points, x, y, row.first_class(pack), step * kPack, -1, label);
+    if (P::kOnChip) {
+      if (full(next)) fetch(next, x, y);
+    } else {
+      x = x_next;
+      y = y_next;
+    }
+    pack = next;
   }
-  if (lane == 0)
-    for (int i = 0; i < 5; ++i) total[i] = all[i];
-  sync_warp();
+  // What is left: a pack for each lane that has one.
+  for (bool before = from > first && thread() < 32; before || pack - lane < end; before = false) {
+    const int at = before ? first + lane : pack, live = at < (before ? from : end) ? row.live(at) : 0;
+    const Packs<S, 1> x1{{row.s.fetch(at, live)}};
+    const Packs<T, 1> y1{{row.t.fetch(at, live)}};
+    sums.template add<!P::kOnChip>(points, x1, y1, row.first_class(at), 0, live, label);
+    if (!before) pack += step;
+  }
 }
 
 }  // namespace kd::gpu

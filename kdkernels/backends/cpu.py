@@ -68,6 +68,6 @@ def _checked(launch):
 
 
 OPERATORS = Operators(_checked(_counted("reduce")), _counted("rows"), _counted("spread"), _checked(_counted("step")),
-                      _checked(_counted("step_out")), rescale)  # fmt: skip
+                      _checked(_counted("step_out")), rescale=rescale)  # fmt: skip
 COMPARE = (_checked(_counted("compare")), _checked(_counted("compare_step")))
 METRICS = {name: _counted(name) for name in ("rankdata", "spearman", "kendall_tau")}

@@ -45,9 +45,9 @@ def _counted(name: str):
     return launch
 
 
-def _formed(name: str):
+def _formed(name: str, *more):
     launch = _counted(name)
-    return lambda *args: launch(*args, form)
+    return lambda *args: launch(*args, *more, form)
 
 
 def _rescaled(gradient: Tensor, grad: Tensor) -> Tensor:
@@ -56,5 +56,5 @@ def _rescaled(gradient: Tensor, grad: Tensor) -> Tensor:
     return gradient
 
 
-OPERATORS = Operators(_counted("reduce"), _counted("rows"), _counted("spread"), _formed("step"), _formed("step_out"),
-                      _rescaled)  # fmt: skip
+OPERATORS = Operators(_counted("reduce"), _counted("rows"), _counted("spread"), _formed("step"),
+                      _formed("step_out", False), _formed("step_out", True), _rescaled)  # fmt: skip

@@ -13,7 +13,7 @@
 
 #define KD_DEVICE inline
 #define KD_SLOW __attribute__((noinline)) inline
-#define KD_KERNEL(threads) void
+#define KD_KERNEL(threads, blocks) void
 #define KD_PARAMS const
 #define KD_CLUSTERS 1
 
@@ -74,6 +74,21 @@ KD_DEVICE void narrow(float x, BF16* y) {
 }
 KD_DEVICE void narrow(float x, F16* y) { y->bits = x != x ? 0x7fff : std::bit_cast<uint16_t>(_Float16(x)); }
 
+template <typename X> KD_DEVICE uint32_t max2(uint32_t x, uint32_t y, X*) {
+  uint32_t z = 0;
+  for (int half = 0; half < 32; half += 16) {
+    const float a = widen(X{uint16_t(x >> half)}), b = widen(X{uint16_t(y >> half)});
+    z |= (a >= b || b != b ? x : y) & 0xffffu << half;
+  }
+  return z;
+}
+template <typename X> KD_DEVICE uint32_t narrow2(float x, float y, X*) {
+  X low, high;
+  narrow(x, &low);
+  narrow(y, &high);
+  return low.bits | uint32_t(high.bits) << 16;
+}
+
 struct alignas(16) Bytes16 { uint32_t word[4]; };
 
 KD_DEVICE Bytes16 load16(const void* from) {
@@ -89,6 +104,12 @@ KD_DEVICE void store16(void* to, const Bytes16& x) {
   emulator::scheduler.interrupt();
   std::memcpy(to, &x, 16);
 }
+
+KD_DEVICE int arrive(int* counter) {
+  emulator::scheduler.interrupt();
+  return (*counter)++;
+}
+KD_DEVICE double load_shared_by_blocks(const double* from) { return *from; }
 
 KD_DEVICE int cluster_rank() { return emulator::here().block->rank; }
 KD_DEVICE int cluster_size() { return emulator::cluster.shape.cluster; }

@@ -12,7 +12,7 @@ struct Task {
 };
 
 // out[row] is the sum of the row's 4 * threads() numbers; block b does rows b, b + blocks(), ...
-KD_KERNEL(256) block_sum(KD_PARAMS Task task) {
+KD_KERNEL(256, 1) block_sum(KD_PARAMS Task task) {
   double* part = reinterpret_cast<double*>(shared());
   for (int row = block(); row < task.tiles; row += blocks()) {
     const float* from = task.in + (row * threads() + thread()) * 4 + task.has("unaligned load");
@@ -38,7 +38,7 @@ KD_KERNEL(256) block_sum(KD_PARAMS Task task) {
 }
 
 // Every block of the cluster gets the sum of the first numbers of all of them.
-KD_KERNEL(64) all_reduce(KD_PARAMS Task task) {
+KD_KERNEL(64, 1) all_reduce(KD_PARAMS Task task) {
   double* inbox = reinterpret_cast<double*>(shared());
   const int rank = cluster_rank(), size = cluster_size();
   if (!task.has("not started")) cluster_sync();
@@ -54,7 +54,7 @@ KD_KERNEL(64) all_reduce(KD_PARAMS Task task) {
 }
 
 // The block's threads add up tiles of 4 * threads() numbers, which arrive in two stages by turns.
-KD_KERNEL(64) pipeline(KD_PARAMS Task task) {
+KD_KERNEL(64, 1) pipeline(KD_PARAMS Task task) {
   uint64_t* full = reinterpret_cast<uint64_t*>(shared());
   float* stage = reinterpret_cast<float*>(shared() + 128);
   const int n = 4 * threads(), bytes = 4 * n;
@@ -86,7 +86,7 @@ KD_KERNEL(64) pipeline(KD_PARAMS Task task) {
   if (thread() == 0) task.out[block()] = part[0] + part[1];
 }
 
-template <int> KD_KERNEL(1024) nothing(KD_PARAMS Task) { cluster_sync(); }
+template <int> KD_KERNEL(1024, 1) nothing(KD_PARAMS Task) { cluster_sync(); }
 
 int check(const char* kernel, const char* bug) {
   std::vector<Bytes16> memory(1 << 12);
