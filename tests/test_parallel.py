@@ -6,11 +6,21 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import parallel_checks
 import pytest
+import torch
+from accuracy import make
+from hypothesis import given
+from hypothesis import strategies as st
+from textbook import CASES
+
+import kdkernels as kd
+from kdkernels import parallel
 
 TESTS = Path(__file__).parent
 CONTEXT = multiprocessing.get_context("spawn")
@@ -55,3 +65,52 @@ def test_the_example_of_the_readme(tmp_path):
     script.write_text(example)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     subprocess.run(command, check=True, timeout=120, env={**os.environ, "PYTHONPATH": str(TESTS.parent)})
+
+
+class Threads(parallel.Shards):
+    """Shards whose ranks are threads of this process."""
+
+    def __init__(self, rank, widths, barrier, board):
+        ends = [sum(widths[: r + 1]) for r in range(len(widths))]
+        self.rank, self.spans = rank, [(end - width, end) for end, width in zip(ends, widths, strict=True)]
+        self.group, self.barrier, self.board = None, barrier, board
+
+    def gather(self, x):
+        self.board[self.rank] = x
+        self.barrier.wait(60)
+        found = torch.stack(self.board)
+        self.barrier.wait(60)  # before the next one is put up
+        return found
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@given(st.data())
+def test_any_cut_is_whole(backend, data):
+    n, widths = data.draw(st.integers(1, 4)), data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    seed, scale = data.draw(st.integers(0, 2**20)), data.draw(st.sampled_from([0.25, 1.0, 30.0]))
+    case = data.draw(st.sampled_from([c for c in CASES if not c.setting("standardize", False)]))
+    g = torch.Generator().manual_seed(seed)
+    s, t = scale * torch.randn(2, n, sum(widths), generator=g, dtype=torch.float64)
+    dead = torch.rand(n, sum(widths), generator=g) < 0.2
+    y = torch.randint(sum(widths), (n,), generator=g)
+    dead[torch.arange(n), y] = False
+    s, t, loss = s.masked_fill(dead, -torch.inf), t.masked_fill(dead, -torch.inf), make(case)
+
+    def run(rank, **group):
+        cut = [x.split(widths, -1)[rank] if group else x for x in (s, t)]
+        leaves = [x.clone().requires_grad_() for x in cut]
+        with kd.use_backend(backend):
+            value = loss(leaves[0], leaves[1] if case.needs_teacher else None, y, **group)
+            value.backward()
+        return value.detach(), *(x.grad for x in leaves)
+
+    barrier, board = threading.Barrier(len(widths)), [None] * len(widths)
+    with ThreadPoolExecutor(len(widths)) as pool:
+        ranks = [pool.submit(run, r, group=Threads(r, widths, barrier, board)) for r in range(len(widths))]
+        parts = [rank.result(60) for rank in ranks]
+    value, *grads = run(0)
+    for part in parts:
+        parallel_checks.near(part[0], value, 1e-11, str(case))
+    for k, grad in enumerate(grads):
+        if grad is not None:
+            parallel_checks.near(torch.cat([part[k + 1] for part in parts], -1), grad, 1e-11, str(case))
