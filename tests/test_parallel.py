@@ -108,9 +108,11 @@ def test_any_cut_is_whole(backend, data):
     with ThreadPoolExecutor(len(widths)) as pool:
         ranks = [pool.submit(run, r, group=Threads(r, widths, barrier, board)) for r in range(len(widths))]
         parts = [rank.result(60) for rank in ranks]
-    value, *grads = run(0)
+    whole = run(0)
+    # A negative power makes terms of the value's size that cancel in a gradient.
+    size = max([1.0, *(x[x.isfinite()].abs().max().item() for x in whole if x is not None and x.isfinite().any())])
     for part in parts:
-        parallel_checks.near(part[0], value, 1e-11, str(case))
-    for k, grad in enumerate(grads):
-        if grad is not None:
-            parallel_checks.near(torch.cat([part[k + 1] for part in parts], -1), grad, 1e-11, str(case))
+        parallel_checks.near(part[0] / size, whole[0] / size, 1e-11, str(case))
+    for k in (1, 2):
+        if whole[k] is not None:
+            parallel_checks.near(torch.cat([p[k] for p in parts], -1) / size, whole[k] / size, 1e-11, str(case))
