@@ -32,9 +32,10 @@ def test_every_row_is_its_own_loss(backend):
     dtype = F64 if backend in ("cpu", "reference") else F32
     bar = dict(rtol=1e-12, atol=1e-12) if dtype == F64 else dict(rtol=1e-4, atol=1e-5)
     got = run(kd.AlphaBetaLoss(A, B, reduction="none"), rows(dtype), backend)
-    own = [run(kd.AlphaBetaLoss(a, b), [x[n] for x in rows(dtype)], backend) for n, (a, b) in enumerate(ORDERS)]
+    first = EXACT if backend == "triton" else 0  # its interpreter is slow, and the textbook has the others
+    own = [run(kd.AlphaBetaLoss(*ORDERS[n]), [x[n] for x in rows(dtype)], backend) for n in range(first, len(ORDERS))]
     for actual, *parts in zip(got, *own, strict=True):
-        torch.testing.assert_close(actual, torch.stack(parts), **bar)
+        torch.testing.assert_close(actual[first:], torch.stack(parts), **bar)
     s, t = (x.double().clone().requires_grad_() for x in rows(dtype)[:2])
     exact = torch.cat([textbook.alpha_beta(s[n : n + 1], t[n : n + 1], None, *ORDERS[n]) for n in range(EXACT)])
     exact.sum().backward()
