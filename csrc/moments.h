@@ -9,7 +9,8 @@
 namespace kd {
 
 constexpr int kStats = 7, kCoefs = 10;
-enum Flags { RAW = 1, FROZEN = 2, EXCLUDE = 4, MEAN_S = 8, MEAN_T = 16, SECOND = 32 };
+constexpr int64_t kElsewhere = -(int64_t(1) << 62);  // a label of a class that another vocabulary shard has
+enum Flags { RAW = 1, FROZEN = 2, EXCLUDE = 4, MEAN_S = 8, MEAN_T = 16, SECOND = 32, GIVEN = 64 };
 
 // c * x where a zero coefficient ignores its x, infinite or not.
 KD_HD double scaled(double c, double x) { return c == 0 ? 0 : c * x; }
@@ -68,6 +69,7 @@ KD_HD bool point_inputs(const Program& p, const double* args, int k, const Momen
   in[3] = infinite ? 0 : at.r * at.r * x.ss;
   in[4] = infinite ? 0 : at.r * at.rt * x.st;
   in[5] = infinite ? 0 : at.rt * at.rt * x.tt;
+  if (p.flags(k) & GIVEN) { in[3] = args[3 + 2 * k]; in[4] = args[4 + 2 * k]; }
   if (x.z != 0 || (at.b != 0 && at.a != 0 && !(p.flags(k) & FROZEN))) return false;
   const bool label = row.s_y > -INFINITY || row.t_y > -INFINITY;  // a class of the row, not a deleted one
   return !((p.flags(k) & EXCLUDE) && label && at(row.s_y, row.t_y) > -INFINITY);
@@ -86,7 +88,9 @@ KD_HD double point_coefs(const Program& p, const double* args, int k, const Mome
   const Tilt at(p, args, k);
   const double* g = adj + 6 * k;
   const double gE = g[0], gs = at.r * g[1], gt = at.rt * g[2];
-  const double gss = at.r * at.r * g[3], gst = at.r * at.rt * g[4], gtt = at.rt * at.rt * g[5];
+  const double second = p.flags(k) & GIVEN ? 0 : 1;  // coefficients that are given have no slope
+  const double gss = scaled(second, at.r * at.r * g[3]), gst = scaled(second, at.r * at.rt * g[4]);
+  const double gtt = scaled(second, at.rt * at.rt * g[5]);
   const double B = p.flags(k) & FROZEN ? 0 : side ? at.a : at.b;
   double c0 = scaled(B, gE - scaled(gss, o.ss) - scaled(gst, o.st) - scaled(gtt, o.tt)) + (side ? gt : gs);
   double c1 = B * gs + (side ? gst : 2 * gss), c2 = B * gt + (side ? 2 * gtt : gst);

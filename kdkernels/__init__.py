@@ -6,11 +6,13 @@ from . import backends, cache, correlation, logpartition, metrics, ranks, tape
 from .backends import BackendUnavailable, available_backends, use_backend
 from .base import BaseLoss
 from .compare import RankLoss
+from .compose import SumLoss
 from .correlation import *  # noqa: F403
 from .functional import power_sum, power_transform
 from .linear import LinearLoss
 from .logpartition import *  # noqa: F403  (its __all__ is the catalogue)
 from .loss import Label, Loss, Moment, Point
+from .observe import RowMetrics
 from .ranks import *  # noqa: F403
 from .sparse import SparseTeacher
 from .vocab import SharedVocab
@@ -22,8 +24,8 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 
 __all__ = [
     *logpartition.__all__, *ranks.__all__, *correlation.__all__, "BackendUnavailable", "Label", "LinearLoss", "Loss",
-    "Moment", "Point", "RankLoss", "SharedVocab", "SparseTeacher", "available_backends", "backends", "cache",
-    "catalogue", "metrics", "power_sum", "power_transform", "tape", "use_backend",
+    "Moment", "Point", "RankLoss", "RowMetrics", "SharedVocab", "SparseTeacher", "SumLoss", "available_backends",
+    "backends", "cache", "catalogue", "metrics", "power_sum", "power_transform", "tape", "use_backend",
 ]  # fmt: skip
 
 

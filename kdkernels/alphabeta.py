@@ -7,10 +7,14 @@ digits that a mean of derivatives at a few points between them keeps.
 from __future__ import annotations
 
 import math
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from . import tape
 from .loss import Loss, Moment, Point
-from .options import check_number
+from .options import REAL, check_coefficient, check_number
 
 Q, P = Point(student=1), Point(teacher=1)
 
@@ -50,76 +54,145 @@ class AlphaBetaLoss(Loss):
     equal, quadrature of f' or f'' stands for the difference quotients.
 
     Args:
-        alpha, beta: any finite numbers; the paper's language models use 0.2 and 0.7.
+        alpha, beta: any finite numbers; the paper's language models use 0.2 and 0.7. Or tensors with one for each row
+            of the logits, constants, limits of all kinds among them: make a loss for each batch.
     """
 
-    def __init__(self, alpha: float = 0.2, beta: float = 0.7, **options):
+    def __init__(self, alpha: float | Tensor = 0.2, beta: float | Tensor = 0.7, **options):
         super().__init__(**options)
         self.alpha, self.beta = alpha, beta
 
     def check(self):
-        check_number("alpha", self.alpha)
-        check_number("beta", self.beta)
+        check_coefficient("alpha", self.alpha)
+        check_coefficient("beta", self.beta)
 
-    def _arguments(self) -> tuple[float, float, float]:
+    def _per_row(self) -> bool:
+        return isinstance(self.alpha, Tensor) or isinstance(self.beta, Tensor)
+
+    def _orders(self) -> tuple[Any, Any]:
+        """a and a + b, numbers or (N,) or (1,) on the host."""
+        if not self._per_row():
+            return self.alpha, self.alpha + self.beta
+        numbers = (torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (self.alpha, self.beta))
+        a, b = torch.broadcast_tensors(*(x.reshape(-1) for x in numbers))
+        return a, a + b
+
+    def _corners(self) -> Any:
         """x, y, z: the nearest two in front if they are close, and never the mixture's in the middle."""
-        a, c = self.alpha, self.alpha + self.beta
-        orders = (a, c, 0.0), (a, 0.0, c), (c, 0.0, a)
-        nearest = min(orders, key=lambda order: abs(order[0] - order[1]))
-        return nearest if abs(nearest[0] - nearest[1]) < _REACH else orders[0]
+        a, c = self._orders()
+        orders = (a, c, 0 * a), (a, 0 * a, c), (c, 0 * a, a)
+        if not self._per_row():
+            nearest = min(orders, key=lambda order: abs(order[0] - order[1]))
+            return nearest if abs(nearest[0] - nearest[1]) < _REACH else orders[0]
+        every = torch.stack([torch.stack(order) for order in orders])
+        gap, first = (every[:, 0] - every[:, 1]).abs().min(0)
+        return every.gather(0, torch.where(gap < _REACH, first, 0).expand(1, 3, -1))[0].unbind(0)
 
-    def _nodes(self) -> tuple[dict[float, float], dict[float, float]]:
-        """argument: weight of the quadrature of f' over (x, y), and of f'' over (x, y, z)."""
-        x, y, z = self._arguments()
-        line, triangle = {}, {}
-        if abs(x - y) < _REACH:
-            line = _merged((x + (y - x) * at, weight) for at, weight in _GAUSS)
-        if max(x, y, z) - min(x, y, z) < _REACH:
-            triangle = _merged((i * x + j * y + k * z, weight) for (i, j, k), weight in _RADON)
-        return ({} if x == y == z else line), triangle
-
-    def _at(self, x: float) -> Point:
-        return Point(student=self.alpha + self.beta - x, teacher=x)
+    def _keys(self) -> tuple[list[Point], int, int]:
+        """The points with repetitions: q, p, corners, nodes; how many nodes between x and y, and between all three."""
+        x, y, z = corners = self._corners()
+        gap, width, rows = _abs(x - y), _width(x, y, z), self._per_row()
+        line = _line(x, y) if _any(gap < _REACH) and (rows or width > 0) else []
+        triangle = _triangle(x, y, z) if _any(width < _REACH) else []
+        if rows:  # those that do without the nodes have nothing new there
+            line = [torch.where(gap < _REACH, at, x) for at in line]
+            triangle = [torch.where(width < _REACH, at, x) for at in triangle]
+        c = self._orders()[1]
+        points = [Point(student=c - at, teacher=at) for at in (*corners, *line, *triangle)]
+        points[:3] = (point._replace(given=rows) for point in points[:3])
+        return [Q, P, *points], len(line), len(triangle)
 
     def points(self):
-        arguments = [*self._arguments(), *(x for nodes in self._nodes() for x in nodes)]
-        return tuple(dict.fromkeys([Q, P, *map(self._at, arguments)]))  # each once
+        return tuple(dict.fromkeys(self._keys()[0]))  # each once
 
     def value(self, *moments):
-        x, y, z = self._arguments()
-        c = self.alpha + self.beta
-        line, triangle = self._nodes()
-        found = dict(zip(self.points(), moments, strict=True))
-        q, p = found[Q], found[P]
+        keys, lines, triangles = self._keys()
+        found = dict(zip(dict.fromkeys(keys), moments, strict=True))
+        q, p, *nodes = (found[key] for key in keys)
+        middle, inner = nodes[3 : 3 + lines], nodes[3 + lines :]
+        corners, c = self._corners(), self._orders()[1]
+        if self._per_row():
+            corners, c = [m.teacher for m in nodes[:3]], nodes[0].teacher + nodes[0].student
+        x, y, z = corners
 
-        def log_f(x):  # a coefficient of 0 leaves its row out of the slope as well
-            own = found[self._at(x)].lse
-            own = own - x * p.lse if x else own
-            return own - (c - x) * q.lse if c - x else own
+        def log_f(m, at):
+            return m.lse - _times(at, p.lse) - _times(c - at, q.lse)
 
-        def quotient(x):
-            return tape.expm1(log_f(x) - log_f(y)) / (x - y)
+        def quotient(at):
+            return tape.expm1(logs[at] - logs[1]) / _not_0(corners[at] - y)
 
         def choose(width, center, quadrature, otherwise):
-            square = _square(found[self._at(center)], q, p)
-            return tape.where(_smooth(width, square, self.resolution), quadrature, otherwise)
+            """Quadrature where it is nearer, or all that there is."""
+            square = _square(center, q, p)
 
-        if line:
-            first = sum(w * tape.exp(log_f(at) - log_f(y)) * _derivative(found[self._at(at)], q, p)
-                        for at, w in line.items())  # fmt: skip
-            first = first if x == y else choose(x - y, list(line)[1], first, quotient(x))
-        elif x != y:
-            first = quotient(x)
-        if z != y:
-            value = tape.exp(log_f(y)) * (first - quotient(z)) / (x - z)
-        if triangle:
-            second = sum(w * tape.exp(log_f(at)) * _square(found[self._at(at)], q, p) for at, w in triangle.items()) / 2
-            width = max(x, y, z) - min(x, y, z)
-            value = second if width == 0 else choose(width, next(iter(triangle)), second, value)
-        for corner in (x, y, z):
-            if min(self._at(corner)[:2]) < 0:  # of an impossible class infinite, and so is all of it
-                value = tape.where(log_f(corner) > 1e300, math.inf, value)
-        return value
+            def close():
+                return tape.where(_smooth(width, square, self.resolution), quadrature, otherwise())
+
+            return _where(width > 0, lambda: _where(width < _REACH, close, otherwise), lambda: quadrature)
+
+        first: Any = None
+        logs = [log_f(m, at) for m, at in zip(nodes[:3], corners, strict=True)]
+        if lines:
+            terms = zip(middle, _line(x, y), _GAUSS, strict=True)
+            slope = sum(w * tape.exp(log_f(m, at) - logs[1]) * _derivative(m, q, p) for m, at, (_, w) in terms)
+            first = choose(_abs(x - y), middle[1], slope, lambda: quotient(0))
+        elif self._per_row() or x != y:
+            first = quotient(0)
+
+        def value():
+            return tape.exp(logs[1]) * (first - quotient(2)) / _not_0(x - z)
+
+        if triangles:
+            terms = zip(inner, _triangle(x, y, z), _RADON, strict=True)
+            curve = sum(w * tape.exp(log_f(m, at)) * _square(m, q, p) for m, at, (_, w) in terms) / 2
+            total = choose(_width(x, y, z), inner[0], curve, value)
+        else:
+            total = value()
+        for at, log in zip(corners, logs, strict=True):  # of an impossible class infinite, and so is all of it
+            total = _blown(at, log, _blown(c - at, log, total))
+        return total
+
+
+def _line(x, y) -> list:
+    return [x + (y - x) * at for at, _ in _GAUSS]
+
+
+def _triangle(x, y, z) -> list:
+    return [i * x + j * y + k * z for (i, j, k), _ in _RADON]
+
+
+# What follows takes numbers, for which it decides at once, and traced values and tensors, which have one for each row.
+
+
+def _where(condition, yes, no):
+    return (yes() if condition else no()) if isinstance(condition, bool) else tape.where(condition, yes(), no())
+
+
+def _any(condition) -> bool:
+    return condition if isinstance(condition, bool) else bool(condition.any())
+
+
+def _abs(x):
+    return _where(x > 0, lambda: x, lambda: -x)
+
+
+def _width(x, y, z):
+    return (_abs(x - y) + _abs(y - z) + _abs(x - z)) / 2
+
+
+def _not_0(x):
+    """x, or anything where it is 0: a quotient that is not taken."""
+    return x if isinstance(x, REAL) else tape.where(x > 0, x, tape.where(x < 0, x, 1.0))
+
+
+def _times(weight, x):
+    """A coefficient of 0 leaves its row out of the slope as well."""
+    return (weight * x if weight else 0.0) if isinstance(weight, REAL) else tape.times(weight, x)
+
+
+def _blown(coefficient, log, value):
+    """A negative power of an impossible class is infinite."""
+    return _where(coefficient < 0, lambda: tape.where(log > 1e300, math.inf, value), lambda: value)
 
 
 def _merged(nodes) -> dict[float, float]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import call, merged, options
+from . import call, merged, options, parallel
 from .buckets import Merged
 from .out import check_out, handed_over
 
@@ -34,6 +35,8 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     """Whether rows do not depend on each other, so that a chunk of them may be computed at a time."""
     merges = True
     """Whether several classes may be one outcome, as in a `SparseTeacher`: it compares distributions."""
+    unsharded: str | None = "it looks at whole rows"
+    """Why it cannot be computed on vocabulary shards, or None."""
     standardize = False
     teacher_temperature: float | None = None
     temperature: float
@@ -81,6 +84,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         temperature: float | Tensor | None = None,
         vocab_size: int | None = None,
         vocab_mask: Tensor | None = None,
+        group: Any = None,
     ) -> Tensor:
         """The loss of student_logits (..., V).
 
@@ -94,6 +98,8 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
             temperature: in place of the constructor's, a number or one for each row (...).
             vocab_size: classes from here on are padding: probability 0 in both rows. The widths may then differ.
             vocab_mask: (V,) booleans, False where a class is padding.
+            group: a torch.distributed process group, each rank of which calls this with its own columns of the same
+                rows (see `kdkernels.parallel`). DTensors cut along the last dimension bring theirs.
 
         Returns:
             A scalar, or (...) with reduction "none"; float64 for float64 logits, else float32.
@@ -101,11 +107,14 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         Raises:
             TypeError, ValueError: an argument is missing, or not of the dtype, device, shape or range it should be.
         """
+        given = (student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
         if isinstance(teacher_logits, Merged):
+            merged.check_whole(student_logits, teacher_logits, group)
             return merged.run(self, student_logits, teacher_logits, labels, row_weight=row_weight, num_items=num_items,
                                temperature=temperature, vocab_size=vocab_size, vocab_mask=vocab_mask)  # fmt: skip
-        rows = call.check(self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
-        return self._evaluate(rows, student_logits, num_items, temperature)
+        if group is not None or parallel.is_sharded(student_logits):
+            return parallel.forward(self, group, num_items, *given)
+        return self._evaluate(call.check(self, *given), student_logits, num_items, temperature)
 
     @torch.no_grad()
     def value_and_grad(
@@ -121,6 +130,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         temperature: float | Tensor | None = None,
         vocab_size: int | None = None,
         vocab_mask: Tensor | None = None,
+        group: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """The reduced loss and its gradient by student_logits, in one pass and without a graph.
 
@@ -136,11 +146,15 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         Raises:
             TypeError, ValueError: as in a call; `out` does not fit; the reduction is "none"; the loss standardises.
         """
+        given = (student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
         if isinstance(teacher_logits, Merged):
+            merged.check_whole(student_logits, teacher_logits, group)
             return merged.value_and_grad(self, student_logits, teacher_logits, labels, out, accumulate,
                                           row_weight=row_weight, num_items=num_items, temperature=temperature,
                                           vocab_size=vocab_size, vocab_mask=vocab_mask)  # fmt: skip
-        rows = call.check(self, student_logits, teacher_logits, labels, row_weight, temperature, vocab_size, vocab_mask)
+        if group is not None or parallel.is_sharded(student_logits):
+            return parallel.value_and_grad(self, group, num_items, out, accumulate, *given)
+        rows = call.check(self, *given)
         check_out(self, out, accumulate, rows.student, rows.teacher)
         return self._value_and_grad(rows, student_logits.detach(), num_items, temperature, out, accumulate)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .options import check_number, readable
+from .options import ELSEWHERE, check_number, readable
 
 if TYPE_CHECKING:
     from .base import BaseLoss
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """student (..., W), teacher (..., W2) or None, labels (N,) int64 or None, mask (vocab,), classes [0, vocab)."""
+    """student (..., W), teacher (..., W2) or None, labels (N,) int64 or None, mask (vocab,), classes [0, vocab).
+    Of one rank's columns, and labels among them, if there are `shards` (`parallel.Shards`)."""
 
     student: Tensor
     teacher: Tensor | None
@@ -24,6 +25,7 @@ class Rows(NamedTuple):
     mask: Tensor | None
     weight: Tensor | None
     vocab: int
+    shards: Any = None
 
 
 def detached(rows: Rows) -> Rows:
@@ -69,10 +71,8 @@ def _like(name: str, x, student: Tensor | Shaped) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.shape != student.shape[:-1]:
-        raise ValueError(
-            f"{name} must have shape {tuple(student.shape[:-1])} for student_logits of shape "
-            f"{tuple(student.shape)}, got {tuple(x.shape)}"
-        )
+        raise ValueError(f"{name} must have shape {tuple(student.shape[:-1])} for student_logits of shape "
+                         f"{tuple(student.shape)}, got {tuple(x.shape)}")  # fmt: skip
     if x.device != student.device:
         raise ValueError(f"{name} must be on student_logits' device {student.device}, got {x.device}")
     return x
@@ -151,7 +151,7 @@ def check_rows(loss: BaseLoss, student: Tensor | Shaped, vocab: int, labels, row
     elif temperature is not None:
         check_number("temperature", temperature, above=0)
     if vocab_mask is not None:
-        vocab_mask = _mask(vocab_mask, student, vocab)
+        vocab_mask = check_mask(vocab_mask, student, vocab)
         if labels is not None and readable(vocab_mask):
             live = labels[(labels != loss.ignore_index) & (labels >= 0) & (labels < vocab)]  # kernels refuse the rest
             if not (kept := vocab_mask[live]).all():
@@ -176,7 +176,7 @@ def _temperature(temperature: Tensor, student: Tensor | Shaped, keep: Tensor | N
             raise ValueError(f"temperature must be > 0 and finite, got {temperature.reshape(-1)[bad][0].item()}")
 
 
-def _mask(mask, student: Tensor | Shaped, vocab: int) -> Tensor:
+def check_mask(mask, student: Tensor | Shaped, vocab: int, least: int = 1) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"vocab_mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
     if mask.dim() != 1 or mask.shape[0] not in (student.shape[-1], vocab):
@@ -184,7 +184,7 @@ def _mask(mask, student: Tensor | Shaped, vocab: int) -> Tensor:
     if mask.device != student.device:
         raise ValueError(f"vocab_mask must be on student_logits' device {student.device}, got {mask.device}")
     mask = mask[:vocab].contiguous()
-    if readable(mask) and not mask.any():
+    if least and readable(mask) and not mask.any():
         raise ValueError(f"vocab_mask must keep one class of {vocab} or more, got False throughout")
     return mask
 
@@ -207,21 +207,22 @@ def arguments(loss: Loss, program: Program, rows: Rows, temperature) -> Tensor:
     student = 1 / T
     teacher = args[:, 1] if loss._uses.teacher_temperature else student
     if loss.standardize:
-        student = student * _inverse_deviation(rows.student, rows)
+        student = student * _inverse_deviation(loss, rows.student, rows)
         if rows.teacher is not None:
-            teacher = teacher * _inverse_deviation(rows.teacher, rows)
+            teacher = teacher * _inverse_deviation(loss, rows.teacher, rows)
     head = torch.broadcast_tensors(student, teacher, T, args[:, 3])
     count = head[0].shape[0]
     return torch.cat((torch.stack(head[:3], -1), args[:, 3:].expand(count, -1)), -1)
 
 
-def _inverse_deviation(logits: Tensor, rows: Rows) -> Tensor:
+def _inverse_deviation(loss: Loss, logits: Tensor, rows: Rows) -> Tensor:
     """(N,) float64: 1 / standard deviation of each row of logits (..., W) over its live classes, differentiable."""
-    from .functional import inverse_deviation
+    from .functional import INVERSE_DEVIATION as deviation
 
-    labels = None if rows.labels is None else rows.labels.view(logits.shape[:-1])
-    scale = inverse_deviation(logits, labels=labels, vocab_size=rows.vocab, vocab_mask=rows.mask)
-    return scale.reshape(-1).to(torch.float64)
+    kept = None if rows.labels is None else rows.labels != loss.ignore_index
+    labels = None if kept is None else torch.where(kept, ELSEWHERE, deviation.ignore_index)
+    alone = rows._replace(student=logits, teacher=None, labels=labels, weight=None)
+    return deviation._evaluate(alone, logits, None, None).reshape(-1).to(torch.float64)
 
 
 def weighting(loss: BaseLoss, rows: Rows, num_items) -> tuple[Tensor | None, float]:

@@ -43,6 +43,8 @@ def power_transform(logits: Tensor, gamma: float) -> Tensor:
 
 
 class _InverseDeviation(Loss):
+    """1 / (unbiased standard deviation) of each row; 1 for a constant row."""
+
     needs_teacher = False
 
     def points(self):
@@ -54,9 +56,4 @@ class _InverseDeviation(Loss):
         return 1 / tape.sqrt(spread)
 
 
-_INVERSE_DEVIATION = _InverseDeviation(reduction="none")  # made here: torch.compile traces its calls only
-
-
-def inverse_deviation(logits: Tensor, **call) -> Tensor:
-    """1 / (unbiased standard deviation) of each row; 1 for a constant row. float64."""
-    return _INVERSE_DEVIATION(logits, **call)
+INVERSE_DEVIATION = _InverseDeviation(reduction="none")  # made here: torch.compile traces its calls only

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import backends, call, merged
+from . import backends, call, merged, parallel
 from .base import BaseLoss
-from .loss import Loss
 from .options import check_number
 from .sparse import SparseTeacher
 from .sweep import Inputs, LinearRows, Plan, cast_dtype
@@ -49,7 +49,7 @@ class LinearLoss(nn.Module):
 
     def __init__(
         self,
-        loss: Loss,
+        loss: BaseLoss,
         chunk: int | str = "auto",
         *,
         memory_budget: int | None = None,
@@ -86,6 +86,7 @@ class LinearLoss(nn.Module):
         temperature: float | Tensor | None = None,
         vocab_size: int | None = None,
         vocab_mask: Tensor | None = None,
+        group: Any = None,
     ) -> Tensor:
         """The loss of student_hidden (..., H).
 
@@ -102,6 +103,9 @@ class LinearLoss(nn.Module):
                 `SparseTeacher`.
             labels, row_weight, num_items, temperature, vocab_size, vocab_mask: as in a call of the loss. The mean is
                 over the rows of all chunks. A head's rows from vocab_size on are not read.
+            group: a process group, each rank of which has its own rows of both heads and biases, its own columns of
+                teacher_logits, and all hidden states (see `kdkernels.parallel`): an all_gather for each chunk. The
+                gradient of student_hidden is summed over the ranks here; add nothing up behind it.
 
         Returns:
             What the loss returns for those logits.
@@ -114,45 +118,68 @@ class LinearLoss(nn.Module):
         x = Inputs(student_hidden, student_head, student_bias, teacher_hidden, teacher_head, teacher_bias,
                    teacher_head_scale, teacher_logits, labels, row_weight, temperature, vocab_mask)  # fmt: skip
         run = torch.compiler.disable(self._run) if torch.compiler.is_compiling() else self._run
-        return run(x, num_items, vocab_size)
+        return run(x, num_items, vocab_size, group)
 
-    def _run(self, x: Inputs, num_items, vocab_size: int | None) -> Tensor:
+    def _run(self, x: Inputs, num_items, vocab_size: int | None, group) -> Tensor:
         self._check_options()
-        loss, cast = self.loss, _autocast(x.student_hidden)
+        if group is not None:
+            parallel.check_loss(self.loss)
+            parallel.check_group(group)
+        labels, shape = x.labels, getattr(x.student_hidden, "shape", ())[:-1]
+        sparse = x.teacher_logits if isinstance(x.teacher_logits, SparseTeacher) and self.loss._uses.teacher else None
+        with parallel.refusing(group, x.student_hidden):
+            if sparse is not None:
+                merged.check_whole(x.student_hidden, sparse, group)
+            x, vocab, cast, number = self._checked(x, num_items, vocab_size, group)
+            wants = x.student_hidden.requires_grad and torch.is_grad_enabled()
+            kind = (labels is None, wants, self.chunk, self.memory_budget, x.student_hidden.dtype, cast)
+        if group is not None:
+            code = parallel.checksum(self.loss, kind)
+            group = parallel.join(group, x.student_hidden, len(x.student_head), vocab, code)
+            group.local(x.labels, self.loss.ignore_index, self.loss.validate)  # raises on every rank
+        if sparse is not None:
+            merged.split(self.loss)  # once, for all chunks
+            sparse = sparse.reshape(len(x.student_hidden))
+        value = LinearRows.apply(self._plan(x, vocab, cast, number, sparse, group), torch.is_grad_enabled(), *x)
+        return value.view(shape) if self.loss.reduction == "none" else value
+
+    def _checked(self, x: Inputs, num_items, vocab_size: int | None, group):
+        """The inputs in the shapes of a sweep, the number of classes, autocast's dtype and a temperature number."""
+        loss = self.loss if group is None else parallel.unvalidated(self.loss)
+        cast = _autocast(x.student_hidden)
         _check_head("student", x.student_hidden, x.student_head, x.student_bias, cast)
         logits = call.Shaped(torch.Size((*x.student_hidden.shape[:-1], len(x.student_head))), x.student_hidden.device)
         vocab = call.check_vocab(vocab_size, logits)
-        sparse = x.teacher_logits if isinstance(x.teacher_logits, SparseTeacher) and loss._uses.teacher else None
         x = _check_teacher(loss, x, logits, vocab_size, cast)
-        labels, mask, weight = call.check_rows(loss, logits, vocab, x.labels, x.factor, x.temperature, x.mask)
+        given = x.mask if group is None else None
+        labels, mask, weight = call.check_rows(loss, logits, vocab, x.labels, x.factor, x.temperature, given)
+        if x.mask is not None and group is not None:
+            mask = call.check_mask(x.mask, logits, vocab, least=0)
         rows = call.Rows(x.student_hidden, None, labels, mask, weight, vocab)
         factor = call.factor(*call.weighting(loss, rows, num_items), labels, loss.ignore_index, x.student_hidden)
         number = None if isinstance(x.temperature, Tensor) else x.temperature
         x = x._replace(labels=labels, factor=factor, mask=mask, temperature=x.temperature if number is None else None)
-        x = x.flat()
-        if sparse is not None:
-            merged.split(loss)  # once, for all chunks
-            sparse = sparse.reshape(len(x.student_hidden))
-        value = LinearRows.apply(self._plan(x, vocab, cast, number, sparse), torch.is_grad_enabled(), *x)
-        return value.view(logits.shape[:-1]) if loss.reduction == "none" else value
+        return x.flat(), vocab, cast, number
 
-    def _plan(self, x: Inputs, vocab: int, cast: torch.dtype | None, temperature: float | None, sparse) -> Plan:
+    def _plan(self, x: Inputs, vocab: int, cast: torch.dtype | None, temperature: float | None, sparse, shards) -> Plan:
         backend = backends.pick(x.student_hidden, x.teacher_logits if x.teacher_hidden is None else x.teacher_hidden)
         budget = int(self.memory_budget or (BUDGET_CPU if x.student_hidden.is_cpu else BUDGET))
         if isinstance(self.chunk, int):
             chunk = self.chunk
         else:
-            in_place = backend.OPERATORS and backend.OPERATORS.step_out and not self.loss.standardize and sparse is None
+            plain = not self.loss.standardize and sparse is None and shards is None
+            in_place = plain and backend.OPERATORS and backend.OPERATORS.step_out
             copies = 1 if in_place and self.student_softcap is None else 2
             width = copies * cast_dtype(x.student_hidden, cast).itemsize
             width += 0 if x.teacher_hidden is None else cast_dtype(x.teacher_hidden, cast).itemsize
-            rows, chunk = max(len(x.student_hidden), 1), max(budget // (vocab * width), 1)
+            widest = vocab if shards is None else max(end - start for start, end in shards.spans)
+            rows, chunk = max(len(x.student_hidden), 1), max(budget // (widest * width), 1)
             chunk = -(-rows // -(-rows // chunk))  # as many chunks, but of one size
         scales = (self.student_logit_scale, self.teacher_logit_scale)
         caps = (self.student_softcap, self.teacher_softcap)
         name = backend.__name__.rpartition(".")[-1]
-        return Plan(copy.copy(self.loss), name, cast, chunk, budget // 8, vocab, scales, caps, temperature,
-                    sparse)  # fmt: skip
+        return Plan(copy.copy(self.loss), name, cast, chunk, budget // 8, vocab, scales, caps, temperature, sparse,
+                    shards)  # fmt: skip
 
     def _check_options(self) -> None:
         if not isinstance(self.loss, BaseLoss):
@@ -160,9 +187,6 @@ class LinearLoss(nn.Module):
         if not self.loss.rowwise:
             raise ValueError(f"loss must be row-wise: {type(self.loss).__name__} relates rows to each other, and only "
                              "a chunk of them has logits at a time; call it on the logits")  # fmt: skip
-        if not isinstance(self.loss, Loss):
-            raise ValueError(f"loss must be of the log-partition (kdkernels.Loss) for now, which "
-                             f"{type(self.loss).__name__} is not; call it on the logits")  # fmt: skip
         if self.chunk != "auto" and (isinstance(self.chunk, bool) or not isinstance(self.chunk, int) or self.chunk < 1):
             raise ValueError(f"chunk must be 'auto' or an int >= 1, got {self.chunk!r}")
         if self.memory_budget is not None:
@@ -214,7 +238,7 @@ def _check_head(side: str, hidden, head, bias, cast: torch.dtype | None, quantis
             raise ValueError(f"{name} must be on {hidden_name}'s device {hidden.device}, got {x.device}")
 
 
-def _check_teacher(loss: Loss, x: Inputs, student: call.Shaped, vocab_size: int | None, cast) -> Inputs:
+def _check_teacher(loss: BaseLoss, x: Inputs, student: call.Shaped, vocab_size: int | None, cast) -> Inputs:
     """The inputs with the teacher's as constants, or without a teacher where the loss looks at none."""
     names = ("teacher_hidden", "teacher_head", "teacher_bias", "teacher_head_scale", "teacher_logits")
     if not loss._uses.teacher:

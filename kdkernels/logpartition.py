@@ -16,8 +16,8 @@ from .loss import Label, Loss, Moment, Point
 from .options import check_bool, check_number
 
 __all__ = [
-    "AlphaBetaLoss", "BrierLoss", "DKDLoss", "ForwardKLLoss", "HellingerLoss", "KDLoss", "LogitMSELoss", "RenyiLoss",
-    "ReverseKLLoss", "TAIDLoss", "TTMLoss", "WTTMLoss",
+    "AlphaBetaLoss", "BrierLoss", "CrossEntropyLoss", "DKDLoss", "ForwardKLLoss", "HellingerLoss", "KDLoss",
+    "LogitMSELoss", "RenyiLoss", "ReverseKLLoss", "TAIDLoss", "TTMLoss", "WTTMLoss",
 ]  # fmt: skip
 
 
@@ -135,25 +135,6 @@ class WTTMLoss(TTMLoss):
         return (tape.detach(weight) if self.detach_weight else weight) * super().value(q, h)
 
 
-# Quadrature where a divided difference would lose its digits: (position, weight) of Gauss and Legendre on [0, 1] and
-# (barycentric coordinates, weight) of Radon on a triangle, both exact for polynomials of degree 5.
-_GAUSS = (((5 - 15**0.5) / 10, 5 / 18 + 0.0), (0.5, 8 / 18), ((5 + 15**0.5) / 10, 5 / 18))
-_RADON = (
-    ((1 / 3, 1 / 3, 1 / 3), 9 / 40),
-    *(
-        (corner, (155 + sign * 15**0.5) / 1200)
-        for sign in (-1, 1)
-        for x in [(6 + sign * 15**0.5) / 21]
-        for corner in ((x, x, 1 - 2 * x), (x, 1 - 2 * x, x), (1 - 2 * x, x, x))
-    ),
-)
-
-
-def _reach(resolution: float) -> float:
-    """Where the quadrature takes over: 1e-3 in float64, else 1e-2."""
-    return resolution ** (1 / 8) / 10
-
-
 class HellingerLoss(Loss):
     """1 - sum_i sqrt(p_i q_i): the squared Hellinger distance. [Hellinger 1909]"""
 
@@ -193,6 +174,27 @@ class DKDLoss(Loss):
         target = target + tape.times(tape.sigmoid(-a), tape.softplus(b) - tape.softplus(a))
         others = tape.where(p.lse > -math.inf, _kl(q, p), 0.0)  # no other class, no such term
         return self.alpha * target + self.beta * others
+
+
+class CrossEntropyLoss(Loss):
+    """-log softmax(s)_y, from the student and the labels alone, at temperature 1. [Szegedy et al. 2016, sec. 7]
+
+    Args:
+        label_smoothing: in [0, 1], towards the uniform distribution.
+        z_loss: >= 0; adds z_loss * logsumexp(s)^2 (Chowdhery et al. 2022).
+    """
+
+    needs_teacher = False
+
+    def __init__(self, label_smoothing=0.0, z_loss=0.0, *, reduction="mean", ignore_index=-100, validate=False):
+        super().__init__(kd_weight=0.0, ce_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss,
+                         reduction=reduction, ignore_index=ignore_index, validate=validate)  # fmt: skip
+
+    def points(self):
+        return self._student_points()
+
+    def minimizer(self, teacher_logits, labels=None):
+        return _one_hot(teacher_logits, labels) * 1e4
 
 
 class BrierLoss(Loss):

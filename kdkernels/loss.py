@@ -8,7 +8,8 @@ A `Loss` names its points and computes its value from those numbers; every backe
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,12 @@ from . import backends, call, options, tape
 from .base import BaseLoss
 from .ops import RowLoss, value_and_grad
 
+if TYPE_CHECKING:
+    from .compose import SumLoss
+    from .observe import RowMetrics
+
 MOMENTS = 6  # lse, s, t, ss, st, tt
+_versions = itertools.count()
 
 
 class Point(NamedTuple):
@@ -28,6 +34,7 @@ class Point(NamedTuple):
         frozen: the weights softmax(x) are constants in the gradient.
         exclude_label: the label's class is left out of the sums.
         raw: the coefficients apply to logits at temperature 1.
+        given: its moments have the coefficients, which may be tensors of one for each row, in place of covariances.
     """
 
     student: Any = 0.0
@@ -35,6 +42,7 @@ class Point(NamedTuple):
     frozen: bool = False
     exclude_label: bool = False
     raw: bool = False
+    given: bool = False
 
 
 class Moment(NamedTuple):
@@ -46,6 +54,15 @@ class Moment(NamedTuple):
     ss: Any
     st: Any
     tt: Any
+
+    @property
+    def student(self):
+        """The point's coefficient of the student's logits, if it is `given`."""
+        return self.ss
+
+    @property
+    def teacher(self):
+        return self.st
 
 
 class Label(NamedTuple):
@@ -84,6 +101,8 @@ class Loss(BaseLoss):
         TypeError, ValueError: an option is not of its kind or out of its range.
     """
 
+    unsharded = None
+    _version: int
     _double: Program
     _single: Program
 
@@ -128,11 +147,12 @@ class Loss(BaseLoss):
         if backend.OPERATORS is None:
             value = backend.row_losses(self, rows, program, args)
             return call.reduced(value, student_logits, rows.labels, weight, divisor, ignore, per_row)
+        operators = backend.OPERATORS if rows.shards is None else rows.shards.operators(backend.OPERATORS)
         if not torch.is_grad_enabled():  # which an autograd Function does not look at: it would make a gradient
             rows, args = call.detached(rows), args.detach()
         return RowLoss.apply(
             rows.student, rows.teacher, args, rows.labels, rows.mask, weight, divisor, program.code,
-            backend.OPERATORS, rows.vocab, ignore, per_row,
+            operators, rows.vocab, ignore, per_row,
         )  # fmt: skip
 
     def _prepared(self, rows, num_items, temperature):
@@ -144,10 +164,44 @@ class Loss(BaseLoss):
 
     def _value_and_grad(self, rows, student_logits, num_items, temperature, out, accumulate):
         backend, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
-        if backend.OPERATORS is None or backend.OPERATORS.step is None:
+        if rows.shards is not None or backend.OPERATORS is None or backend.OPERATORS.step is None:
             return super()._value_and_grad(rows, student_logits, num_items, temperature, out, accumulate)
         numbers = (args, weight, divisor, program.code, self.ignore_index)
         return value_and_grad(backend.OPERATORS, rows, *numbers, out, accumulate)
+
+    def with_metrics(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        agreement: bool = True,
+        **given: Any,
+    ) -> tuple[Tensor, RowMetrics]:
+        """What a call returns, and `RowMetrics` of its rows: from the statistics of the call, without another read.
+
+        Args:
+            agreement: top-1 agreement and acceptance as well, for which the logits are read once more, in float64.
+            given: the other keywords of a call, but for `group`.
+
+        Raises:
+            TypeError, ValueError: as in a call.
+        """
+        from .observe import with_metrics
+
+        return with_metrics(self, student_logits, teacher_logits, labels, agreement, given)
+
+    def __mul__(self, weight: float) -> SumLoss:
+        return _sum((weight, self))
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Loss) -> SumLoss:
+        return _sum((1, self), (1, other))
+
+    def __radd__(self, other) -> Loss:
+        starts = isinstance(other, int) and other == 0  # as sum() does
+        return self if starts else _sum((1, other), (1, self))
 
     def all_points(self) -> tuple[Point, ...]:
         """`points()` and those of the cross-entropy."""
@@ -183,6 +237,7 @@ class Loss(BaseLoss):
             shadow = copy.copy(self)
             shadow.__dict__["resolution"] = resolution
             self.__dict__[name] = _traced(shadow)
+        self.__dict__["_version"] = next(_versions)
 
 
 def _traced(loss: Loss) -> Program:
@@ -200,20 +255,27 @@ def _traced(loss: Loss) -> Program:
     lines = [x for line in code.code for x in line]
     args = [1 / loss.temperature, 1 / (loss.teacher_temperature or loss.temperature), loss.temperature]
     args += [c for p in points for c in (p.student, p.teacher)]
-    columns = torch.broadcast_tensors(*(torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in args))
+    flat = (torch.as_tensor(x, dtype=torch.float64, device="cpu").reshape(-1) for x in args)
+    columns = torch.broadcast_tensors(*flat)
     header = [len(points), len(code.code), 0, out]
     return Program(torch.tensor([*header, *flags, *lines], dtype=torch.float64), torch.stack(columns, -1))
 
 
-def part_of(loss: Loss, at: slice, rows: int, reduction: str) -> Loss:
+def part_of(loss: Any, at: slice, rows: int) -> Any:
     """The loss of some of the rows; its points may have coefficients of each."""
     part = copy.copy(loss)
-    part.__dict__["reduction"] = reduction
     for name in ("_single", "_double"):
-        code, args = vars(loss)[name]
+        code, args = vars(loss).get(name, (None, ()))
         if 1 < len(args) != rows:
             raise ValueError(f"{type(loss).__name__} has {len(args)} rows of point coefficients, student_hidden {rows}")
-        part.__dict__[name] = Program(code, args[at] if len(args) == rows > 1 else args)
-    if "_split" in vars(loss):  # of a SparseTeacher's loss
-        part.__dict__["_split"] = tuple(part_of(one, at, rows, reduction) for one in vars(loss)["_split"])
+        if len(args) == rows > 1:
+            part.__dict__[name] = Program(code, args[at])
+    if "_split" in vars(loss):
+        part.__dict__["_split"] = tuple(part_of(one, at, rows) for one in vars(loss)["_split"])
     return part
+
+
+def _sum(*terms) -> SumLoss:
+    from .compose import SumLoss
+
+    return SumLoss(terms)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, call
+from . import backends, call, parallel
 from .buckets import Merged, Outcomes, Part, blocks, full_copy, gone, inverse_of, or_last, wide_of
 from .ops import rescale
 from .options import readable
@@ -25,6 +25,11 @@ def run(loss: BaseLoss, student: Tensor, teacher: Merged, labels=None, **given) 
         return loss(student, None, labels, **given)
     function = torch.compiler.disable(evaluate) if torch.compiler.is_compiling() else evaluate
     return function(loss, student, teacher, labels, **given)
+
+
+def check_whole(student, teacher: Merged, group) -> None:
+    if group is not None or parallel.is_sharded(student):
+        raise ValueError(f"a {type(teacher).__name__} needs student_logits of the whole vocabulary, not shards of it")
 
 
 def value_and_grad(loss: BaseLoss, student: Tensor, teacher: Merged, labels, out: Tensor | None, accumulate: bool,
@@ -189,7 +194,7 @@ class _Chunks(NamedTuple):
 
         one, x = self.loss, self.rows
         if isinstance(one, Loss):
-            one = part_of(one, at, len(factor), one.reduction)
+            one = part_of(one, at, len(factor))
         labels = None if x.labels is None else x.labels[at]
         T = self.own[at] if isinstance(self.own, Tensor) else self.own
         return one, (self.dense(at, s), labels), dict(row_weight=factor[at], vocab_mask=x.mask, temperature=T)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 REDUCTIONS = ("mean", "sum", "none", "batchmean")
 REAL: Any = numbers.Real  # numpy's scalars too; to mypy it would not compare with a float
-RAW, FROZEN, EXCLUDE, MEAN_S, MEAN_T, SECOND = 1, 2, 4, 8, 16, 32
+ELSEWHERE = -(1 << 62)  # a label whose class another vocabulary shard has: the row is kept, and has none here
+RAW, FROZEN, EXCLUDE, MEAN_S, MEAN_T, SECOND, GIVEN = 1, 2, 4, 8, 16, 32, 64
 
 
 class Uses(NamedTuple):
@@ -98,6 +99,19 @@ def check_number(name: str, value: Any, *, above: float = -math.inf, least: floa
     return value
 
 
+def check_coefficient(name: str, value: Any) -> None:
+    """A finite number, or a tensor of them that is a constant."""
+    if not isinstance(value, Tensor):
+        check_number(name, value)
+        return
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name} must be real numbers, got {value.dtype}")
+    if value.requires_grad:
+        raise ValueError(f"{name} requires grad, but no gradient flows to it; pass it detached")
+    if readable(value) and not value.isfinite().all():
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
 def check_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {value!r}")
@@ -143,16 +157,13 @@ def check_points(loss: Loss, points: tuple) -> None:
                             f"got {point!r} in it")  # fmt: skip
         for side in ("student", "teacher"):
             name, value = f"{type(loss).__name__}: {side} of point {k}", getattr(point, side)
-            if not isinstance(value, Tensor):
-                check_number(name, value)
-            elif readable(value) and not value.isfinite().all():
-                raise ValueError(f"{name} must be finite, got {value}")
+            check_coefficient(name, value)
 
 
 def flags(point: Point, used: set[int], first: int, standardize: bool) -> int:
     """What the kernels do at a point, given the registers that its loss reads; its moments start at `first`."""
-    found = RAW * point.raw | FROZEN * point.frozen | EXCLUDE * point.exclude_label
+    found = RAW * point.raw | FROZEN * point.frozen | EXCLUDE * point.exclude_label | GIVEN * point.given
     found |= MEAN_S * (first + 1 in used) | MEAN_T * (first + 2 in used)
-    if used & {first + 3, first + 4, first + 5} or (standardize and not point.raw):
+    if (used & {first + 3, first + 4, first + 5} and not point.given) or (standardize and not point.raw):
         found |= SECOND | MEAN_S | MEAN_T
     return found

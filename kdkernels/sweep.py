@@ -6,15 +6,17 @@ their place, then g @ head and the chunk's part of g.T @ hidden. The buffers of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends
+from .base import BaseLoss
 from .call import result_dtype
-from .loss import Loss, part_of
+from .head import Head, fitting, slices
+from .loss import part_of
 from .options import readable
 from .sparse import SparseTeacher
 
@@ -59,9 +61,10 @@ class Plan(NamedTuple):
         scales, softcaps: of student and teacher.
         temperature: the call's, where it is a number.
         sparse: the teacher, where it is a SparseTeacher of rows (N, k).
+        shards: of the vocabulary (`kdkernels.parallel`), if these heads are only a part of it.
     """
 
-    loss: Loss
+    loss: BaseLoss
     backend: str
     cast: torch.dtype | None
     chunk: int
@@ -71,6 +74,7 @@ class Plan(NamedTuple):
     softcaps: tuple[float | None, float | None]
     temperature: float | None
     sparse: SparseTeacher | None
+    shards: Any
 
 
 class Gradients(NamedTuple):
@@ -79,49 +83,6 @@ class Gradients(NamedTuple):
     hidden: Tensor | None
     head: Tensor | None
     bias: Tensor | None
-
-
-class Head(NamedTuple):
-    """Makes logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) of chunks of hidden states."""
-
-    weight: Tensor  # (vocab, H)
-    bias: Tensor | None
-    quantum: Tensor | None  # () or (vocab, G)
-    scale: float
-    softcap: float | None
-    scratch: int
-
-    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """hidden (n, H) -> out (n, vocab)."""
-        block = len(self.weight) if self.quantum is None else _block(self.weight.shape[1], hidden.dtype, self.scratch)
-        for at in slices(len(self.weight), block):
-            weight, to = self._dequantized(at, hidden.dtype), out[:, at]
-            bias, beta = (to, 0.0) if self.bias is None else (self.bias[at], self.scale)
-            torch.addmm(bias, hidden, weight.T, beta=beta, alpha=self.scale, out=to)
-        return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
-
-    def uncap(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """From the gradient of the capped logits, which are lost, to that of the uncapped ones, in place."""
-        if self.softcap is None:
-            return gradient
-        return torch.ops.aten.tanh_backward.grad_input(gradient, logits.div_(self.softcap), grad_input=gradient)
-
-    def _dequantized(self, at: slice, dtype: torch.dtype) -> Tensor:
-        weight = self.weight[at]
-        if self.quantum is None:
-            return weight
-        unit = self.quantum[at] if self.quantum.dim() else self.quantum
-        groups = weight.to(unit.dtype).view(len(weight), unit.shape[1] if unit.dim() else 1, -1)
-        return groups.mul_(unit[..., None]).view(weight.shape).to(dtype)
-
-
-def slices(count: int, size: int) -> Iterator[slice]:
-    return (slice(i, min(i + size, count)) for i in range(0, count, size))
-
-
-def _block(width: int, dtype: torch.dtype, scratch: int) -> int:
-    """Rows of a (., width) matrix that fit into `scratch` bytes."""
-    return max(1, scratch // (width * dtype.itemsize))
 
 
 def sweep(plan: Plan, x: Inputs, factor: Tensor, wants: tuple[bool, bool, bool], per_row: bool = False):
@@ -141,10 +102,11 @@ def _sweep(plan, x, factor, wants, per_row):
     t_dtype = dtype if teacher is None else cast_dtype(x.teacher_hidden, plan.cast)
     known = plan.sparse if x.teacher_logits is None else x.teacher_logits[:, :vocab]
     t_buffer = s_buffer if teacher is None else torch.empty_like(s_buffer, dtype=t_dtype)
+    whole = _reducing(plan.loss, "none" if per_row else "sum")
     grads, values, product = _empty(x, wants, vocab, rows > chunk), [], None
     if grads.head is not None and grads.head.dtype != dtype:
         width = x.student_head.shape[1]
-        product = s_buffer.new_empty((min(vocab, _block(width, dtype, plan.scratch)), width))
+        product = s_buffer.new_empty((min(vocab, fitting(width, dtype, plan.scratch)), width))
     counts = factor != 0 if x.labels is None else (factor != 0) & (x.labels != plan.loss.ignore_index)
     for at in slices(rows, chunk):
         # Whatever a row holds that does not count: its gradient is 0, and 0 * NaN is not.
@@ -155,15 +117,18 @@ def _sweep(plan, x, factor, wants, per_row):
             t = teacher.logits(others, t_buffer[: len(hidden)])
         elif known is not None:
             t = known[at]
-        loss = part_of(plan.loss, at, rows, "none" if per_row else "sum")
+        loss = part_of(whole, at, rows)
         labels, temperature = (None if y is None else y[at] if y.dim() else y for y in (x.labels, x.temperature))
-        given = dict(temperature=plan.temperature if temperature is None else temperature, vocab_mask=x.mask)
+        given = dict(temperature=plan.temperature if temperature is None else temperature, vocab_mask=x.mask,
+                     group=plan.shards)
         if not any(wants):
             values.append(loss(s, t, labels, row_weight=factor[at], **given))
             continue
         value, g = _value_and_grad(loss, s, t, labels, g_buffer[: len(s)], row_weight=factor[at], **given)
         values.append(value)
         _add_up(grads, at, student.uncap(g, s), student, hidden, product)
+    if plan.shards is not None and grads.hidden is not None:
+        plan.shards.add_up(grads.hidden)
     values = values or [factor.new_zeros(0 if per_row else ())]
     value = torch.cat(values) if per_row else torch.stack(values).sum(dtype=torch.float64)
     return value.to(result_dtype(s_buffer)), grads
@@ -188,7 +153,18 @@ def _heads(plan: Plan, x: Inputs) -> tuple[Head, Head | None]:
     return student, Head(weight, bias, unit, plan.scales[1], plan.softcaps[1], plan.scratch)
 
 
-def _value_and_grad(loss: Loss, s: Tensor, t: Tensor | None, labels: Tensor | None, out: Tensor, **given):
+def _reducing(loss: BaseLoss, reduction: str) -> BaseLoss:
+    part = copy.copy(loss)
+    if "_double" in vars(loss):  # a log-partition loss is traced for any reduction
+        part.__dict__["reduction"] = reduction
+    else:
+        part.reduction = reduction
+    if "_split" in vars(part):  # of a SparseTeacher's loss
+        part.__dict__["_split"] = tuple(_reducing(one, reduction) for one in vars(part)["_split"])
+    return part
+
+
+def _value_and_grad(loss: BaseLoss, s: Tensor, t: Tensor | None, labels: Tensor | None, out: Tensor, **given):
     if not loss.standardize:
         return loss.value_and_grad(s, t, labels, out=out, **given)
     with torch.enable_grad():  # z-scores make the row's scale a function of its logits
@@ -235,7 +211,7 @@ def _add_up(grads: Gradients, at: slice, g: Tensor, head: Head, hidden: Tensor, 
 def _column_sums(g: Tensor, dtype: torch.dtype) -> Tensor:
     if not g.is_cpu or g.dtype == dtype:
         return g.sum(0, dtype=dtype)
-    blocks = slices(g.shape[1], _block(len(g), dtype, CACHED))  # a wider sum of all of g would first widen all of it
+    blocks = slices(g.shape[1], fitting(len(g), dtype, CACHED))  # a wider sum of all of g would first widen all of it
     return torch.cat([g[:, block].sum(0, dtype=dtype) for block in blocks])
 
 
@@ -243,7 +219,7 @@ def _widen_and_add(total: Tensor, part: Tensor) -> None:
     if not total.is_cpu:
         total.add_(part)
         return
-    for block in slices(len(total), _block(total.shape[1], total.dtype, CACHED)):  # a mixed add_ takes 5 times as long
+    for block in slices(len(total), fitting(total.shape[1], total.dtype, CACHED)):  # a mixed add_ takes 5 times as long
         total[block].add_(part[block].to(total.dtype))
 
 

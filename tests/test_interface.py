@@ -128,7 +128,7 @@ def test_signatures_show_the_shared_options():
         shown = inspect.signature(cls).parameters
         assert all(p.default == getattr(cls(), name) for name, p in shown.items())
         family = kd.Loss if issubclass(cls, kd.Loss) else kd.RankLoss
-        assert cls is kd.KDLoss or set(inspect.signature(family).parameters) <= set(shown)
+        assert cls in (kd.KDLoss, kd.CrossEntropyLoss) or set(inspect.signature(family).parameters) <= set(shown)
         assert cls.__doc__.endswith(f"Shared options and the call: see `kdkernels.{family.__name__}`.")
     assert [*inspect.signature(kd.WTTMLoss).parameters][:3] == ["gamma", "normalize_weight", "detach_weight"]
 

@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import pytest
+import textbook_ranks
 import torch
 import torch.distributed.fsdp
 import torch.nn.functional as F
@@ -115,6 +116,21 @@ def test_chunks_are_the_whole(case, backend):
     value = case.loss(s, t if case.needs_teacher else None, x.labels, **call)
     grads = torch.autograd.grad(value, leaves[:3])
     same(want, (value.detach(), *grads), 1e-11)
+
+
+@NATIVE
+@pytest.mark.parametrize("case", textbook_ranks.CASES, ids=str)
+def test_losses_of_whole_rows(case, backend):
+    """Ranks and correlations, with a cross-entropy, weights and ignored rows; and what relates rows raises."""
+    x, call = batch(), dict(row_weight=torch.linspace(0, 2, N))
+    for reduction, weight in (("mean", None), ("none", torch.linspace(-1, 1, N))):
+        loss = getattr(kd, case.name)(**case.options, ce_weight=0.5, reduction=reduction)
+        with only(backend) if case.name != "CMKDLoss" else kd.use_backend(backend):
+            want = plain(loss, x, call, weight, **OPTIONS)
+            for chunk in (5, "auto"):
+                same(fused(loss, x, call, weight, chunk=chunk, **OPTIONS), want, 1e-11)
+    with pytest.raises(ValueError, match="DISTLoss relates rows to each other"):
+        kd.LinearLoss(kd.DISTLoss())
 
 
 @pytest.mark.parametrize("case", [c for c in SAMPLE if c.name in ("KDLoss", "DKDLoss", "TAIDLoss")], ids=str)
@@ -443,6 +459,25 @@ def test_under_torch_compile():
     same(*results, 1e-6)
     torch._dynamo.reset()
     assert torch._dynamo.explain(step)(*x.leaves()[:3]).graph_break_count == 1
+
+
+@pytest.mark.parametrize("dtype", [F64, BF16])
+def test_micro_batches_accumulate_into_grad(dtype):
+    """num_items of the whole batch as the denominator of each part: the parts' gradients add up to the whole's."""
+    x = batch(dtype)
+    whole, parts, linear = x.leaves(), x.leaves(), kd.LinearLoss(kd.KDLoss(), 4)
+    items = int((x.labels >= 0).sum())
+    value = linear(whole.hidden, whole.head, x.t_hidden, x.t_head, x.labels, student_bias=whole.bias)
+    value.backward()
+    values = []
+    for at in (slice(0, 5), slice(5, N)):
+        part = linear(parts.hidden[at], parts.head, x.t_hidden[at], x.t_head, x.labels[at], student_bias=parts.bias,
+                      num_items=items)  # fmt: skip
+        part.backward()
+        values.append(part.detach())
+    got, want = ((v, *(y.grad for y in z[:3])) for v, z in ((sum(values), parts), (value.detach(), whole)))
+    for a, b in zip(got, want, strict=True):
+        assert rms(a - b) <= 2 * torch.finfo(dtype if a.dim() else F32).eps * rms(b)
 
 
 class Model(torch.nn.Module):

@@ -107,6 +107,11 @@ def logit_mse(s, t, y):
     return ((s - torch.nn.functional.one_hot(y, s.shape[-1])) ** 2).sum(-1)
 
 
+def nothing(s, t, y):
+    """No term beside those that all losses share."""
+    return s.new_zeros(len(s))
+
+
 def taid(s, t, y, tau):
     """KL(u || q), u = softmax((1 - tau) s + tau t) held constant: the gradient is q - u."""
     if tau == 1:
@@ -154,7 +159,7 @@ class Case:
 
     @property
     def needs_teacher(self):
-        return self.formula not in (brier, logit_mse)
+        return self.formula not in (brier, logit_mse, nothing)
 
     @property
     def needs_labels(self):
@@ -253,6 +258,7 @@ CASES = [
     Case("HellingerLoss", hellinger),
     Case("DKDLoss", dkd, dict(alpha=1.0, beta=8.0), T2),
     Case("DKDLoss", dkd, dict(alpha=0.5, beta=2.0, temperature=4.0), T2),
+    Case("CrossEntropyLoss", nothing, dict(label_smoothing=0.1, z_loss=0.01), dict(kd_weight=0.0, ce_weight=1.0)),
     Case("BrierLoss", brier),
     Case("LogitMSELoss", logit_mse),
     Case("TAIDLoss", taid, dict(tau=0.4)),

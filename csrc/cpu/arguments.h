@@ -60,7 +60,7 @@ inline Batch batch(const Tensor& s, const MaybeTensor& t, const MaybeTensor& lab
                     "kdkernels: labels must be (N,) contiguous int64");
     x.labels = labels->const_data_ptr<int64_t>();
     for (int64_t n = 0; n < x.rows; ++n)
-      STD_TORCH_CHECK(x.labels[n] == ignore || (x.labels[n] >= 0 && x.labels[n] < vocab),
+      STD_TORCH_CHECK(x.labels[n] == ignore || x.labels[n] == kElsewhere || (x.labels[n] >= 0 && x.labels[n] < vocab),
                       "kdkernels: labels must be in [0, ", vocab, ") or ignore_index=", ignore, ", got ", x.labels[n],
                       " at row ", n);
   }

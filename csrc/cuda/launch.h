@@ -5,7 +5,7 @@
 namespace kd::gpu {
 
 // A program and its arguments travel with the launch. (Parameters may take 32 KB from CUDA 12.1 on.)
-constexpr int kNumbers = 1280;
+constexpr int kNumbers = 2048;
 constexpr int64_t kNarrow = 32;  // rows computed in double: with few classes single roundings do not average out
 constexpr int kMaxPoints = 6;    // of one sweep
 constexpr int kMaxBlocks = 4096;  // of a step

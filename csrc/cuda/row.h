@@ -139,7 +139,7 @@ template <typename P> KD_DEVICE void begin_statistics(const P& row, const Proble
   const bool known = label >= 0 && label < p.vocab, dead = known && p.mask && !p.mask[label];
   last[0] = known ? dead ? -INFINITY : double(row.s.at(label + row.head)) : 0;
   last[1] = known ? dead ? -INFINITY : double(row.t.at(label + row.head)) : 0;
-  last[4] = !p.labels || known ? 1 : -1;  // -1: NaN, and no gradient
+  last[4] = !p.labels || known || label == kElsewhere ? 1 : -1;  // -1: NaN, and no gradient
 }
 
 // The rest of the last line, and NaN throughout where the row holds NaN or +inf, or has no such label. One thread's work.

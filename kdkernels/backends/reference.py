@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..options import ELSEWHERE
 from . import calls
 
 if TYPE_CHECKING:
@@ -50,23 +51,36 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
     gone_s, gone_t = s == -math.inf, t == -math.inf
     dead = gone_s if rows.teacher is None else gone_s & gone_t
     s, t = _Finite.apply(s), _Finite.apply(t)
-    y = None if labels is None else torch.where(labels == loss.ignore_index, 0, labels)[:, None]
-    if y is not None and bool(((y < 0) | (y >= rows.vocab)).any()):
+    y = labels if labels is None else labels[:, None]
+    here = torch.zeros_like(dead[:, :1]) if y is None else (y != loss.ignore_index) & (y != ELSEWHERE)
+    y = torch.zeros_like(here, dtype=torch.int64) if y is None else torch.where(here, y, 0)
+    if bool(((y < 0) | (y >= rows.vocab)).any()):
         raise ValueError(f"labels must be in [0, {rows.vocab}) or ignore_index={loss.ignore_index}")
     args = args.to(s.device)
-    nothing = torch.zeros(s.shape[0], dtype=torch.bool, device=s.device)
-    moments = []
+    if rows.shards is not None:
+        args = rows.shards.shared(args)
+    moments: list = []
+    empty, apart = [], []
     for k, point in enumerate(loss.all_points()):
         scale_s, scale_t = (1.0, 1.0) if point.raw else (args[:, :1], args[:, 1:2])
         b, a = args[:, 3 + 2 * k : 4 + 2 * k], args[:, 4 + 2 * k : 5 + 2 * k]
         out = dead | (gone_s & (b != 0)) | (gone_t & (a != 0))
-        left_out = out.scatter(1, y, True) if point.exclude_label and y is not None else out
+        left_out = out.scatter(1, y, out.gather(1, y) | here) if point.exclude_label else out
         wanted = {j for j in range(MOMENTS) if int(program.code[4 + k]) & (0, 8, 16, 32, 32, 32)[j]}
-        moments.append(Moment(*_moments(s * scale_s, t * scale_t, b, a, left_out, gone_s, gone_t, point, wanted)))
-        apart = (b != 0) & (a != 0) & (not point.frozen)  # two rows may have no class in common
-        nothing = nothing | ((out if point.exclude_label else left_out) & ~apart).all(-1)
-    label = Label(_at(s * args[:, :1], gone_s, y), _at(t * args[:, 1:2], gone_t, y))
-    value = loss.row_value(moments, label, _at(s, gone_s, y), args[:, 2])
+        moments.append(_moments(s * scale_s, t * scale_t, b, a, left_out, gone_s, gone_t, point, wanted))
+        empty.append(out.all(-1))
+        apart.append(((b != 0) & (a != 0) & (not point.frozen))[:, 0])  # two rows may have no class in common
+    own = ((s * args[:, :1], gone_s), (t * args[:, 1:2], gone_t), (s, gone_s))
+    at = [_at(x, gone, y, here) for x, gone in own]
+    if rows.shards is not None:
+        moments, empty, at = rows.shards.merge_moments(moments, empty, at)
+    nothing = torch.zeros(s.shape[0], dtype=torch.bool, device=s.device)
+    for no_class, mixture in zip(empty, apart, strict=True):
+        nothing = nothing | (no_class & ~mixture)
+    moments = [Moment(*m) for m in moments]
+    for k in (k for k, point in enumerate(loss.all_points()) if point.given):
+        moments[k] = moments[k]._replace(ss=args[:, 3 + 2 * k], st=args[:, 4 + 2 * k])
+    value = loss.row_value(moments, Label(*at[:2]), at[2], args[:, 2])
     value = torch.as_tensor(value, dtype=torch.float64, device=s.device).expand(s.shape[0])
     value = torch.where(nothing, math.nan, value)
     damage = torch.where(nothing, math.nan, 0.0)[:, None]
@@ -82,10 +96,9 @@ def _prepare(x: Tensor | None, rows: Rows, keep: Tensor | None) -> Tensor:
     return x if keep is None else torch.where(keep[:, None], x, 0.0)
 
 
-def _at(x: Tensor, gone: Tensor, y: Tensor | None) -> Tensor:
-    if y is None:
-        return torch.zeros_like(x[:, 0])
-    return x.gather(1, y)[:, 0] + torch.where(gone.gather(1, y)[:, 0], -math.inf, 0.0)
+def _at(x: Tensor, gone: Tensor, y: Tensor, here: Tensor) -> Tensor:
+    at = x.gather(1, y) + torch.where(gone.gather(1, y), -math.inf, 0.0)
+    return torch.where(here, at, 0.0)[:, 0]
 
 
 def _moments(s, t, b, a, out, gone_s, gone_t, point, wanted):

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-STATS, COEFS = tl.constexpr(7), tl.constexpr(10)
+STATS, COEFS, ELSEWHERE = tl.constexpr(7), tl.constexpr(10), tl.constexpr(-(1 << 62))
 INF, NAN = tl.constexpr(float("inf")), tl.constexpr(float("nan"))
 
 
@@ -117,7 +117,7 @@ def reduce_kernel(
     y, keep, known = n * 0 - 1, n >= 0, n >= 0
     if HAS_LABEL:
         y = tl.load(label_ptr + n)
-        keep, known = y != ignore, (y >= 0) & (y < vocab) & (y != ignore)
+        keep, known = y != ignore, (((y >= 0) & (y < vocab)) | (y == ELSEWHERE)) & (y != ignore)
     strange = keep != known  # a label outside the vocabulary damages its row and reads nothing
     lane, zero = tl.arange(0, KP), tl.zeros((KP,), tl.float64)
     m, z, S, T, ss, st, tt = zero - INF, zero, zero, zero, zero, zero, zero

@@ -92,12 +92,13 @@ def _point(stats, args, program, k, use):
 
 
 @triton.jit
-def _slopes_of(g, N, r, rt, use):
+def _slopes_of(g, N, r, rt, given, use):
     """Slopes of the value by the six statistics of a point, in raw logit units."""
     E, S = tl.load(g, mask=use, other=0.0), tl.load(g + N, mask=use, other=0.0)
     T = tl.load(g + 2 * N, mask=use, other=0.0)
     ss, st = tl.load(g + 3 * N, mask=use, other=0.0), tl.load(g + 4 * N, mask=use, other=0.0)
-    return E, r * S, rt * T, r * r * ss, r * rt * st, rt * rt * tl.load(g + 5 * N, mask=use, other=0.0)
+    ss, st = tl.where(given, 0.0, r * r * ss), tl.where(given, 0.0, r * rt * st)  # coefficients have no slope
+    return E, r * S, rt * T, ss, st, rt * rt * tl.load(g + 5 * N, mask=use, other=0.0)
 
 
 @triton.jit
@@ -106,7 +107,10 @@ def _load_inputs(stats, args, program, tape, N, K, sy, ty, use):
     bad = use == (use == 0)
     for k in range(K):
         lse, S, T, ss, st, tt, flags, r, rt, b, a = _point(stats, args, program, k, use)
-        x = (lse, r * S, rt * T, r * r * ss, r * rt * st, rt * rt * tt)
+        given, at = (flags & 64) != 0, args + 3 + 2 * k
+        x3 = tl.where(given, tl.load(at, mask=use, other=0.0), r * r * ss)
+        x4 = tl.where(given, tl.load(at + 1, mask=use, other=0.0), r * rt * st)
+        x = (lse, r * S, rt * T, x3, x4, rt * rt * tt)
         for j in tl.static_range(6):
             tl.store(tape + (6 * k + j) * N, x[j], mask=use)
         alone = ((flags & 4) != 0) & (tl.abs(_times(b, sy) + _times(a, ty)) < INF)
@@ -190,8 +194,8 @@ def rows_kernel(
         scale = _times(gt, ty * ts) if side else _times(gs, sy * ss)
         for k in range(K):
             point = _point(stats, args, program, k, use)
-            r, rt = point[7], point[8]
-            row, share = _point_coefs(side, point, _slopes_of(slopes + 6 * k * N, N, r, rt, use), smax, tmax)
+            given, r, rt = (point[6] & 64) != 0, point[7], point[8]
+            row, share = _point_coefs(side, point, _slopes_of(slopes + 6 * k * N, N, r, rt, given, use), smax, tmax)
             scale += share
             for j in tl.static_range(10):
                 tl.store(coef + k * COEFS + j, tl.where(keep, row[j] + (nan if j < 9 else 0.0), 0.0), mask=use)

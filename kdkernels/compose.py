@@ -1,0 +1,146 @@
+"""Sums of losses: one loss with the points of all, so that the logits are read once for all of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .loss import Label, Loss, Moment, Point
+from .options import REAL, Uses, check_number
+
+_OF_THE_TERMS = ("temperature", "teacher_temperature", "t_squared", "kd_weight", "ce_weight", "label_smoothing",
+                 "z_loss", "standardize")  # fmt: skip
+
+
+class SumLoss(Loss):
+    """sum_k w_k loss_k of losses of the log-partition, made by `0.7 * loss_a + 0.3 * loss_b + CrossEntropyLoss()`.
+
+    Its points are those of the terms, each once, and the logits are read once for all. The terms keep options of their
+    own, which may change, temperatures included; reduction and ignore_index are those of the sum, which the terms have
+    to agree on. `temperature=` at call time replaces that of all terms, and raises where they differ.
+
+    Args:
+        terms: pairs (weight, loss).
+
+    Raises:
+        TypeError, ValueError: a weight is no finite number; a term is no `kdkernels.Loss` (add the values of others);
+            the terms differ in reduction or ignore_index, or only some of them standardise.
+    """
+
+    terms: Any  # nn.ModuleList of them
+    weights: tuple[float, ...]
+    _seen: list[int]
+    _points: tuple[Point, ...]
+    _places: list[list[int]]
+
+    def __init__(self, terms: Sequence[tuple[float, Loss]]):
+        flat = [pair for weight, term in terms for pair in _pairs(weight, term)]
+        if not flat:
+            raise ValueError("a sum of losses needs a term")
+        shared = {}
+        for name in ("reduction", "ignore_index"):
+            found = list(dict.fromkeys(getattr(term, name) for _, term in flat))
+            if len(found) > 1:
+                raise ValueError(f"the terms of a sum must have the same {name}, got {found}")
+            shared[name] = found[0]
+        super().__init__(**shared, validate=any(term.validate for _, term in flat))
+        self.terms = nn.ModuleList(term for _, term in flat)
+        self.weights = tuple(weight for weight, _ in flat)
+
+    def _prepare(self) -> None:
+        scaled = [term for term in self.terms if not all(p.raw for p in term.all_points())]
+        temperatures = {(term.temperature, term.teacher_temperature) for term in scaled} or {(1.0, None)}
+        standardized = {term.standardize for term in scaled} or {False}
+        if len(standardized) > 1:
+            raise ValueError("the terms of a sum must all have standardize, or none of them")
+        own = vars(self)
+        own["_mixed"] = len(temperatures) > 1
+        own["temperature"], own["teacher_temperature"] = (1.0, None) if own["_mixed"] else temperatures.pop()
+        own["standardize"] = standardized.pop()
+        own["needs_teacher"] = any(term._uses.teacher for term in self.terms)
+        own["needs_labels"] = any(term._uses.labels for term in self.terms)
+        each = [[self._at(term, point) for point in term.all_points()] for term in self.terms]
+        every = dict.fromkeys(point for points in (*each, self._more_points()) for point in points)
+        place = {point: k for k, point in enumerate(every)}
+        own["_points"], own["_places"] = tuple(place), [[place[point] for point in points] for points in each]
+        own["_seen"] = [term._version for term in self.terms]
+        super()._prepare()
+
+    def _more_points(self) -> list[Point]:
+        """Those that no term needs."""
+        return []
+
+    @property
+    def _uses(self) -> Uses:  # type: ignore[override]  # what every call looks at first
+        if [term._version for term in self.terms] != self._seen:
+            prepare = torch.compiler.disable(self._prepare) if torch.compiler.is_compiling() else self._prepare
+            prepare()
+        return vars(self)["_uses"]
+
+    def _prepared(self, rows, num_items, temperature):
+        if temperature is not None and self._mixed:
+            own = [term.temperature for term in self.terms]
+            raise ValueError(f"temperature would replace that of all terms, which have different ones: {own}")
+        return super()._prepared(rows, num_items, temperature)
+
+    def _at(self, term: Loss, point: Point) -> Point:
+        """The term's point in the temperatures of the sum: 1 where the terms have different ones."""
+        if not self._mixed or point.raw:
+            return point if self.standardize or not self._mixed else point._replace(raw=False)
+        s, t = _scales(term)
+        return point._replace(student=point.student * s, teacher=point.teacher * t)
+
+    def all_points(self) -> tuple[Point, ...]:
+        return self._points
+
+    def row_value(self, moments, label, raw_label, temperature):
+        total = 0.0
+        for weight, term, places in zip(self.weights, self.terms, self._places, strict=True):
+            own, at, T = [moments[k] for k in places], label, temperature
+            if self._mixed:
+                s, t = _scales(term)
+                own = [_scaled(p, m, s, t) for p, m in zip(term.all_points(), own, strict=True)]
+                at, T = Label(s * label.student, t * label.teacher), term.temperature
+            shadow = copy.copy(term)
+            shadow.__dict__["resolution"] = self.resolution
+            total = total + weight * shadow.row_value(own, at, raw_label, T)
+        return total
+
+    def minimizer(self, teacher_logits, labels=None):
+        raise NotImplementedError("a sum of losses is least at a compromise of its terms, of which there is no formula")
+
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
+
+    def __setattr__(self, name, value):
+        if name in _OF_THE_TERMS and "_seen" in vars(self):
+            raise AttributeError(f"{name} belongs to the terms of a sum: set it on one of .terms")
+        super().__setattr__(name, value)
+
+
+def _pairs(weight, term):
+    if isinstance(weight, bool) or not isinstance(weight, REAL):
+        raise TypeError(f"a loss is multiplied by a number, got {type(weight).__name__} {weight!r}")
+    check_number("the weight of a loss", weight)
+    if not isinstance(term, Loss):
+        raise TypeError(f"a sum takes losses of the log-partition (kdkernels.Loss), got {type(term).__name__}; add the "
+                        "values of others, as in loss_a(s, t) + loss_b(s, t)")  # fmt: skip
+    if isinstance(term, SumLoss):
+        return [(weight * w, x) for w, x in zip(term.weights, term.terms, strict=True)]
+    return [(weight, term)]
+
+
+def _scales(term: Loss) -> tuple[float, float]:
+    return 1 / term.temperature, 1 / (term.teacher_temperature or term.temperature)
+
+
+def _scaled(point: Point, m: Moment, s: float, t: float) -> Moment:
+    if point.raw:
+        return m
+    if point.given:
+        return m._replace(s=s * m.s, t=t * m.t, ss=m.ss / s, st=m.st / t)
+    return Moment(m.lse, s * m.s, t * m.t, s * s * m.ss, s * t * m.st, t * t * m.tt)

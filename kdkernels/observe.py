@@ -1,0 +1,140 @@
+"""A loss's value together with metrics of its rows, most of them from the statistics that the value is made of."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import call, tape
+from .compose import SumLoss
+from .loss import Loss, Point
+from .options import check_bool
+
+ELEMENTS = 1 << 22  # of a chunk of rows that is read again
+
+
+class RowMetrics(NamedTuple):
+    """Of each row, (...) float64, without a gradient; NaN where a label leaves the row out. q and p as the loss sees
+    them: at its temperatures (at 1 for a sum of losses with different ones), over live classes.
+
+    Attributes:
+        student_lse, teacher_lse: log-partitions log sum_i exp(s_i / T), log sum_i exp(t_i / T).
+        student_entropy, teacher_entropy: -sum_i q_i log q_i, -sum_i p_i log p_i.
+        cross_entropy: -log q_y, where there are labels.
+        top1_agreement: 1 where the largest logits of both are of the same class (the first of equals), else 0.
+        acceptance: sum_i min(p_i, q_i) = 1 - TVD, the rate at which speculative decoding accepts the student's tokens.
+
+    Those of the teacher are None for a loss that looks at none, and the last two without `agreement`.
+    """
+
+    student_lse: Tensor
+    teacher_lse: Tensor | None
+    student_entropy: Tensor
+    teacher_entropy: Tensor | None
+    cross_entropy: Tensor | None
+    top1_agreement: Tensor | None
+    acceptance: Tensor | None
+
+
+class _Observed(SumLoss):
+    """The loss, with q and p among its points whether it needs them or not; what it sees goes to a sink."""
+
+    _sink: dict[str, Any]
+
+    def _more_points(self):
+        return [Point(student=1), *([Point(teacher=1)] if self.needs_teacher else [])]
+
+    def _more(self) -> list[int]:
+        place = {point: k for k, point in enumerate(self._points)}
+        return [place[point] for point in self._more_points()]
+
+    def row_value(self, moments, label, raw_label, temperature):
+        own = [moments[k] for k in self._more()]
+        means = [tape.detach(m.t if side else m.s) for side, m in enumerate(own)]  # which asks the kernels for them
+        if isinstance(means[0], Tensor):  # the reference
+            self._sink.update(lse=torch.stack([m.lse.detach() for m in own]), mean=torch.stack(means),
+                              label=torch.as_tensor(label.student).detach())  # fmt: skip
+        return super().row_value(moments, label, raw_label, temperature)
+
+    def _prepared(self, rows, num_items, temperature):
+        if rows.shards is not None:
+            raise ValueError("with_metrics needs whole rows: it takes no group and no DTensors")
+        backend, program, args, *rest = super()._prepared(rows, num_items, temperature)
+        self._sink.update(rows=rows, args=args.detach())
+        if backend.OPERATORS is None:
+            return backend, program, args, *rest
+
+        def reduce(*inputs):
+            stats = backend.OPERATORS.reduce(*inputs)
+            more, scale = self._more(), args.detach().to(stats.device).T
+            means = [stats[:, k, 2 + side] * scale[side] for side, k in enumerate(more)]
+            lse = [stats[:, k, 0] + stats[:, k, 1].log() for k in more]
+            self._sink.update(lse=torch.stack(lse), mean=torch.stack(means), label=stats[:, -1, 0] * scale[0])
+            return stats
+
+        operators = backend.OPERATORS._replace(reduce=reduce, step=None, step_out=None, step_add=None)
+        return SimpleNamespace(OPERATORS=operators), program, args, *rest
+
+
+def with_metrics(loss: Loss, student, teacher, labels, agreement: bool, given: dict) -> tuple[Tensor, RowMetrics]:
+    """The body of `Loss.with_metrics`."""
+    check_bool("agreement", agreement)
+    observed = vars(loss).get("_observed")
+    if observed is None:
+        observed = loss.__dict__["_observed"] = _Observed([(1, loss)])
+    observed._uses  # noqa: B018  (prepares it again if an option of the loss has changed)
+    observed = copy.copy(observed)
+    observed.__dict__.update(_sink={}, reduction=loss.reduction, ignore_index=loss.ignore_index,
+                             validate=loss.validate)  # fmt: skip
+    value = observed(student, teacher, labels, **given)
+    with torch.no_grad():
+        return value, _metrics(observed._sink, observed.ignore_index, agreement)
+
+
+def _metrics(sink: dict[str, Any], ignore: int, agreement: bool) -> RowMetrics:
+    rows, lse = sink["rows"], sink["lse"]
+    shape, labels = rows.student.shape[:-1], rows.labels
+
+    def of_rows(x):
+        return (x if labels is None else torch.where(labels == ignore, math.nan, x)).view(shape)
+
+    entropy = [of_rows(x) for x in lse - sink["mean"]]
+    with_teacher = len(lse) == 2
+    again = _read_again(rows, sink["args"], lse) if agreement and with_teacher else (None, None)
+    return RowMetrics(
+        student_lse=of_rows(lse[0]),
+        teacher_lse=of_rows(lse[1]) if with_teacher else None,
+        student_entropy=entropy[0],
+        teacher_entropy=entropy[1] if with_teacher else None,
+        cross_entropy=None if labels is None else of_rows(lse[0] - sink["label"]),
+        top1_agreement=None if again[0] is None else of_rows(again[0]),
+        acceptance=None if again[1] is None else of_rows(again[1]),
+    )
+
+
+def _read_again(rows: call.Rows, args: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) whether the first choices agree, and sum_i min(p_i, q_i), a chunk of rows at a time."""
+    scales = args.to(lse.device)[:, :2].expand(lse.shape[1], 2)
+    same, overlap, n = [], [], 0
+    for pair in zip(_chunks(rows.student), _chunks(rows.teacher), strict=True):
+        at = slice(n, n := n + len(pair[0]))
+        logits = [x[:, : rows.vocab] for x in pair]
+        if rows.mask is not None:
+            logits = [torch.where(rows.mask, x, -math.inf) for x in logits]
+        first = [x.argmax(-1) for x in logits]
+        q, p = ((x.double() * scales[at, k, None] - lse[k, at, None]).exp() for k, x in enumerate(logits))
+        same.append((first[0] == first[1]).double())
+        overlap.append(torch.minimum(q, p).sum(-1))
+    return torch.cat(same) if same else lse[0], torch.cat(overlap) if overlap else lse[0]
+
+
+def _chunks(x: Any):
+    """(..., W) -> (n, W), and no copy of all of it."""
+    rows = call.dense(x)
+    for part in rows if rows.dim() == 3 else [rows]:
+        yield from part.split(max(1, ELEMENTS // x.shape[-1]))

@@ -1,0 +1,346 @@
+"""What every rank of a group does in tests/test_parallel.py: each check compares shards with whole rows.
+
+Inputs come from seeds, so that each rank knows all of them.
+"""
+
+import datetime
+import json
+import os
+import traceback
+
+import emulated
+import torch
+import torch.distributed as dist
+from accuracy import F32, F64, SAMPLE, Batch, make, only
+from textbook import CASES
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+
+import kdkernels as kd
+
+WIDTHS = {2: [9, 14], 4: [3, 11, 1, 8]}
+TIMEOUT = 60
+
+
+def start(rank, world, where, seconds=TIMEOUT):
+    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        emulated.install()  # as in conftest.py
+    dist.init_process_group("gloo", init_method=f"file://{where}/store", rank=rank, world_size=world,
+                            timeout=datetime.timedelta(seconds=seconds))  # fmt: skip
+
+
+def run(rank, world, where):
+    """All checks; writes {name: what is wrong, or ""}."""
+    start(rank, world, where)
+    found = {}
+    for name, check in CHECKS.items():
+        try:
+            check(rank, world)
+            found[name] = ""
+        except Exception:  # whatever it is, the parent reports it
+            found[name] = traceback.format_exc()
+    with open(f"{where}/{rank}.json", "w") as file:
+        json.dump(found, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def die(rank, world, where):
+    """The last rank is gone before the statistics are exchanged: the others get an error, in time."""
+    start(rank, world, where, seconds=10)
+    s, t, _ = rows(4, 8)
+    loss, group = kd.ForwardKLLoss(), dist.group.WORLD
+    loss(s, t, group=group)
+    if rank == world - 1:
+        os._exit(0)
+    try:
+        loss(s, t, group=group)
+    except RuntimeError as error:
+        with open(f"{where}/{rank}.json", "w") as file:
+            json.dump(f"{type(error).__name__}: {error}", file)
+    os._exit(0)  # not waiting for the dead
+
+
+def rows(n, v, dtype=F64, seed=0, ignore=-100) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    s, t = (2 * torch.randn(2, n, v, generator=g, dtype=F64)).to(F32).to(dtype)
+    y = torch.randint(v, (n,), generator=g)
+    y[2] = ignore
+    return Batch(s, t, y)
+
+
+def own(x, rank, widths):
+    return x.split(widths, -1)[rank]
+
+
+def near(a, b, tolerance=1e-12, what=""):
+    """a = b to 1e-12 of the largest entry of b: infinite and NaN entries are in the same places."""
+    assert a.shape == b.shape and a.dtype == b.dtype, (what, a.shape, b.shape, a.dtype, b.dtype)
+    size = max(1.0, b[b.isfinite()].abs().max().item()) if b.isfinite().any() else 1.0
+    bars = dict(rtol=tolerance, atol=tolerance * size)
+    torch.testing.assert_close(a, b, **bars, equal_nan=True, msg=lambda m: f"{what}: {m}")
+
+
+def both(loss, backend, batch, rank, widths, tolerance=1e-12, what="", call=None, local=None, labels=True):
+    """The loss and both gradients: of whole rows, and of shards; `local` overrides `call` on this rank."""
+    results, y = [], batch.y if labels else None
+    weight = torch.linspace(0.5, 1.5, len(batch.s) if loss.reduction == "none" else 1, dtype=F64)
+    for sharded in (False, True):
+        cut = (lambda x: own(x, rank, widths)) if sharded else (lambda x: x)
+        s, t = (cut(x).clone().requires_grad_() for x in batch[:2])
+        keywords = {**(call or {}), **({"group": dist.group.WORLD, **(local or {})} if sharded else {})}
+        with only(backend):
+            value = loss(s, t if loss._uses.teacher else None, y, **keywords)
+            (value * weight.to(value.dtype)).sum().backward()
+        results.append((value.detach(), s.grad, t.grad))
+    (value, *grads), (got, *parts) = results
+    near(got, value, tolerance, f"{what}: value")
+    for side, grad, part in zip(("student", "teacher"), grads, parts, strict=True):
+        assert (grad is None) == (part is None), (what, side)
+        if grad is not None:
+            near(part, own(grad, rank, widths), tolerance, f"{what}: {side} gradient")
+
+
+def every_loss(rank, world):
+    for backend in ("cpu", "reference"):
+        for case in CASES:
+            loss = make(case)
+            both(loss, backend, rows(5, 23), rank, WIDTHS[world], what=f"{backend} {case}")
+
+
+def wide_rows(rank, world):
+    """Wider than a tile and than a segment of the CPU's kernels."""
+    widths = [40000, *[700] * (world - 2), 3000]
+    for case in SAMPLE:
+        both(make(case), "cpu", rows(3, sum(widths)), rank, widths, 1e-11, str(case))
+
+
+def kernels_in_single(rank, world):
+    """Triton and CUDA C++ in float32: the merge adds no error to that of the kernels."""
+    interpreted = [case for case in SAMPLE if case.name in ("KDLoss", "DKDLoss", "WTTMLoss")] if world == 2 else []
+    for backend, cases in (("triton", interpreted), ("cuda", SAMPLE)):
+        for case in cases:
+            both(make(case), backend, rows(3, 23, F32), rank, WIDTHS[world], 2e-5, f"{backend} {case}")
+
+
+def call_options(rank, world):
+    widths = WIDTHS[world]
+    g = torch.Generator().manual_seed(1)
+    weight, temperature = torch.rand(2, 5, generator=g, dtype=F64) + 0.5
+    calls = [
+        dict(row_weight=weight),
+        dict(num_items=7),
+        dict(num_items=torch.tensor(3.0)),
+        dict(temperature=2.5),
+        dict(temperature=temperature, row_weight=weight),
+    ]
+    dkd = dict(ce_weight=0.3, label_smoothing=0.1, z_loss=0.01)
+    for loss in (kd.DKDLoss(**dkd), kd.ForwardKLLoss(standardize=True, teacher_temperature=0.8, ce_weight=0.5)):
+        for call in calls:
+            both(loss, "cpu", rows(5, 23), rank, widths, what=f"{loss} {call}", call=call)
+    for backend in ("cpu", "reference"):
+        for reduction in ("mean", "sum", "none", "batchmean"):
+            for ignore in (-100, -1, 0, widths[0] + 1):
+                loss = kd.DKDLoss(reduction=reduction, ignore_index=ignore, **dkd)
+                both(loss, backend, rows(5, 23, ignore=ignore), rank, widths, what=f"{reduction} {ignore}")
+    both(kd.DKDLoss() + 0.5 * kd.KDLoss(), "cpu", rows(5, 23), rank, widths, what="a sum")
+    both(kd.ReverseKLLoss(), "cpu", rows(5, 23), rank, widths, labels=False, what="without labels")
+    cube = Batch(*(x.view(2, 3, *x.shape[1:]) for x in rows(6, 23)))
+    both(kd.KDLoss(), "cpu", cube, rank, widths, what="three dimensions")
+
+
+def deleted_classes(rank, world):
+    """Padding, -inf in both rows, and shards of nothing else, in front of and behind the maximum of 0."""
+    widths = WIDTHS[world]
+    batch = rows(5, 23)
+    mask = torch.ones(23, dtype=torch.bool)
+    mask[: widths[0]] = False
+    mask[-2:] = False
+    y = torch.where(batch.y >= 0, batch.y % (21 - widths[0]) + widths[0], batch.y)
+    for backend in ("cpu", "reference"):
+        for case in SAMPLE:
+            for shift in (0.0, -1000.0):
+                x = Batch(*(z + shift for z in batch[:2]), y)
+                own_mask = dict(vocab_mask=own(mask, rank, widths))
+                both(make(case), backend, x, rank, widths, 1e-11, f"{backend} {case} mask {shift}",
+                     dict(vocab_mask=mask), own_mask)  # fmt: skip
+                dead = Batch(*(z.masked_fill(~mask, -torch.inf) for z in x[:2]), y)
+                both(make(case), backend, dead, rank, widths, 1e-11, f"{backend} {case} -inf {shift}")
+    far, wide = rows(5, 230), [10 * width for width in widths]
+    far = Batch(*((z - 30000).float() for z in far[:2]), y + 10 * widths[0])
+    keep = mask.repeat_interleave(10)
+    for loss in (kd.ForwardKLLoss(), kd.HellingerLoss()):  # in float32 a maximum of 0 would cost all digits
+        both(loss, "cpu", far, rank, wide, 1e-6, f"{loss}, float32", dict(vocab_mask=keep),
+             dict(vocab_mask=own(keep, rank, wide)), labels=False)  # fmt: skip
+    last = dict(vocab_size=21) if rank < world - 1 else dict(vocab_size=widths[-1] - 2)
+    both(kd.DKDLoss(), "cpu", Batch(*batch[:2], y), rank, widths, what="vocab_size", call=dict(vocab_size=21),
+         local=last if rank == world - 1 else dict(vocab_size=None))  # fmt: skip
+    one_hot = Batch(batch.s, batch.t.log_softmax(-1).masked_fill(torch.arange(23) != 20, -torch.inf), y)
+    both(kd.ForwardKLLoss(), "cpu", one_hot, rank, widths, what="a teacher that is certain")
+
+
+def gradient_without_a_graph(rank, world):
+    widths, loss = WIDTHS[world], kd.KDLoss()
+    batch = rows(5, 23)
+    value, gradient = loss.value_and_grad(*batch)
+    s, t = (own(x, rank, widths).clone() for x in batch[:2])
+    got, part = loss.value_and_grad(s, t, batch.y, out=s, group=dist.group.WORLD)
+    assert part is s
+    near(got, value)
+    near(part, own(gradient, rank, widths))
+
+
+def few_collectives(rank, world):
+    """An all_gather of what has to be known first and one of the statistics; none in the backward."""
+    s, t = (own(x, rank, WIDTHS[world]).clone().requires_grad_() for x in rows(5, 23)[:2])
+    with CommDebugMode() as forward:
+        value = kd.DKDLoss(ce_weight=0.1)(s, t, rows(5, 23).y, group=dist.group.WORLD)
+    with CommDebugMode() as backward:
+        value.backward()
+    assert forward.get_total_counts() == 2 and backward.get_total_counts() == 0, forward.get_comm_counts()
+
+
+def data_parallel(rank, world):
+    """DDP and FSDP2 need nothing special: the gradient of the mean over all ranks' rows."""
+    g = torch.Generator().manual_seed(3)
+    x, t = torch.randn(world, 4, 6, generator=g, dtype=F64), torch.randn(world, 4, 11, generator=g, dtype=F64)
+    y = torch.randint(11, (world, 4), generator=g)
+    loss = kd.KDLoss()
+
+    def model():
+        torch.manual_seed(4)
+        return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 11)).double()
+
+    whole = model()
+    loss(whole(x), t, y).backward()
+    ddp, fsdp = torch.nn.parallel.DistributedDataParallel(model()), model()
+    fully_shard(fsdp[0])
+    fully_shard(fsdp)
+    for name, copy in (("DDP", ddp), ("FSDP2", fsdp)):
+        loss(copy(x[rank]), t[rank], y[rank]).backward()
+        for p, q in zip(copy.parameters(), whole.parameters(), strict=True):
+            grad = p.grad.full_tensor() if name == "FSDP2" else p.grad
+            near(grad, q.grad, what=name)
+
+
+def dtensors(rank, world):
+    mesh = init_device_mesh("cpu", (world,))
+    for v in (8, 23, world + 1):  # the last: on four ranks the last has no column
+        batch = rows(5, v)
+        s, t = (x.clone().requires_grad_() for x in batch[:2])
+        value = kd.KDLoss()(s, t, batch.y)
+        value.backward()
+        cut = [distributed(x, mesh).requires_grad_() for x in batch[:2]]
+        labels = DTensor.from_local(batch.y, mesh, [Replicate()])
+        got = kd.KDLoss()(*cut, labels)
+        got.backward()
+        near(got.detach(), value.detach(), what=f"DTensor {v}")
+        for x, grad in zip(cut, (s.grad, t.grad), strict=True):
+            assert x.grad.placements == x.placements
+            near(x.grad.full_tensor(), grad, what=f"DTensor {v} gradient")
+    with raises(ValueError, "cut along the last dimension"):
+        kd.KDLoss()(*(DTensor.from_local(x, mesh, [Replicate()]) for x in batch[:2]), batch.y)
+    with raises(TypeError, "pass both in one form"):
+        kd.KDLoss()(cut[0], batch.t, batch.y)
+    with raises(TypeError, "pass no group"):
+        kd.KDLoss()(*cut, batch.y, group=dist.group.WORLD)
+
+
+def distributed(x, mesh):
+    part = x.chunk(mesh.size(), -1)
+    mine = part[mesh.get_rank()] if mesh.get_rank() < len(part) else x[..., :0]
+    return DTensor.from_local(mine.contiguous(), mesh, [Shard(x.dim() - 1)], shape=x.shape, stride=x.stride())
+
+
+class raises:
+    def __init__(self, kind, text):
+        self.kind, self.text = kind, text
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _trace):
+        assert kind is not None, f"no {self.kind.__name__} with {self.text!r}"
+        assert issubclass(kind, self.kind) and self.text in str(error), f"{kind.__name__}: {error}, not {self.text!r}"
+        return True
+
+
+def fused_linear(rank, world):
+    """Shards of both heads: value, and gradients of hidden states (summed here), head and bias."""
+    widths, g = WIDTHS[world], torch.Generator().manual_seed(2)
+    new = lambda *shape: torch.randn(*shape, generator=g, dtype=F64)  # noqa: E731
+    hidden, head, bias, t_hidden, t_head = new(5, 6), new(23, 6), new(23), new(5, 4), new(23, 4)
+    y, weight = rows(5, 23).y, torch.rand(5, generator=g, dtype=F64)
+    cases = [
+        (kd.DKDLoss(ce_weight=0.3), dict(row_weight=weight)),
+        (kd.KDLoss(reduction="none"), {}),
+        (kd.ForwardKLLoss(standardize=True, temperature=2.0), dict(temperature=2.0)),
+        (kd.ReverseKLLoss() + 0.5 * kd.CrossEntropyLoss(), dict(num_items=7)),
+    ]
+    for backend in ("cpu", "reference"):
+        for loss, call in cases:
+            for options in (dict(chunk=2), dict(student_softcap=3.0, student_logit_scale=0.7)):
+                results = []
+                for sharded in (False, True):
+                    cut = (lambda x: x.split(widths)[rank]) if sharded else (lambda x: x)
+                    leaves = [x.clone().requires_grad_() for x in (hidden, cut(head), cut(bias))]
+                    keywords = dict(student_bias=leaves[2], **call, **({"group": dist.group.WORLD} if sharded else {}))
+                    with only(backend):
+                        value = kd.LinearLoss(loss, **options)(*leaves[:2], t_hidden, cut(t_head), y, **keywords)
+                        value.sum().backward()
+                    results.append([value.detach(), *(x.grad for x in leaves)])
+                whole, got = results
+                for k, (a, b) in enumerate(zip(got, whole, strict=True)):
+                    near(a, b.split(widths)[rank] if k > 1 else b, 1e-11, f"{backend} {loss} {options} {k}")
+    x, w, t = (z.to(torch.bfloat16) for z in (hidden, head, new(5, 23)))
+    grads = []
+    for keywords in ({}, dict(group=dist.group.WORLD)):
+        cut = (lambda z, dim: z.split(widths, dim)[rank]) if keywords else (lambda z, dim: z)
+        leaf = x.clone().requires_grad_()
+        kd.LinearLoss(kd.ForwardKLLoss())(leaf, cut(w, 0), teacher_logits=cut(t, 1), **keywords).backward()
+        grads.append(leaf.grad)
+    near(grads[1], grads[0], 2e-2, "bfloat16")
+    own_head, teacher, group = head.split(widths)[rank], (t_hidden, t_head.split(widths)[rank]), dist.group.WORLD
+    with raises(ValueError, "have refused" if rank else "student_head must have shape"):
+        kd.LinearLoss(kd.KDLoss())(hidden, own_head if rank else own_head[:, :3], *teacher, y, group=group)
+    with raises(ValueError, "must call the same loss"):
+        kd.LinearLoss(kd.KDLoss(), chunk=1 + rank)(hidden, own_head, *teacher, y, group=group)
+    with raises(ValueError, "labels must be in [0, 23)"):
+        kd.LinearLoss(kd.KDLoss())(hidden, own_head, *teacher, y + 23, group=group)
+
+
+def refusals(rank, world):
+    group, (s, t, y) = dist.group.WORLD, rows(4, 6)
+    fewer = rows(3, 6)
+    with raises(ValueError, "must hold the same rows"):
+        kd.ForwardKLLoss()(*(fewer if rank else (s, t, y)), group=group)
+    with raises(ValueError, "have refused" if rank else "must have student_logits' shape"):
+        kd.ForwardKLLoss()(s, t if rank else t[:, :5], group=group)
+    with raises(ValueError, "must call the same loss"):
+        (kd.ForwardKLLoss() if rank else kd.HellingerLoss())(s, t, group=group)
+    with raises(ValueError, "must call the same loss"):
+        kd.ForwardKLLoss()(s, t, y if rank else None, group=group)
+    with raises(ValueError, f"labels must be in [0, {6 * world})"):
+        kd.ForwardKLLoss()(s, t, torch.full((4,), 6 * world), group=group)
+    with raises(ValueError, f"labels must be in {' or '.join(f'[{6 * r}, {6 * r + 5})' for r in range(world))}"):
+        kd.ForwardKLLoss()(s, t, torch.full((4,), 5), group=group, vocab_size=5)
+    with raises(ValueError, "SpearmanLoss cannot be computed on vocabulary shards: it looks at whole rows"):
+        kd.SpearmanLoss()(s, t, group=group)
+    with raises(TypeError, "group must be a process group"):
+        kd.ForwardKLLoss()(s, t, group="world")
+    with raises(ValueError, "teacher_logits"):
+        kd.ForwardKLLoss()(s, None, group=group)
+    for backend in ("cpu", "reference"):
+        with kd.use_backend(backend):
+            leaf = s.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(kd.ForwardKLLoss()(leaf, t, group=group), leaf, create_graph=True)
+            with raises(NotImplementedError, "not itself differentiable"):
+                slope.sum().backward()
+
+
+CHECKS = {f.__name__: f for f in (every_loss, wide_rows, kernels_in_single, call_options, deleted_classes,
+                                  few_collectives, gradient_without_a_graph, data_parallel, dtensors,
+                                  fused_linear, refusals)}  # fmt: skip
