@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import backends, correlation, logpartition, metrics, ranks, tape
+from . import backends, correlation, logpartition, metrics, ranks, separable, tape
 from .backends import BackendUnavailable, available_backends, use_backend
 from .base import BaseLoss
 from .compare import RankLoss
@@ -12,6 +12,8 @@ from .linear import LinearLoss
 from .logpartition import *  # noqa: F403  (its __all__ is the catalogue)
 from .loss import Label, Loss, Moment, Point
 from .ranks import *  # noqa: F403
+from .separable import *  # noqa: F403
+from .separable import SeparableLoss
 
 try:
     __version__ = version("kdkernels")
@@ -19,9 +21,9 @@ except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    *logpartition.__all__, *ranks.__all__, *correlation.__all__, "BackendUnavailable", "Label", "LinearLoss", "Loss",
-    "Moment", "Point", "RankLoss", "available_backends", "backends", "catalogue", "metrics", "power_sum",
-    "power_transform", "tape", "use_backend",
+    *(_CATALOGUE := [*logpartition.__all__, *separable.__all__, *ranks.__all__, *correlation.__all__]),
+    "BackendUnavailable", "Label", "LinearLoss", "Loss", "Moment", "Point", "RankLoss", "SeparableLoss",
+    "available_backends", "backends", "catalogue", "metrics", "power_sum", "power_transform", "tape", "use_backend",
 ]  # fmt: skip
 
 
@@ -30,4 +32,4 @@ backends.load_defaults()
 
 def catalogue() -> dict[str, type[BaseLoss]]:
     """Class name -> class of every loss the library declares."""
-    return {name: globals()[name] for name in (*logpartition.__all__, *ranks.__all__, *correlation.__all__)}
+    return {name: globals()[name] for name in _CATALOGUE}

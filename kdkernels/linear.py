@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from . import backends, call
+from . import call
 from .base import BaseLoss
 from .loss import Loss
 from .options import check_number
@@ -131,12 +131,13 @@ class LinearLoss(nn.Module):
         return value.view(logits.shape[:-1]) if loss.reduction == "none" else value
 
     def _plan(self, x: Inputs, vocab: int, cast: torch.dtype | None, temperature: float | None) -> Plan:
-        backend = backends.pick(x.student_hidden, x.teacher_logits if x.teacher_hidden is None else x.teacher_hidden)
+        teacher = x.teacher_logits if x.teacher_hidden is None else x.teacher_hidden
+        backend, operators = self.loss._pick(x.student_hidden, teacher)
         budget = int(self.memory_budget or (BUDGET_CPU if x.student_hidden.is_cpu else BUDGET))
         if isinstance(self.chunk, int):
             chunk = self.chunk
         else:
-            in_place = backend.OPERATORS and backend.OPERATORS.step_out and not self.loss.standardize
+            in_place = operators and operators.step_out and not self.loss.standardize
             copies = 1 if in_place and self.student_softcap is None else 2
             width = copies * cast_dtype(x.student_hidden, cast).itemsize
             width += 0 if x.teacher_hidden is None else cast_dtype(x.teacher_hidden, cast).itemsize

@@ -17,7 +17,7 @@ A backend may have two more, the three in one pass over the rows:
 
 All statistics are float64. `args` and `program` are described at `kdkernels.loss.Program`:
 args (1 or N, 3 + 2K) = [1/T_student, 1/T_teacher, T], K x (student, teacher coefficient);
-program = [K, R, 0, output register], K flags, R instructions (op, a, b, c, constant).
+program = [K, R, E, output register], K flags, R instructions (op, a, b, c, constant), E numbers of a separable loss.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Operators(NamedTuple):
     step: Callable | None = None
     step_out: Callable | None = None
     rescale: Callable | None = None
+    elements: bool = False  # the loss is separable: `spread` takes the program as well, behind coef
 
 
 def _refuse(ctx, *grads):
@@ -136,7 +137,8 @@ class RowLoss(torch.autograd.Function):
         out: list[Tensor | None] = [None, None, None]
         for side in (0, 1):
             if ctx.needs_input_grad[side]:
-                inputs = (grad, s, t, labels, mask, coef[side], ctx.vocab, ctx.ignore, side)
+                told = (coef[side], program) if ctx.operators.elements else (coef[side],)
+                inputs = (grad, s, t, labels, mask, *told, ctx.vocab, ctx.ignore, side)
                 slope = _Spread.apply(spread, *inputs) if torch.is_grad_enabled() else spread(*inputs)
                 out[side] = slope.view(student.shape if side == 0 else teacher.shape)
         if ctx.needs_input_grad[2]:  # the scales 1/T of standardised rows: d value / d log scale stands in coef

@@ -38,6 +38,7 @@ class _Finite(torch.autograd.Function):
 def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor:
     """(N,) float64 losses; 0 at rows that are not kept."""
     from ..loss import MOMENTS, Label, Moment
+    from ..separable import SUMS
 
     if not torch.compiler.is_compiling():
         calls["reference", "row_losses"] += 1
@@ -57,6 +58,9 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
     nothing = torch.zeros(s.shape[0], dtype=torch.bool, device=s.device)
     moments = []
     for k, point in enumerate(loss.all_points()):
+        if point is SUMS:
+            moments.append(loss._sums(*_log_probabilities((s, t), (gone_s, gone_t), args, moments), dead))
+            continue
         scale_s, scale_t = (1.0, 1.0) if point.raw else (args[:, :1], args[:, 1:2])
         b, a = args[:, 3 + 2 * k : 4 + 2 * k], args[:, 4 + 2 * k : 5 + 2 * k]
         out = dead | (gone_s & (b != 0)) | (gone_t & (a != 0))
@@ -80,6 +84,13 @@ def _prepare(x: Tensor | None, rows: Rows, keep: Tensor | None) -> Tensor:
     if rows.mask is not None:
         x = torch.where(rows.mask, x, -math.inf)
     return x if keep is None else torch.where(keep[:, None], x, 0.0)
+
+
+def _log_probabilities(logits, gone, args, moments):
+    """log q and log p (N, V), from the log-partitions at the first two points."""
+    for k in (0, 1):
+        lse = torch.where(moments[k].lse == -math.inf, 0.0, moments[k].lse)
+        yield torch.where(gone[k], -math.inf, logits[k] * args[:, k, None] - lse[:, None])
 
 
 def _at(x: Tensor, gone: Tensor, y: Tensor | None) -> Tensor:
