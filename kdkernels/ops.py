@@ -53,24 +53,29 @@ def _refuse(ctx, *grads):
     )
 
 
-def register(prefix: str) -> None:
-    """Shape rules and a loud refusal of double backward for the operators `kdkernels::{prefix}...`."""
+def register(prefix: str, elements: bool = False) -> None:
+    """Shape rules and a loud refusal of double backward for the operators `kdkernels::{prefix}...`.
+
+    elements: they are those of the separable losses, which share `rows` with the others.
+    """
 
     @torch.library.register_fake(f"kdkernels::{prefix}reduce")
     def _(student, teacher, labels, mask, args, program, vocab, ignore_index):
         points = (args.shape[1] - 3) // 2
         return student.new_empty((student.shape[:-1].numel(), points + 1, STATS), dtype=torch.float64)
 
-    @torch.library.register_fake(f"kdkernels::{prefix}rows")
-    def _(stats, args, program, sides):
-        return stats.new_empty(stats.shape[0]), stats.new_empty((sides, *stats.shape[:2], COEFS))
+    if not elements:
+
+        @torch.library.register_fake(f"kdkernels::{prefix}rows")
+        def _(stats, args, program, sides):
+            return stats.new_empty(stats.shape[0]), stats.new_empty((sides, *stats.shape[:2], COEFS))
 
     @torch.library.register_fake(f"kdkernels::{prefix}spread")
-    def _(grad, student, teacher, labels, mask, coef, vocab, ignore_index, side):
-        side_logits = teacher if side else student
+    def _(grad, student, teacher, *rest):
+        side_logits = teacher if rest[-1] else student
         return side_logits.new_empty(side_logits.shape)
 
-    names = ["reduce", "rows", "spread"]
+    names = ["reduce", "spread"] if elements else ["reduce", "rows", "spread"]
     if hasattr(torch.ops.kdkernels, f"{prefix}step"):
         names.append("step")
 
@@ -84,6 +89,19 @@ def register(prefix: str) -> None:
 
     for name in names:
         torch.library.register_autograd(f"kdkernels::{prefix}{name}", _refuse)
+
+
+def rows_of_sums(rows: Callable) -> Callable:
+    """`rows` of a separable loss: the logits' scale acts through phi as well, whatever a point's coefficients say."""
+
+    def run(stats, args, program, sides):
+        value, coef = rows(stats, args, program, sides)
+        for side, by_scale in enumerate((stats[:, -2, 5], stats[:, -1, 6])[:sides]):
+            slope = coef[side, :, -2, 4 + side]
+            coef[side, :, -1, 4] += torch.where(slope == 0, 0.0, slope * by_scale)
+        return value, coef
+
+    return run
 
 
 class _Spread(torch.autograd.Function):
