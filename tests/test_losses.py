@@ -1,7 +1,7 @@
 """The catalogue against the textbook, on every backend, in every dtype."""
 
 import pytest
-from accuracy import BF16, F16, F32, F64, ON_BACKENDS, batch, faults, run
+from accuracy import BF16, F16, F32, F64, ON_BACKENDS, batch, faults, has_kernels, run
 from textbook import CASES
 from textbook_ranks import CASES as RANK_CASES
 
@@ -70,6 +70,10 @@ def test_cuda_agrees_with_the_textbook(case, dtypes):
     """Fewer rows: they are emulated where there is no GPU."""
     if dtypes[0] == F64:
         return refuses_float64("cuda", case)
+    if not has_kernels(case, "cuda"):
+        with pytest.raises(kd.BackendUnavailable, match="separable"):
+            run(case, "cuda", batch(2, 5, s_dtype=dtypes[0], t_dtype=dtypes[1]))
+        return
     check(case, "cuda", dtypes, {name: {**regime, "N": 64} for name, regime in REGIMES.items()})
     check(case, "cuda", dtypes, {"V=1001": dict(N=16, V=1001, scale=3.0), "V=10007": dict(N=2, V=10007, scale=4.0)})
 

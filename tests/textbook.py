@@ -4,6 +4,7 @@ The formulas run in whatever dtype they are given: in float64 they are the truth
 float32 their own error is the bar a kernel has to meet. `CASES` at the end lists what the tests run: one line a loss.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -116,6 +117,37 @@ def taid(s, t, y, tau):
     else:
         mix = (1 - tau) * s + tau * t
     return kl(logp(mix).detach(), logp(s))
+
+
+def mixed(lp, lq, share):
+    """log(share p + (1 - share) q)."""
+    return torch.logaddexp(lp + math.log(share), lq + math.log(1 - share))
+
+
+def jsd(s, t, y, beta=0.5):
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; KL(p || q) at 0, KL(q || p) at 1."""
+    lp, lq = logp(t), logp(s)
+    if beta in (0, 1):
+        return kl(lq, lp) if beta else kl(lp, lq)
+    lm = mixed(lp, lq, beta)
+    return beta * kl(lp, lm) + (1 - beta) * kl(lq, lm)
+
+
+def skew_kl(s, t, y, alpha=0.1):
+    """KL(p || alpha p + (1 - alpha) q)."""
+    lp, lq = logp(t), logp(s)
+    return kl(lp, mixed(lp, lq, alpha) if alpha else lq)
+
+
+def skew_reverse_kl(s, t, y, alpha=0.1, detach_mixture=False):
+    """KL(q || alpha q + (1 - alpha) p)."""
+    lp, lq = logp(t), logp(s)
+    return kl(lq, mixed(lq.detach() if detach_mixture else lq, lp, alpha) if alpha else lp)
+
+
+def tvd(s, t, y):
+    """sum |p - q| / 2."""
+    return (logp(t).exp() - logp(s).exp()).abs().sum(-1) / 2
 
 
 # --- what all losses share
@@ -256,5 +288,16 @@ CASES = [
     Case("BrierLoss", brier),
     Case("LogitMSELoss", logit_mse),
     Case("TAIDLoss", taid, dict(tau=0.4)),
+    Case("JSDLoss", jsd),
+    Case("JSDLoss", jsd, dict(beta=0.9, temperature=2.0, t_squared=True, ce_weight=0.5)),
+    Case("JSDLoss", jsd, dict(beta=0.0)),
+    Case("JSDLoss", jsd, dict(beta=1.0)),
+    Case("SkewKLLoss", skew_kl),
+    Case("SkewKLLoss", skew_kl, dict(alpha=0.5, standardize=True)),
+    Case("SkewKLLoss", skew_kl, dict(alpha=0.0)),
+    Case("SkewReverseKLLoss", skew_reverse_kl),
+    Case("SkewReverseKLLoss", skew_reverse_kl, dict(alpha=0.001)),
+    Case("SkewReverseKLLoss", skew_reverse_kl, dict(alpha=0.3, detach_mixture=True)),
+    Case("TVDLoss", tvd),
     Case("TAIDLoss", taid, dict(tau=0.8, temperature=2.0, standardize=True)),
 ]
