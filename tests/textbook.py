@@ -119,9 +119,10 @@ def taid(s, t, y, tau):
     return kl(logp(mix).detach(), logp(s))
 
 
-def mixed(lp, lq, share):
-    """log(share p + (1 - share) q)."""
-    return torch.logaddexp(lp + math.log(share), lq + math.log(1 - share))
+def kl_to_mixture(lp, lq, share):
+    """KL(p || share p + (1 - share) q), from the ratios q / p: no rounding as large as a log-probability's."""
+    ratio = torch.logaddexp(lp.new_tensor(math.log(share)), math.log(1 - share) + (lq - lp))
+    return weigh(lp.exp(), -ratio).sum(-1)
 
 
 def jsd(s, t, y, beta=0.5):
@@ -129,20 +130,22 @@ def jsd(s, t, y, beta=0.5):
     lp, lq = logp(t), logp(s)
     if beta in (0, 1):
         return kl(lq, lp) if beta else kl(lp, lq)
-    lm = mixed(lp, lq, beta)
-    return beta * kl(lp, lm) + (1 - beta) * kl(lq, lm)
+    return beta * kl_to_mixture(lp, lq, beta) + (1 - beta) * kl_to_mixture(lq, lp, 1 - beta)
 
 
 def skew_kl(s, t, y, alpha=0.1):
     """KL(p || alpha p + (1 - alpha) q)."""
     lp, lq = logp(t), logp(s)
-    return kl(lp, mixed(lp, lq, alpha) if alpha else lq)
+    return kl_to_mixture(lp, lq, alpha) if alpha else kl(lp, lq)
 
 
 def skew_reverse_kl(s, t, y, alpha=0.1, detach_mixture=False):
     """KL(q || alpha q + (1 - alpha) p)."""
     lp, lq = logp(t), logp(s)
-    return kl(lq, mixed(lq.detach() if detach_mixture else lq, lp, alpha) if alpha else lp)
+    if detach_mixture:
+        lm = torch.logaddexp(lq.detach() + math.log(alpha), lp + math.log(1 - alpha))
+        return kl(lq, lm)
+    return kl_to_mixture(lq, lp, alpha) if alpha else kl(lq, lp)
 
 
 def tvd(s, t, y):

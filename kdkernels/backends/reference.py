@@ -90,7 +90,7 @@ def _log_probabilities(logits, gone, args, moments):
     """log q and log p (N, V), from the log-partitions at the first two points."""
     for k in (0, 1):
         lse = torch.where(moments[k].lse == -math.inf, 0.0, moments[k].lse)
-        yield torch.where(gone[k], -math.inf, logits[k] * args[:, k, None] - lse[:, None])
+        yield logits[k] * args[:, k, None] - lse[:, None] + torch.where(gone[k], -math.inf, 0.0)
 
 
 def _at(x: Tensor, gone: Tensor, y: Tensor | None) -> Tensor:
