@@ -194,11 +194,14 @@ def _slope(c, u, v, use):
 
 @triton.jit(do_not_specialize=["B", "vocab", "width", "grad_row", "K"])
 def spread_kernel(
-    grad_ptr, s_ptr, t_ptr, label_ptr, mask_ptr, coef, out_ptr, s_a, s_b, t_a, t_b, B, vocab, width, grad_row, K,
-    HAS_TEACHER: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_MASK: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad_ptr, s_ptr, t_ptr, label_ptr, mask_ptr, coef, constants, out_ptr, s_a, s_b, t_a, t_b, B, vocab, width,
+    grad_row, K, HAS_TEACHER: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_MASK: tl.constexpr, PHI: tl.constexpr,
+    SIDE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out_i = g sum_k exp(b u + a v + lam) (c0 + c1 u + c2 v + c3 u^2 + c4 u v + c5 v^2), u = s - max s, v alike."""
+    """out_i = g sum_k exp(b u + a v + lam) (c0 + c1 u + c2 v + c3 u^2 + c4 u v + c5 v^2), u = s - max s, v alike.
+
+    Of a separable loss (PHI is not None) the last point stands for the slope of phi (see triton_separable.py).
+    """
     n, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     vocab, width = vocab // ALIGN * ALIGN, width // ALIGN * ALIGN
     s_ptr += (n // B) * s_a + (n % B) * s_b
@@ -213,7 +216,16 @@ def spread_kernel(
     u = tl.where(live, s - tl.load(last + 1).to(tl.float32), 0.0)
     v = tl.where(live, t - tl.load(last + 2).to(tl.float32), 0.0)
     d = tl.where(cols == y, slope, 0.0)
-    for k in range(K):
+    points = K
+    if PHI is not None:
+        points = K - 1
+        b, a = tl.load(coef + 1).to(tl.float32), tl.load(coef + COEFS + 2).to(tl.float32)
+        log_q = tl.where(live, u * b + tl.load(coef).to(tl.float32), 0.0)
+        log_p = tl.where(live, v * a + tl.load(coef + COEFS).to(tl.float32), 0.0)
+        _phi, slope_q, slope_p = PHI(log_q, log_p, constants)
+        scale = tl.load(last - COEFS + 4 + SIDE).to(tl.float32) * (a if SIDE else b)
+        d += _times(scale, slope_p if SIDE else slope_q)
+    for k in range(points):
         c = coef + k * COEFS
         use = live & ((cols != y) | (tl.load(c + 9).to(tl.int32) == 0))
         if (tl.load(c) > 4) | (tl.load(c + 1) < 0) | (tl.load(c + 2) < 0):  # exponents are large: see _weights
