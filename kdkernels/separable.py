@@ -114,9 +114,18 @@ def _mixture(d, near, share: float):
     if not 0.25 < share < 0.75:  # log1p(x) is inexact where x is close to -1
         far = tape.log(tape.where(d > 0, share, 1 - share) + other * tape.exp(tape.where(d > 0, -d, d)))
         log_ratio = tape.where(near > -0.5, log_ratio, far)
-    of_p, of_q = tape.where(d > 0, log_ratio, log_ratio - d), tape.where(d > 0, log_ratio + d, log_ratio)
-    return (tape.with_slopes(of_p, (d, (share - 1) * tape.exp(-of_q))),
-            tape.with_slopes(of_q, (d, share * tape.exp(-of_p))))  # fmt: skip
+    return tape.where(d > 0, log_ratio, log_ratio - d), tape.where(d > 0, log_ratio + d, log_ratio)
+
+
+def _skewed(p, log_p, q, log_q, of_p, gap, share: float, detached: bool = False):
+    """Contribution to KL(p || m), m = share p + (1 - share) q, as p log(p / m) - p + m.
+
+    Slopes that are small differences near p = q are taken from p / m - 1. A multiple of p in the slope in log p changes
+    no logit's slope: with p's share of m held constant that is p log(p / m) alone.
+    """
+    term, less = tape.times(p, -of_p), tape.expm1(-of_p)
+    own = term if detached else term - share * p * less
+    return tape.with_slopes(term + (1 - share) * gap, (log_p, own), (log_q, (share - 1) * q * less))
 
 
 class JSDLoss(SeparableLoss):
@@ -163,10 +172,10 @@ class SkewKLLoss(SeparableLoss):
             raise ValueError("alpha must be < 1: the mixture would be the first distribution itself, and the loss 0")
 
     def phi(self, log_q, log_p):
-        p, _, d, near, gap = _gap(log_q, log_p)
+        p, q, d, near, gap = _gap(log_q, log_p)
         if self.alpha == 0:
             return _kl(p, d, gap)
-        return tape.times(p, -_mixture(d, near, self.alpha)[0]) + (1 - self.alpha) * gap
+        return _skewed(p, log_p, q, log_q, _mixture(d, near, self.alpha)[0], gap, self.alpha)
 
 
 class SkewReverseKLLoss(SkewKLLoss):
@@ -186,13 +195,13 @@ class SkewReverseKLLoss(SkewKLLoss):
         check_bool("detach_mixture", self.detach_mixture)
 
     def phi(self, log_q, log_p):
-        _, q, d, near, gap = _gap(log_q, log_p)
+        p, q, d, near, gap = _gap(log_q, log_p)
         if self.alpha == 0:
             return _kl(q, -d, -gap)
-        if self.detach_mixture:  # q log q has the slope q beside log q; a multiple of q changes no logit's slope
+        if self.detach_mixture:
             *_, d, near, _ = _gap(tape.detach(log_q), log_p)
         of_q = _mixture(d, near, 1 - self.alpha)[1]
-        return tape.times(q, -of_q) - (1 - self.alpha) * gap
+        return _skewed(q, log_q, p, log_p, of_q, -gap, self.alpha, self.detach_mixture)
 
 
 class TVDLoss(SeparableLoss):

@@ -137,7 +137,7 @@ def _phi(elements: Tensor, device: torch.device):
     """The Triton function of a separable loss, and its constants on the device."""
     numbers = elements.tolist()
     constants = elements[HEADER : HEADER + int(numbers[3])].contiguous()
-    return compiled(numbers), _there(constants, device).to(torch.float32)
+    return compiled(numbers), _there(constants, device)
 
 
 @torch.library.custom_op("kdkernels::triton_separable_reduce", mutates_args=())
@@ -155,7 +155,7 @@ def separable_reduce(student: Tensor, teacher: Tensor, labels: Tensor | None, ma
         with _launch("sums", s.device):
             sums_kernel[(N,)](
                 s, t, s if mask is None else mask.view(torch.uint8), args, stats, constants, sums, s_a, s_b, t_a, t_b,
-                args.shape[1] * (len(args) > 1), B, vocab, K, phi, mask is not None, **_config(vocab),
+                args.shape[1] * (len(args) > 1), B, vocab, K, phi, mask is not None, **_config(min(vocab, 1024), vocab),
             )  # fmt: skip
     last = torch.cat((stats[:, -1, : STATS - 1], sums[:, STATS:]), 1)
     return torch.cat((stats[:, :-1], sums[:, None, :STATS], last[:, None]), 1)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .triton_math import expm1
+
 STATS, COEFS = tl.constexpr(7), tl.constexpr(10)
 INF, NAN = tl.constexpr(float("inf")), tl.constexpr(float("nan"))
 
@@ -216,16 +218,20 @@ def spread_kernel(
     u = tl.where(live, s - tl.load(last + 1).to(tl.float32), 0.0)
     v = tl.where(live, t - tl.load(last + 2).to(tl.float32), 0.0)
     d = tl.where(cols == y, slope, 0.0)
-    points = K
+    start, points = 0, K
     if PHI is not None:
-        points = K - 1
+        start, points = 2, K - 1
         b, a = tl.load(coef + 1).to(tl.float32), tl.load(coef + COEFS + 2).to(tl.float32)
         log_q = tl.where(live, u * b + tl.load(coef).to(tl.float32), 0.0)
         log_p = tl.where(live, v * a + tl.load(coef + COEFS).to(tl.float32), 0.0)
         _phi, slope_q, slope_p = PHI(log_q, log_p, constants)
-        scale = tl.load(last - COEFS + 4 + SIDE).to(tl.float32) * (a if SIDE else b)
-        d += _times(scale, slope_p if SIDE else slope_q)
-    for k in range(points):
+        scale = tl.load(last - COEFS + 4 + SIDE) * tl.load(coef + SIDE * (COEFS + 1) + 1)
+        sum_of = tl.where(scale == 0, 0.0, tl.load(coef + SIDE * COEFS + 3) / tl.where(scale == 0, 1.0, scale))
+        high, log_own, own = sum_of.to(tl.float32), log_p if SIDE else log_q, slope_p if SIDE else slope_q
+        # Of a class with most of the weight little is left: first what cancels, without a rounding.
+        heavy = ((own + high) + (sum_of - high.to(tl.float64)).to(tl.float32)) + high * expm1(log_own)
+        d += _times(scale.to(tl.float32), tl.where(log_own > -0.7, heavy, own + high * tl.exp(log_own)))
+    for k in range(start, points):
         c = coef + k * COEFS
         use = live & ((cols != y) | (tl.load(c + 9).to(tl.int32) == 0))
         if (tl.load(c) > 4) | (tl.load(c + 1) < 0) | (tl.load(c + 2) < 0):  # exponents are large: see _weights

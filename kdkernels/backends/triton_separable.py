@@ -15,79 +15,12 @@ import triton.language as tl
 from ..elements import HEADER, INPUTS, LINE
 from ..tape import Op
 from .triton_elements import INF, STATS, _tile, _times
-
-LOG2E, LN2_HI, LN2_LO = tl.constexpr(1.4426950408889634), tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)
-
-
-@triton.jit
-def _power(x):
-    """(2^f - 1, 2^(n - u), 1 + u) with e^x = 2^(n + f), u = 1 where n > 0: 2^n may overflow where e^x does not.
-
-    The hardware's exp and log are good to some bits of the largest term only; these are good to 2 ulp.
-    """
-    x = tl.where(x < -88.0, -88.0, tl.where(x > 89.0, 89.0, x))
-    n = tl.floor(x * LOG2E + 0.5)
-    f = ((x - n * LN2_HI) - n * LN2_LO) * LOG2E
-    p = 1.5594678e-4 * f + 1.3406644e-3
-    p = ((p * f + 9.6176930e-3) * f + 5.5503106e-2) * f + 2.4022653e-1
-    up = tl.where(n > 0, 1.0, 0.0)
-    n = tl.where(n == n, tl.maximum(n, -126.0), 0.0)
-    scale = ((n - up).to(tl.int32) + 127) << 23
-    return (p * f + 6.9314721e-1) * f, scale.to(tl.float32, bitcast=True), 1.0 + up
-
-
-@triton.jit
-def _exp(x):
-    p, scale, twice = _power(x)
-    return tl.where(x < -87.3, 0.0, (p + 1.0) * scale * twice)
-
-
-@triton.jit
-def _expm1(x):
-    p, scale, twice = _power(x)
-    scale *= tl.where(x > 30.0, 1.0, twice)
-    e = tl.where(x > 30.0, (p + 1.0) * scale * twice, p * scale + (scale - 1.0))
-    return tl.where(x < -87.3, -1.0, e)
-
-
-@triton.jit
-def _log_of(u, x, ONE_PLUS: tl.constexpr):
-    """log u, or log(1 + x) with u = 1 + x rounded. [fdlibm, logf and log1pf]"""
-    small = u < 1.17549435e-38
-    raw = tl.where(small, u * 33554432.0, u).to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F3504F3)
-    k = ((raw >> 23) - 127).to(tl.float32) - tl.where(small, 25.0, 0.0)
-    f = ((raw & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
-    rest = f * 0.0
-    if ONE_PLUS:
-        rest = tl.where(k == 0, 0.0, tl.where(k > 0, 1.0 - (u - x), x - (u - 1.0)) / u)
-        f = tl.where(k == 0, x, f)
-    s = f / (2.0 + f)
-    z, half = s * s, 0.5 * f * f
-    r = z * (0.66666662693 + z * (0.40000972152 + z * (0.28498786688 + z * 0.24279078841)))
-    y = k * LN2_HI - ((half - (s * (half + r) + (k * LN2_LO + rest))) - f)
-    y = tl.where(u == INF, u, tl.where(u == 0, -INF, y))
-    return tl.where(u >= 0, y, float("nan"))
-
-
-@triton.jit
-def _log(x):
-    return _log_of(x, x, False)
-
-
-@triton.jit
-def _log1p(x):
-    return _log_of(1.0 + x, x, True)
-
-
-@triton.jit
-def _softplus(x):
-    return tl.maximum(x, 0.0) + _log1p(_exp(-tl.abs(x)))
-
+from .triton_math import exp, expm1, log, log1p, softplus
 
 FORMS = {
-    Op.ADD: "{0} + {1}", Op.SUB: "{0} - {1}", Op.MUL: "{0} * {1}", Op.DIV: "{0} / {1}", Op.EXP: "_exp({0})",
-    Op.EXPM1: "_expm1({0})", Op.LOG: "_log({0})", Op.LOG1P: "_log1p({0})", Op.SQRT: "tl.sqrt({0})",
-    Op.SOFTPLUS: "_softplus({0})", Op.TIMES: "_times({0}, {1})", Op.GT: "tl.where({0} > {1}, 1.0, 0.0)",
+    Op.ADD: "{0} + {1}", Op.SUB: "{0} - {1}", Op.MUL: "{0} * {1}", Op.DIV: "{0} / {1}", Op.EXP: "exp({0})",
+    Op.EXPM1: "expm1({0})", Op.LOG: "log({0})", Op.LOG1P: "log1p({0})", Op.SQRT: "tl.sqrt({0})",
+    Op.SOFTPLUS: "softplus({0})", Op.TIMES: "_times({0}, {1})", Op.GT: "tl.where({0} > {1}, 1.0, 0.0)",
     Op.SELECT: "tl.where({0} != 0, {1}, {2})",
 }  # fmt: skip
 
@@ -102,7 +35,7 @@ def compiled(numbers: list[float]):
 @functools.cache
 def _compiled(constants: int, outputs: tuple[int, ...], lines: tuple[int, ...]):
     text = ["@triton.jit", "def phi(r0, r1, constants):", "    zero = tl.zeros_like(r0)"]
-    text += [f"    r{INPUTS + i} = zero + tl.load(constants + {i})" for i in range(constants)]
+    text += [f"    r{INPUTS + i} = zero + tl.load(constants + {i}).to(tl.float32)" for i in range(constants)]
     for op, to, *operands in zip(*(lines[i::LINE] for i in range(LINE)), strict=True):
         text.append(f"    r{to} = {FORMS[Op(op)].format(*(f'r{x}' for x in operands))}")
     text.append(f"    return {', '.join(f'r{x}' for x in outputs)}")
@@ -110,7 +43,7 @@ def _compiled(constants: int, outputs: tuple[int, ...], lines: tuple[int, ...]):
     source = "\n".join(text) + "\n"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # where triton reads it
     scope = {"triton": triton, "tl": tl, "_times": _times, "__name__": __name__} | {
-        f.__name__: f for f in (_exp, _expm1, _log, _log1p, _softplus)
+        f.__name__: f for f in (exp, expm1, log, log1p, softplus)
     }
     exec(compile(source, name, "exec"), scope)  # written here, of instruction codes and numbers only
     return scope["phi"]
@@ -139,7 +72,7 @@ def sums_kernel(
     lam_q, lam_p = (b * smax - lse_q).to(tl.float32), (a * tmax - lse_p).to(tl.float32)
     vocab = tl.where(tl.load(last + 4) > 0, vocab // ALIGN * ALIGN, 0)
     total, of_q, of_p = lse_q * 0.0, lse_q * 0.0, lse_q * 0.0
-    by_s, by_t = lse_q * 0.0, lse_q * 0.0
+    by_s, by_t, z_q, z_p = lse_q * 0.0, lse_q * 0.0, lse_q * 0.0, lse_q * 0.0
     for first in range(0, vocab, BLOCK):
         s, t, live, _bad = _tile(s_ptr, t_ptr, mask_ptr, first + tl.arange(0, BLOCK), vocab, True, HAS_MASK)
         log_q = tl.where(live, (s - smax.to(tl.float32)) * b.to(tl.float32) + lam_q, 0.0)
@@ -147,11 +80,16 @@ def sums_kernel(
         phi, slope_q, slope_p = PHI(log_q, log_p, constants)
         slope_q, slope_p = tl.where(live, slope_q, 0.0), tl.where(live, slope_p, 0.0)
         total += tl.sum(tl.where(live, phi, 0.0), 0).to(tl.float64)
-        of_q += tl.sum(slope_q, 0).to(tl.float64)
-        of_p += tl.sum(slope_p, 0).to(tl.float64)
-        by_s += tl.sum(_times(slope_q, log_q), 0).to(tl.float64)
-        by_t += tl.sum(_times(slope_p, log_p), 0).to(tl.float64)
+        slope_q, slope_p = slope_q.to(tl.float64), slope_p.to(tl.float64)  # they cancel against a class with most weight
+        of_q += tl.sum(slope_q, 0)
+        z_q += tl.sum(tl.where(live, exp(log_q), 0.0).to(tl.float64), 0)
+        z_p += tl.sum(tl.where(live, exp(log_p), 0.0).to(tl.float64), 0)
+        of_p += tl.sum(slope_p, 0)
+        by_s += tl.sum(_times(slope_q, log_q.to(tl.float64)), 0)
+        by_t += tl.sum(_times(slope_p, log_p.to(tl.float64)), 0)
     of_q, of_p = tl.where(tl.abs(of_q) < INF, of_q, 0.0), tl.where(tl.abs(of_p) < INF, of_p, 0.0)
+    # The rounding of the log-partitions leaves no sum of probabilities at 1, and no sum of slopes at 0 without this.
+    of_q, of_p = of_q / tl.where(z_q > 0, z_q, 1.0), of_p / tl.where(z_p > 0, z_p, 1.0)
     row = (lse_q * 0.0 + INF, lse_q * 0.0 + 1.0, of_q, of_p, total, by_s + of_q * lse_q, total, by_t + of_p * lse_p)
     for j in tl.static_range(8):
         tl.store(out_ptr + n * 8 + j, row[j])
