@@ -2,11 +2,12 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import backends, correlation, logpartition, metrics, ranks, separable, tape
+from . import backends, correlation, distributions, logpartition, metrics, ranks, separable, tape
 from .backends import BackendUnavailable, available_backends, use_backend
 from .base import BaseLoss
 from .compare import RankLoss
 from .correlation import *  # noqa: F403
+from .distributions import *  # noqa: F403
 from .functional import power_sum, power_transform
 from .linear import LinearLoss
 from .logpartition import *  # noqa: F403  (its __all__ is the catalogue)
@@ -21,7 +22,7 @@ except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    *(_CATALOGUE := [*logpartition.__all__, *separable.__all__, *ranks.__all__, *correlation.__all__]),
+    *(_CATALOGUE := [*logpartition.__all__, *separable.__all__, *distributions.__all__, *ranks.__all__, *correlation.__all__]),
     "BackendUnavailable", "Label", "LinearLoss", "Loss", "Moment", "Point", "RankLoss", "SeparableLoss",
     "available_backends", "backends", "catalogue", "metrics", "power_sum", "power_transform", "tape", "use_backend",
 ]  # fmt: skip

@@ -8,43 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import backends, elements, options, tape
-from .alphabeta import P, Q
-from .loss import Loss, Moment, Point
+from .loss import Loss
 from .options import check_bool, check_number
+from .rowwise import RowsLoss
 
 __all__ = ["JSDLoss", "SkewKLLoss", "SkewReverseKLLoss", "TVDLoss"]
-
-# Where the moments of a point stand, at this one stand sums over the classes: s, t are those of the slopes of phi in
-# log q and log p, ss and tt both that of phi.
-SUMS = Point(raw=True)
-
-
-class RowsLoss(Loss):
-    """A loss that torch computes from the log-probabilities of whole rows, on every backend in float64.
-
-    A few rows are computed at a time: beside the gradient there is no memory that grows with their number. There is a
-    gradient for the teacher; double backward is refused but on the reference backend.
-    """
-
-    def points(self):
-        return Q, P
-
-    def all_points(self):
-        return super().all_points() + ((SUMS,) if self.kd_weight else ())
-
-    def distances(self, log_q: Tensor, log_p: Tensor, dead: Tensor) -> Tensor:
-        """(N,) distances of rows (N, V) in float64; a class that is dead is none, its logarithms are -inf."""
-        raise NotImplementedError(f"{type(self).__name__} must declare distances()")
-
-    def _sums(self, log_q: Tensor, log_p: Tensor, dead: Tensor) -> Moment:
-        total, zero = self.distances(log_q, log_p, dead), log_q.new_zeros(len(log_q))
-        return Moment(zero, zero, zero, total, zero, total)
-
-    def _distance(self, moments, label):
-        return moments[-1].ss
 
 
 class SeparableLoss(RowsLoss):
@@ -66,7 +36,7 @@ class SeparableLoss(RowsLoss):
         """The contribution of a class."""
         raise NotImplementedError(f"{type(self).__name__} must declare phi()")
 
-    def value(self, total: Any) -> Any:  # type: ignore[override]  # of a sum in place of moments
+    def value(self, total: Any) -> Any:
         """The loss of a row from the sum of its contributions: the sum itself unless it is overridden."""
         return total
 
@@ -86,6 +56,9 @@ class SeparableLoss(RowsLoss):
             return []
         with options.explain_value(self, "phi"):
             return elements.lowered(self.phi)
+
+    def _evaluate(self, rows, student_logits, num_items, temperature):
+        return Loss._evaluate(self, rows, student_logits, num_items, temperature)
 
     def _pick(self, student, teacher):
         if not self.kd_weight:

@@ -153,6 +153,43 @@ def tvd(s, t, y):
     return (logp(t).exp() - logp(s).exp()).abs().sum(-1) / 2
 
 
+def akl(s, t, y, mu=0.5):
+    """w KL(p || q) + (1 - w) KL(q || p), w the constant share of sum |p - q| in the head of the sorted teacher."""
+    lp, lq = logp(t), logp(s)
+    p, gap = lp.exp().detach(), (lp.exp() - lq.exp()).abs().detach()
+    reached = torch.where(p[:, None] >= p[:, :, None], p[:, None], 0).sum(-1)  # of all that are as large
+    head = (reached <= mu) | (p == p.amax(-1, keepdim=True))
+    w = torch.where(gap.sum(-1) > 0, (gap * head).sum(-1) / gap.sum(-1), 0.5)
+    return weigh(w, kl(lp, lq)) + weigh(1 - w, kl(lq, lp))
+
+
+def uld(s, t, y):
+    """sum |q_(i) - p_(i)|, both sorted."""
+    return (logp(s).exp().sort(-1).values - logp(t).exp().sort(-1).values).abs().sum(-1)
+
+
+def grouped_kl(s, t, y, groups=None, between=1.0, within=1.0, balanced=False):
+    """between KL(P || Q) + within sum_g w_g KL(p_g || q_g) of group masses P, Q; w = P, or 1."""
+    lp, lq, total = logp(t), logp(s), 0
+    groups = torch.zeros(s.shape[-1], dtype=torch.int64) if groups is None else torch.as_tensor(groups)
+    for g in groups.unique():
+        inside_p, inside_q = lp[:, groups == g], lq[:, groups == g]
+        P, Q = inside_p.logsumexp(-1), inside_q.logsumexp(-1)
+        weight = 1 if balanced else P.exp()
+        total = total + between * P.exp() * (P - Q) + within * weight * kl(logp(inside_p), logp(inside_q))
+    return total
+
+
+def sinkhorn(q, p, epsilon=0.1, iterations=20):
+    """sum_ij P_ij |q_i - p_j| / N, P by alternating normalisation; q, p (N, V) probabilities."""
+    cost = (q[:, None] - p).abs().sum(-1)
+    plan = (-cost / epsilon).exp()
+    for _ in range(iterations):
+        plan = plan / plan.sum(1, keepdim=True)
+        plan = plan / plan.sum(0)
+    return (plan * cost).sum() / len(q)
+
+
 # --- what all losses share
 
 
@@ -302,5 +339,9 @@ CASES = [
     Case("SkewReverseKLLoss", skew_reverse_kl, dict(alpha=0.001)),
     Case("SkewReverseKLLoss", skew_reverse_kl, dict(alpha=0.3, detach_mixture=True)),
     Case("TVDLoss", tvd),
+    Case("AKLLoss", akl),
+    Case("AKLLoss", akl, dict(mu=0.8, temperature=2.0, ce_weight=0.5)),
+    Case("ULDLoss", uld),
+    Case("GroupedKLLoss", grouped_kl, dict(between=2.0, within=0.5)),
     Case("TAIDLoss", taid, dict(tau=0.8, temperature=2.0, standardize=True)),
 ]

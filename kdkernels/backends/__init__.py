@@ -153,6 +153,17 @@ def pick_with(family: str, student: Tensor, teacher: Tensor) -> ModuleType:
     return _checked("reference")
 
 
+def definition(loss: str) -> ModuleType:
+    """The reference backend, for a loss that has no kernels at all.
+
+    Raises:
+        BackendUnavailable: another backend was asked for.
+    """
+    if (name := _choice.name or _forced) not in (None, "reference"):
+        raise BackendUnavailable(f"backend {name!r} has no kernels for {loss}, which runs its definition in torch")
+    return _checked("reference")
+
+
 @functools.cache
 def _say_slow(name: str, reason: str) -> None:
     warnings.warn(f"kdkernels runs its reference backend, which is slow: {name!r} cannot run, {reason}", stacklevel=5)

@@ -38,7 +38,7 @@ class _Finite(torch.autograd.Function):
 def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor:
     """(N,) float64 losses; 0 at rows that are not kept."""
     from ..loss import MOMENTS, Label, Moment
-    from ..separable import SUMS
+    from ..rowwise import SUMS
 
     if not torch.compiler.is_compiling():
         calls["reference", "row_losses"] += 1
@@ -56,7 +56,7 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
         raise ValueError(f"labels must be in [0, {rows.vocab}) or ignore_index={loss.ignore_index}")
     args = args.to(s.device)
     nothing = torch.zeros(s.shape[0], dtype=torch.bool, device=s.device)
-    moments = []
+    moments: list[Moment] = []
     for k, point in enumerate(loss.all_points()):
         if point is SUMS:
             moments.append(loss._sums(*_log_probabilities((s, t), (gone_s, gone_t), args, moments), dead))
