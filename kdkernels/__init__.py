@@ -21,8 +21,9 @@ try:
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
+_FAMILIES = (logpartition, separable, distributions, ranks, correlation)
 __all__ = [
-    *(_CATALOGUE := [*logpartition.__all__, *separable.__all__, *distributions.__all__, *ranks.__all__, *correlation.__all__]),
+    *(_CATALOGUE := [name for family in _FAMILIES for name in family.__all__]),
     "BackendUnavailable", "Label", "LinearLoss", "Loss", "Moment", "Point", "RankLoss", "SeparableLoss",
     "available_backends", "backends", "catalogue", "metrics", "power_sum", "power_transform", "tape", "use_backend",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ __all__ = ["AKLLoss", "GroupedKLLoss", "SinkhornLoss", "ULDLoss"]
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Terms of KL(p || q), 0 where p is."""
     p = log_p.exp()
-    return times(p, torch.where(p > 0, log_p, 0.0) - torch.where(p > 0, log_q, 0.0))
+    return torch.where(p > 0, p * (log_p - log_q).where(p > 0, 0.0), 0.0)
 
 
 class AKLLoss(RowsLoss):
@@ -42,7 +42,8 @@ class AKLLoss(RowsLoss):
 
     def distances(self, log_q, log_p, dead):
         head = self._head_share(log_q.detach().exp(), log_p.detach().exp())
-        return times(head, _kl(log_p, log_q).sum(-1)) + times(1 - head, _kl(log_q, log_p).sum(-1))
+        forward, reverse = _kl(log_p, log_q).sum(-1), _kl(log_q, log_p).sum(-1)
+        return times(head, forward) + times(1 - head, reverse)
 
     def _head_share(self, q: Tensor, p: Tensor) -> Tensor:
         top, order = p.sort(-1, descending=True)
@@ -63,7 +64,8 @@ class ULDLoss(RowsLoss):
     """
 
     def forward(self, student_logits, teacher_logits=None, labels=None, **call):
-        return super().forward(*self._filled(student_logits, teacher_logits, labels, call), labels, **call)
+        s, t = self._filled(student_logits, teacher_logits, labels, call)
+        return super().forward(s, t, labels, **call)
 
     def value_and_grad(self, student_logits, teacher_logits=None, labels=None, *, out=None, **call):
         s, t = self._filled(student_logits, teacher_logits, labels, call)

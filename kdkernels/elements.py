@@ -56,8 +56,8 @@ def _partials(op: Op, g, a: Expr, b: Expr, value: Expr) -> tuple:
     """What the operands of an instruction get of the slope g of its value."""
 
     def by(slope):
-        line = a.tape.code[slope.register - a.tape.inputs] if slope.register >= a.tape.inputs else (None,)
-        known = line[4] if line[0] == Op.CONST else None
+        line = a.tape.code[slope.register - a.tape.inputs] if slope.register >= a.tape.inputs else None
+        known = line[4] if line is not None and line[0] == Op.CONST else None
         if isinstance(g, Expr):
             return g if known == 1 else times(g, slope)
         return slope * g if known is None and g != 1 else slope if known is None else g * known

@@ -67,7 +67,7 @@ def register(prefix: str, elements: bool = False) -> None:
     if not elements:
 
         @torch.library.register_fake(f"kdkernels::{prefix}rows")
-        def _(stats, args, program, sides):
+        def rows(stats, args, program, sides):
             return stats.new_empty(stats.shape[0]), stats.new_empty((sides, *stats.shape[:2], COEFS))
 
     @torch.library.register_fake(f"kdkernels::{prefix}spread")

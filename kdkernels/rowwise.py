@@ -50,7 +50,7 @@ class RowsLoss(Loss):
         return backends.definition(type(self).__name__), None
 
     def _evaluate(self, rows, student_logits, num_items, temperature):
-        backend, operators, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
+        _, operators, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
         few = rows.student.numel() <= CLASSES or args.requires_grad or torch.compiler.is_compiling()
         if operators is not None or few:
             return super()._evaluate(rows, student_logits, num_items, temperature)

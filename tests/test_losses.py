@@ -30,7 +30,7 @@ WIDE[F64] = WIDE[BF16] = {"V=1000": dict(N=40, V=1000, scale=3.0), "V=50257": di
 
 def check(case, backend, dtypes, regimes):
     if not has_kernels(case, backend):
-        with pytest.raises(kd.BackendUnavailable, match="no kernels for"):
+        with pytest.raises((kd.BackendUnavailable, TypeError), match=r"no kernels for|float64"):
             run(case, backend, batch(2, 5, s_dtype=dtypes[0], t_dtype=dtypes[1]))
         return
     found = []
@@ -43,7 +43,8 @@ def check(case, backend, dtypes, regimes):
 
 
 def test_every_loss_has_a_textbook_line_and_back():
-    assert {case.name for case in (*CASES, *RANK_CASES)} | {"DISTLoss", "SinkhornLoss", "ULDLoss"} == set(kd.catalogue())  # in tests of their own
+    by_themselves = {"DISTLoss", "SinkhornLoss", "ULDLoss"}  # in test_ranks.py and test_separable.py
+    assert {case.name for case in (*CASES, *RANK_CASES)} | by_themselves == set(kd.catalogue())
 
 
 # The first decorator varies fastest: backends share the textbook's work.

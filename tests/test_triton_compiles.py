@@ -25,9 +25,9 @@ def _signature(kernel, dtype, constants):
 
 def _variants():
     """(name, kernel, dtype, constants, warps)."""
-    from kdkernels.backends.triton_elements import reduce_kernel, spread_kernel
     from kdkernels import JSDLoss, SkewKLLoss
     from kdkernels.backends.triton import _elements
+    from kdkernels.backends.triton_elements import reduce_kernel, spread_kernel
     from kdkernels.backends.triton_rows import rows_kernel
     from kdkernels.backends.triton_separable import compiled, sums_kernel
 

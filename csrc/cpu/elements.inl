@@ -105,16 +105,24 @@ template <typename R> static void instruction(int op, int n, R* to, Operand<R> a
     case TIMES: return map(n, to, a, b, [](V x, V y) INLINE_LAMBDA { return x == none ? V{} : x * y; });
     case GT: return map(n, to, a, b, [](V x, V y) INLINE_LAMBDA { return x > y ? V{} + one : V{}; });
     case SELECT:
-      for (int i = 0; i < n; i += kLanes<R>)
-        save(to + i, load(a.at + i * a.step) != none ? load(b.at + i * b.step) : load(c.at + i * c.step));
+      for (int i = 0; i < n; i += kGroup * kLanes<R>)
+        _Pragma("GCC unroll 4") for (int k = 0; k < kGroup; ++k) {
+          const int j = i + k * kLanes<R>;
+          save(to + j, load(a.at + j * a.step) != none ? load(b.at + j * b.step) : load(c.at + j * c.step));
+        }
   }
 }
 
 // What the sums of a tile gather. Doubles: the sum of the slopes cancels against that of a class with all the weight.
 template <typename R> struct Gathered {
-  typename VectorOf<R>::wide sum[5]{};
-  INLINE_MEMBER void add(int k, Vec<R> x) { sum[k] += __builtin_convertvector(x, typename VectorOf<R>::wide); }
-  double operator[](int k) const { return folded<double>(sum[k], [](double a, double b) { return a + b; }); }
+  Vec<double> sum[5]{}, other[5]{};
+  INLINE_MEMBER void add(int k, Vec<R> x) {
+    if constexpr (sizeof(R) == 8) sum[k] += x;
+    else { sum[k] += lower(x); other[k] += upper(x); }
+  }
+  double operator[](int k) const {
+    return folded<double>(sum[k] + other[k], [](double a, double b) { return a + b; });
+  }
 };
 
 template <typename R>

@@ -38,7 +38,7 @@ class _Finite(torch.autograd.Function):
 def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor:
     """(N,) float64 losses; 0 at rows that are not kept."""
     from ..loss import MOMENTS, Label, Moment
-    from ..rowwise import SUMS
+    from ..rowwise import SUMS, RowsLoss
 
     if not torch.compiler.is_compiling():
         calls["reference", "row_losses"] += 1
@@ -58,8 +58,9 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
     nothing = torch.zeros(s.shape[0], dtype=torch.bool, device=s.device)
     moments: list[Moment] = []
     for k, point in enumerate(loss.all_points()):
-        if point is SUMS:
-            moments.append(loss._sums(*_log_probabilities((s, t), (gone_s, gone_t), args, moments), dead))
+        if point is SUMS and isinstance(loss, RowsLoss):
+            log_q, log_p = _log_probabilities((s, t), (gone_s, gone_t), args, moments)
+            moments.append(loss._sums(log_q, log_p, dead))
             continue
         scale_s, scale_t = (1.0, 1.0) if point.raw else (args[:, :1], args[:, 1:2])
         b, a = args[:, 3 + 2 * k : 4 + 2 * k], args[:, 4 + 2 * k : 5 + 2 * k]

@@ -80,7 +80,8 @@ def sums_kernel(
         phi, slope_q, slope_p = PHI(log_q, log_p, constants)
         slope_q, slope_p = tl.where(live, slope_q, 0.0), tl.where(live, slope_p, 0.0)
         total += tl.sum(tl.where(live, phi, 0.0), 0).to(tl.float64)
-        slope_q, slope_p = slope_q.to(tl.float64), slope_p.to(tl.float64)  # they cancel against a class with most weight
+        # Their sum cancels against the slope of a class that has most of the weight.
+        slope_q, slope_p = slope_q.to(tl.float64), slope_p.to(tl.float64)
         of_q += tl.sum(slope_q, 0)
         z_q += tl.sum(tl.where(live, exp(log_q), 0.0).to(tl.float64), 0)
         z_p += tl.sum(tl.where(live, exp(log_p), 0.0).to(tl.float64), 0)
