@@ -10,15 +10,15 @@ template <typename R, bool MinusOne> INLINE Vec<R> exp_(Vec<R> x) {
   constexpr auto& c = Polynomial<R>::c;
   constexpr R least = sizeof(R) == 4 ? R(-104) : R(-746), most = sizeof(R) == 4 ? R(89) : R(710);
   x = min_<R>(Vec<R>{} + most, max_<R>(Vec<R>{} + least, x));  // a NaN passes
-  const Vec<R> n = round_<R>(x * R(kLog2e));
+  const Vec<R> y = x * R(kLog2e), n = round_<R>(y);
   const Vec<R> f = ((x - n * Ln2<R>::hi) - n * Ln2<R>::lo) * R(kLog2e);
   Vec<R> p = f * c[0] + c[1];
   _Pragma("GCC unroll 16") for (unsigned j = 2; j + 1 < sizeof(c) / sizeof(R); ++j) p = p * f + c[j];
   p *= f;  // 2^f - 1
   const Vec<R> up = n > R(0) ? Vec<R>{} + R(1) : Vec<R>{};  // 2^n itself may overflow where the result does not
-  const Vec<R> e = scale_<R>(p + R(1), n - up, n) * (up + R(1));
+  const Vec<R> e = scale_<R>(p + R(1), n - up, y) * (up + R(1));
   if (!MinusOne) return e;
-  return x > R(30) ? e : scale_<R>(p, n, n) + (scale_<R>(Vec<R>{} + R(1), n, n) - R(1));
+  return x > R(30) ? e : scale_<R>(p, n, y) + (scale_<R>(Vec<R>{} + R(1), n, y) - R(1));
 }
 
 template <typename R> struct Logarithm;  // the coefficients of fdlibm
