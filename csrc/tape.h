@@ -16,11 +16,12 @@ enum Op { CONST, ADD, SUB, MUL, DIV, EXP, EXPM1, LOG, LOG1P, SQRT, SOFTPLUS, TIM
 KD_HD double softplus(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
 KD_HD double sigmoid(double x) { return x > 0 ? 1 / (1 + exp(-x)) : exp(x) / (1 + exp(x)); }
 
-// A view of the float64 tensor [K, R, 0, out] + K flags + R x (op, a, b, c, constant).
+// A view of the float64 tensor [K, R, E, out] + K flags + R x (op, a, b, c, constant) + E numbers of a separable loss.
 struct Program {
   const double* data;
   KD_HD int points() const { return int(data[0]); }
   KD_HD int length() const { return int(data[1]); }
+  KD_HD int elements() const { return int(data[2]); }
   KD_HD int out() const { return int(data[3]); }
   KD_HD int flags(int k) const { return int(data[4 + k]); }
   KD_HD const double* line(int i) const { return data + 4 + points() + 5 * i; }

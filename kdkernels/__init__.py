@@ -2,18 +2,21 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import backends, cache, correlation, logpartition, metrics, ranks, tape
+from . import backends, cache, correlation, distributions, logpartition, metrics, ranks, separable, tape
 from .backends import BackendUnavailable, available_backends, use_backend
 from .base import BaseLoss
 from .compare import RankLoss
 from .compose import SumLoss
 from .correlation import *  # noqa: F403
+from .distributions import *  # noqa: F403
 from .functional import power_sum, power_transform
 from .linear import LinearLoss
 from .logpartition import *  # noqa: F403  (its __all__ is the catalogue)
 from .loss import Label, Loss, Moment, Point
 from .observe import RowMetrics
 from .ranks import *  # noqa: F403
+from .separable import *  # noqa: F403
+from .separable import SeparableLoss
 from .sparse import SparseTeacher
 from .vocab import SharedVocab
 
@@ -22,10 +25,12 @@ try:
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
+_FAMILIES = (logpartition, separable, distributions, ranks, correlation)
 __all__ = [
-    *logpartition.__all__, *ranks.__all__, *correlation.__all__, "BackendUnavailable", "Label", "LinearLoss", "Loss",
-    "Moment", "Point", "RankLoss", "RowMetrics", "SharedVocab", "SparseTeacher", "SumLoss", "available_backends",
-    "backends", "cache", "catalogue", "metrics", "power_sum", "power_transform", "tape", "use_backend",
+    *(_CATALOGUE := [name for family in _FAMILIES for name in family.__all__]),
+    "BackendUnavailable", "Label", "LinearLoss", "Loss", "Moment", "Point", "RankLoss", "RowMetrics", "SeparableLoss",
+    "SharedVocab", "SparseTeacher", "SumLoss", "available_backends", "backends", "cache", "catalogue", "metrics",
+    "power_sum", "power_transform", "tape", "use_backend",
 ]  # fmt: skip
 
 
@@ -34,4 +39,4 @@ backends.load_defaults()
 
 def catalogue() -> dict[str, type[BaseLoss]]:
     """Class name -> class of every loss the library declares."""
-    return {name: globals()[name] for name in (*logpartition.__all__, *ranks.__all__, *correlation.__all__)}
+    return {name: globals()[name] for name in _CATALOGUE}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import call, merged, options, parallel
+from . import backends, call, merged, options, parallel
 from .buckets import Merged
 from .out import check_out, handed_over
 
@@ -69,6 +69,11 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         self.check()
         self.__dict__["_uses"] = options.uses(self)
         self.__dict__.pop("_split", None)
+
+    def _pick(self, student: Tensor, teacher: Tensor | None):
+        """The backend for these logits, and its operators; None for one that runs the definition."""
+        backend = backends.pick(student, teacher)
+        return backend, backend.OPERATORS
 
     def _evaluate(self, rows: call.Rows, student_logits: Tensor, num_items, temperature) -> Tensor:
         raise NotImplementedError

@@ -123,7 +123,7 @@ class Comparison(RankLoss):
         weight, divisor = call.weighting(self, rows, num_items)
         weight = scale if weight is None else weight * scale
         per_row, ignore = self.reduction == "none", self.ignore_index
-        backend: Any = backends.pick_compare(rows.student, rows.teacher)
+        backend: Any = backends.pick_with("COMPARE", rows.student, rows.teacher)
         if hasattr(backend, "COMPARE"):
             return Compare.apply(rows.student, rows.teacher, args, rows.labels, rows.mask, weight, divisor, self.kind,
                                  backend.COMPARE, rows.vocab, ignore, per_row)  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, call, merged, parallel
+from . import call, merged, parallel
 from .base import BaseLoss
 from .options import check_number
 from .sparse import SparseTeacher
@@ -162,13 +162,14 @@ class LinearLoss(nn.Module):
         return x.flat(), vocab, cast, number
 
     def _plan(self, x: Inputs, vocab: int, cast: torch.dtype | None, temperature: float | None, sparse, shards) -> Plan:
-        backend = backends.pick(x.student_hidden, x.teacher_logits if x.teacher_hidden is None else x.teacher_hidden)
+        teacher = x.teacher_logits if x.teacher_hidden is None else x.teacher_hidden
+        backend, operators = self.loss._pick(x.student_hidden, teacher)
         budget = int(self.memory_budget or (BUDGET_CPU if x.student_hidden.is_cpu else BUDGET))
         if isinstance(self.chunk, int):
             chunk = self.chunk
         else:
             plain = not self.loss.standardize and sparse is None and shards is None
-            in_place = plain and backend.OPERATORS and backend.OPERATORS.step_out
+            in_place = plain and operators and operators.step_out
             copies = 1 if in_place and self.student_softcap is None else 2
             width = copies * cast_dtype(x.student_hidden, cast).itemsize
             width += 0 if x.teacher_hidden is None else cast_dtype(x.teacher_hidden, cast).itemsize

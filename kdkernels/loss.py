@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, call, options, tape
+from . import call, options, tape
 from .base import BaseLoss
 from .ops import RowLoss, value_and_grad
 
@@ -101,7 +101,7 @@ class Loss(BaseLoss):
         TypeError, ValueError: an option is not of its kind or out of its range.
     """
 
-    unsharded = None
+    unsharded: str | None = None
     _version: int
     _double: Program
     _single: Program
@@ -142,12 +142,13 @@ class Loss(BaseLoss):
         return teacher_logits * (self.temperature / (self.teacher_temperature or self.temperature))
 
     def _evaluate(self, rows, student_logits, num_items, temperature):
-        backend, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
+        backend, operators, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
         per_row, ignore = self.reduction == "none", self.ignore_index
-        if backend.OPERATORS is None:
+        if operators is None:
             value = backend.row_losses(self, rows, program, args)
             return call.reduced(value, student_logits, rows.labels, weight, divisor, ignore, per_row)
-        operators = backend.OPERATORS if rows.shards is None else rows.shards.operators(backend.OPERATORS)
+        if rows.shards is not None:
+            operators = rows.shards.operators(operators)
         if not torch.is_grad_enabled():  # which an autograd Function does not look at: it would make a gradient
             rows, args = call.detached(rows), args.detach()
         return RowLoss.apply(
@@ -156,18 +157,18 @@ class Loss(BaseLoss):
         )  # fmt: skip
 
     def _prepared(self, rows, num_items, temperature):
-        backend = backends.pick(rows.student, rows.teacher)
-        double = rows.student.dtype == torch.float64 or backend.OPERATORS is None  # the reference is, always
+        backend, operators = self._pick(rows.student, rows.teacher)
+        double = rows.student.dtype == torch.float64 or operators is None  # the reference is, always
         program = self._double if double else self._single
         args = call.arguments(self, program, rows, temperature)
-        return backend, program, args, *call.weighting(self, rows, num_items)
+        return backend, operators, program, args, *call.weighting(self, rows, num_items)
 
     def _value_and_grad(self, rows, student_logits, num_items, temperature, out, accumulate):
-        backend, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
-        if rows.shards is not None or backend.OPERATORS is None or backend.OPERATORS.step is None:
+        _, operators, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
+        if rows.shards is not None or operators is None or operators.step is None:
             return super()._value_and_grad(rows, student_logits, num_items, temperature, out, accumulate)
         numbers = (args, weight, divisor, program.code, self.ignore_index)
-        return value_and_grad(backend.OPERATORS, rows, *numbers, out, accumulate)
+        return value_and_grad(operators, rows, *numbers, out, accumulate)
 
     def with_metrics(
         self,
@@ -203,6 +204,15 @@ class Loss(BaseLoss):
         starts = isinstance(other, int) and other == 0  # as sum() does
         return self if starts else _sum((1, other), (1, self))
 
+    def _distance(self, moments: list[Moment], label: Label):
+        """The distillation term of a row, from the moments at `all_points()`."""
+        own = moments[: len(self.points())]
+        return self.value(*own, **({"label": label} if self.needs_labels else {}))
+
+    def _elements(self) -> list[float]:
+        """What the program says of single classes: nothing."""
+        return []
+
     def all_points(self) -> tuple[Point, ...]:
         """`points()` and those of the cross-entropy."""
         return (tuple(self.points()) if self.kd_weight else ()) + self._student_points()
@@ -213,11 +223,11 @@ class Loss(BaseLoss):
 
     def row_value(self, moments: list[Moment], label: Label, raw_label, temperature):
         """Value of a row: distillation and cross-entropy terms, on tensors or traced values."""
-        count = len(moments) - len(self._student_points())
-        own, extra = moments[:count], moments[count:]
+        count = len(self.points()) if self.kd_weight else 0
+        extra = moments[count:]
         total: Any = 0.0
         if self.kd_weight:
-            total = self.value(*own, **({"label": label} if self.needs_labels else {}))
+            total = self._distance(moments, label)
             total = total * self.kd_weight if self.kd_weight != 1 else total
             total = temperature * temperature * total if self.t_squared else total
         if self.ce_weight:
@@ -249,6 +259,7 @@ def _traced(loss: Loss) -> Program:
     moments = [Moment(*numbers[MOMENTS * k : MOMENTS * (k + 1)]) for k in range(len(points))]
     with options.explain_value(loss):
         value = loss.row_value(moments, Label(*numbers[labels : labels + 2]), *numbers[labels + 2 : labels + 4])
+        elements = loss._elements()
     out = value.register if isinstance(value, tape.Expr) else code.emit(tape.Op.CONST, const=float(value)).register
     code.used.add(out)
     flags = [options.flags(p, code.used, MOMENTS * k, loss.standardize) for k, p in enumerate(points)]
@@ -257,8 +268,8 @@ def _traced(loss: Loss) -> Program:
     args += [c for p in points for c in (p.student, p.teacher)]
     flat = (torch.as_tensor(x, dtype=torch.float64, device="cpu").reshape(-1) for x in args)
     columns = torch.broadcast_tensors(*flat)
-    header = [len(points), len(code.code), 0, out]
-    return Program(torch.tensor([*header, *flags, *lines], dtype=torch.float64), torch.stack(columns, -1))
+    header = [len(points), len(code.code), len(elements), out]
+    return Program(torch.tensor([*header, *flags, *lines, *elements], dtype=torch.float64), torch.stack(columns, -1))
 
 
 def part_of(loss: Any, at: slice, rows: int) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -64,21 +63,21 @@ class _Observed(SumLoss):
     def _prepared(self, rows, num_items, temperature):
         if rows.shards is not None:
             raise ValueError("with_metrics needs whole rows: it takes no group and no DTensors")
-        backend, program, args, *rest = super()._prepared(rows, num_items, temperature)
+        backend, own, program, args, *rest = super()._prepared(rows, num_items, temperature)
         self._sink.update(rows=rows, args=args.detach())
-        if backend.OPERATORS is None:
-            return backend, program, args, *rest
+        if own is None:
+            return backend, None, program, args, *rest
 
         def reduce(*inputs):
-            stats = backend.OPERATORS.reduce(*inputs)
+            stats = own.reduce(*inputs)
             more, scale = self._more(), args.detach().to(stats.device).T
             means = [stats[:, k, 2 + side] * scale[side] for side, k in enumerate(more)]
             lse = [stats[:, k, 0] + stats[:, k, 1].log() for k in more]
             self._sink.update(lse=torch.stack(lse), mean=torch.stack(means), label=stats[:, -1, 0] * scale[0])
             return stats
 
-        operators = backend.OPERATORS._replace(reduce=reduce, step=None, step_out=None, step_add=None)
-        return SimpleNamespace(OPERATORS=operators), program, args, *rest
+        operators = own._replace(reduce=reduce, step=None, step_out=None, step_add=None)
+        return backend, operators, program, args, *rest
 
 
 def with_metrics(loss: Loss, student, teacher, labels, agreement: bool, given: dict) -> tuple[Tensor, RowMetrics]:

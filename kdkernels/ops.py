@@ -17,7 +17,7 @@ A backend may have two more, the three in one pass over the rows:
 
 All statistics are float64. `args` and `program` are described at `kdkernels.loss.Program`:
 args (1 or N, 3 + 2K) = [1/T_student, 1/T_teacher, T], K x (student, teacher coefficient);
-program = [K, R, 0, output register], K flags, R instructions (op, a, b, c, constant).
+program = [K, R, E, output register], K flags, R instructions (op, a, b, c, constant), E numbers of a separable loss.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Operators(NamedTuple):
     step_out: Callable | None = None
     step_add: Callable | None = None
     rescale: Callable | None = None
+    elements: bool = False  # the loss is separable: `spread` takes the program as well, behind coef
 
 
 def _refuse(ctx, *grads):
@@ -58,24 +59,29 @@ def _refuse(ctx, *grads):
     )
 
 
-def register(prefix: str) -> None:
-    """Shape rules and a loud refusal of double backward for the operators `kdkernels::{prefix}...`."""
+def register(prefix: str, elements: bool = False) -> None:
+    """Shape rules and a loud refusal of double backward for the operators `kdkernels::{prefix}...`.
+
+    elements: they are those of the separable losses, which share `rows` with the others.
+    """
 
     @torch.library.register_fake(f"kdkernels::{prefix}reduce")
     def _(student, teacher, labels, mask, args, program, vocab, ignore_index):
         points = (args.shape[1] - 3) // 2
         return student.new_empty((student.shape[:-1].numel(), points + 1, STATS), dtype=torch.float64)
 
-    @torch.library.register_fake(f"kdkernels::{prefix}rows")
-    def _(stats, args, program, sides):
-        return stats.new_empty(stats.shape[0]), stats.new_empty((sides, *stats.shape[:2], COEFS))
+    if not elements:
+
+        @torch.library.register_fake(f"kdkernels::{prefix}rows")
+        def rows(stats, args, program, sides):
+            return stats.new_empty(stats.shape[0]), stats.new_empty((sides, *stats.shape[:2], COEFS))
 
     @torch.library.register_fake(f"kdkernels::{prefix}spread")
-    def _(grad, student, teacher, labels, mask, coef, vocab, ignore_index, side):
-        side_logits = teacher if side else student
+    def _(grad, student, teacher, *rest):
+        side_logits = teacher if rest[-1] else student
         return side_logits.new_empty(side_logits.shape)
 
-    names = ["reduce", "rows", "spread"]
+    names = ["reduce", "spread"] if elements else ["reduce", "rows", "spread"]
     if hasattr(torch.ops.kdkernels, f"{prefix}step"):
         names.append("step")
 
@@ -89,6 +95,19 @@ def register(prefix: str) -> None:
 
     for name in names:
         torch.library.register_autograd(f"kdkernels::{prefix}{name}", _refuse)
+
+
+def rows_of_sums(rows: Callable) -> Callable:
+    """`rows` of a separable loss: the logits' scale acts through phi as well, whatever a point's coefficients say."""
+
+    def run(stats, args, program, sides):
+        value, coef = rows(stats, args, program, sides)
+        for side, by_scale in enumerate((stats[:, -2, 5], stats[:, -1, 6])[:sides]):
+            slope = coef[side, :, -2, 4 + side]
+            coef[side, :, -1, 4] += torch.where(slope == 0, 0.0, slope * by_scale)
+        return value, coef
+
+    return run
 
 
 class _Spread(torch.autograd.Function):
@@ -142,7 +161,8 @@ class RowLoss(torch.autograd.Function):
         out: list[Tensor | None] = [None, None, None]
         for side in (0, 1):
             if ctx.needs_input_grad[side]:
-                inputs = (grad, s, t, labels, mask, coef[side], ctx.vocab, ctx.ignore, side)
+                told = (coef[side], program) if ctx.operators.elements else (coef[side],)
+                inputs = (grad, s, t, labels, mask, *told, ctx.vocab, ctx.ignore, side)
                 slope = _Spread.apply(spread, *inputs) if torch.is_grad_enabled() else spread(*inputs)
                 out[side] = slope.view(student.shape if side == 0 else teacher.shape)
         if ctx.needs_input_grad[2]:  # the scales 1/T of standardised rows: d value / d log scale stands in coef

@@ -66,14 +66,14 @@ def explain_constructor(cls: type):
 
 
 @contextlib.contextmanager
-def explain_value(loss: Loss):
+def explain_value(loss: Loss, name: str = "value"):
     """A function that cannot be traced is told from those that can."""
     try:
         yield
     except (TypeError, AttributeError) as error:
         if "Expr" not in str(error):
             raise
-        raise TypeError(f"{type(loss).__name__}.value is traced: use arithmetic and the functions of kdkernels.tape, "
+        raise TypeError(f"{type(loss).__name__}.{name} is traced: use arithmetic and the functions of kdkernels.tape, "
                         f"not those of torch or math ({error})") from error  # fmt: skip
 
 

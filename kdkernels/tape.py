@@ -142,6 +142,16 @@ softplus = _unary(Op.SOFTPLUS, _softplus)
 detach = _unary(Op.DETACH, torch.detach)
 
 
+def with_slopes(value: Value, *known: tuple[Value, Value]) -> Value:
+    """value, whose slopes are known: (x, d value / d x), ... Kernels take these; tensors differentiate the value."""
+    if not isinstance(value, Expr):
+        return value
+    out: Value = detach(value)
+    for x, slope in known:
+        out = out + (x - detach(x)) * detach(slope)
+    return out
+
+
 def sigmoid(x: Value) -> Value:
     """1 / (1 + exp(-x)), without overflow on either side."""
     return exp(-softplus(-x))
@@ -166,4 +176,5 @@ def where(condition: Value, x: Value, y: Value) -> Value:
     for value in (condition, x, y):
         if isinstance(value, Expr):
             return value.tape.emit(Op.SELECT, condition, x, y)
-    return torch.where(torch.as_tensor(condition), torch.as_tensor(x), torch.as_tensor(y))
+    x, y = (v if isinstance(v, Tensor) else torch.as_tensor(v, dtype=torch.float64) for v in (x, y))
+    return torch.where(torch.as_tensor(condition), x, y)

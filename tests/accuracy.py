@@ -11,13 +11,25 @@ from textbook import CASES, Case
 from torch import Tensor
 
 import kdkernels as kd
+from kdkernels.rowwise import RowsLoss
 
 BACKENDS = list(kd.backends.NAMES)  # one that is not there makes its tests fail, with the reason
 # The Triton interpreter takes tens of milliseconds a row: beside test_losses.py it runs a loss for each thing a kernel
 # can do (label term, weights, second moments, a class left out, no teacher, frozen weights, z-scores).
-FEATURES = ("KDLoss-alpha=0.3", "WTTM", "AlphaBetaLoss-alpha=0.0-beta=0.0", "DKDLoss-alpha=0.5", "Brier", "TAIDLoss-tau=0.4")  # noqa: E501
+FEATURES = ("KDLoss-alpha=0.3", "WTTM", "AlphaBetaLoss-alpha=0.0-beta=0.0", "DKDLoss-alpha=0.5", "Brier", "TAIDLoss-tau=0.4", "JSDLoss-beta=0.9")  # noqa: E501
 SAMPLE = [case for case in CASES if str(case).startswith(FEATURES) or case.options.get("standardize")]
-ON_BACKENDS = [(backend, case) for backend in BACKENDS for case in (SAMPLE if backend == "triton" else CASES)]
+
+
+
+def has_kernels(case: Case, backend: str) -> bool:
+    loss = getattr(kd, case.name)
+    if issubclass(loss, kd.SeparableLoss):
+        return backend != "cuda"
+    return backend == "reference" or not issubclass(loss, RowsLoss)
+
+
+ON_BACKENDS = [(backend, case) for backend in BACKENDS for case in (SAMPLE if backend == "triton" else CASES)
+               if has_kernels(case, backend)]  # fmt: skip
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 ULPS = 4  # slack, in units of the last place of the arithmetic
 SHRINK = torch.finfo(F64).eps / torch.finfo(F32).eps  # the rounding error of one formula scales with the unit roundoff

@@ -17,7 +17,7 @@ import kdkernels as kd
 ISAS = ("0", "1", "2", "3")
 CASE = {str(case): case for case in CASES}
 NAMES = ["KDLoss-alpha=0.3-temperature=3.0", "WTTMLoss-gamma=0.5", "AlphaBetaLoss-alpha=0.2-beta=0.7",
-         "DKDLoss-alpha=1.0-beta=8.0", "TAIDLoss-tau=0.4", "LogitMSELoss"]  # fmt: skip
+         "DKDLoss-alpha=1.0-beta=8.0", "TAIDLoss-tau=0.4", "LogitMSELoss", "JSDLoss"]  # fmt: skip
 some_cases = pytest.mark.parametrize("case", [CASE[name] for name in NAMES], ids=str)
 
 

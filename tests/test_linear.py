@@ -8,14 +8,15 @@ import textbook_ranks
 import torch
 import torch.distributed.fsdp
 import torch.nn.functional as F
-from accuracy import BF16, F16, F32, F64, SAMPLE, make, only, rms
+from accuracy import BF16, F16, F32, F64, SAMPLE, has_kernels, make, only, rms
 from allocations import Widest, allocations
 from textbook import CASES
 from torch import Tensor
 
 import kdkernels as kd
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+EVERYWHERE = [(b, case) for b in ("reference", "cpu") for case in CASES if has_kernels(case, b)]
+everywhere = pytest.mark.parametrize("backend, case", EVERYWHERE, ids=str)
 NATIVE = pytest.mark.parametrize("backend", ["reference", "cpu"])
 N, H, H2, V = 13, 6, 5, 19
 OPTIONS = dict(student_logit_scale=0.7, teacher_logit_scale=1.6, student_softcap=3.0, teacher_softcap=4.0)
@@ -102,8 +103,7 @@ def same(got, want, tolerance=1e-12):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(size, 1e-3), msg=lambda m: f"{name}: {m}")  # noqa: B023
 
 
-@NATIVE
-@every_case
+@everywhere
 def test_chunks_are_the_whole(case, backend):
     """For every loss, with bias, scale, soft-cap, weights and ignored rows; the textbook says so too."""
     x, call = batch(), dict(row_weight=torch.linspace(0, 2, N))
@@ -239,8 +239,7 @@ def test_no_rows(reduction, backend):
             assert grad.shape == like.shape and (grad == 0).all()
 
 
-@NATIVE
-@every_case
+@everywhere
 def test_padded_vocabularies(case, backend):
     """Rows of the heads past vocab_size are not read, whatever they hold, and have gradient 0."""
     x = batch(v=V - 4)

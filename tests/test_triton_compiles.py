@@ -25,16 +25,25 @@ def _signature(kernel, dtype, constants):
 
 def _variants():
     """(name, kernel, dtype, constants, warps)."""
+    from kdkernels import JSDLoss, SkewKLLoss
+    from kdkernels.backends.triton import _elements
     from kdkernels.backends.triton_elements import reduce_kernel, spread_kernel
     from kdkernels.backends.triton_rows import rows_kernel
+    from kdkernels.backends.triton_separable import compiled, sums_kernel
 
+    none = dict(PHI=None, SIDE=0)
     some = dict(HAS_TEACHER=True, HAS_LABEL=True, HAS_MASK=False, BLOCK=2048)
     for dtype in ("fp32", "bf16"):
         for align in (16, 1):
             for points, second in ((2, False), (5, False), (4, True)):
                 tile = dict(K=points, KP=1 << (points - 1).bit_length(), SECOND=second, ALIGN=align, **some)
                 yield f"reduce {dtype} K={points} second={second} align={align}", reduce_kernel, dtype, tile, 8
-            yield f"spread {dtype} align={align}", spread_kernel, dtype, dict(ALIGN=align, **some), 8
+            yield f"spread {dtype} align={align}", spread_kernel, dtype, dict(ALIGN=align, **none, **some), 8
+        for loss in (JSDLoss(), SkewKLLoss()):
+            phi, tile = compiled(_elements(loss._single.code).tolist()), dict(ALIGN=16, HAS_MASK=False, BLOCK=1024)
+            name = type(loss).__name__
+            yield f"sums {dtype} {name}", sums_kernel, dtype, dict(PHI=phi, **tile), 4
+            yield f"spread {dtype} {name}", spread_kernel, dtype, dict(PHI=phi, SIDE=0, ALIGN=16, **some), 8
     for sides in (1, 2):
         yield f"rows sides={sides}", rows_kernel, "fp64", dict(SIDES=sides, ROWS=32), 1
 

@@ -4,6 +4,7 @@ The formulas run in whatever dtype they are given: in float64 they are the truth
 float32 their own error is the bar a kernel has to meet. `CASES` at the end lists what the tests run: one line a loss.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -121,6 +122,83 @@ def taid(s, t, y, tau):
     else:
         mix = (1 - tau) * s + tau * t
     return kl(logp(mix).detach(), logp(s))
+
+
+def kl_to_mixture(lp, lq, share):
+    """KL(p || share p + (1 - share) q), from the ratios q / p: no rounding as large as a log-probability's."""
+    ratio = torch.logaddexp(lp.new_tensor(math.log(share)), math.log(1 - share) + (lq - lp))
+    return weigh(lp.exp(), -ratio).sum(-1)
+
+
+def jsd(s, t, y, beta=0.5):
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; KL(p || q) at 0, KL(q || p) at 1."""
+    lp, lq = logp(t), logp(s)
+    if beta in (0, 1):
+        return kl(lq, lp) if beta else kl(lp, lq)
+    return beta * kl_to_mixture(lp, lq, beta) + (1 - beta) * kl_to_mixture(lq, lp, 1 - beta)
+
+
+def skew_kl(s, t, y, alpha=0.1):
+    """KL(p || alpha p + (1 - alpha) q)."""
+    lp, lq = logp(t), logp(s)
+    return kl_to_mixture(lp, lq, alpha) if alpha else kl(lp, lq)
+
+
+def skew_reverse_kl(s, t, y, alpha=0.1, detach_mixture=False):
+    """KL(q || alpha q + (1 - alpha) p)."""
+    lp, lq = logp(t), logp(s)
+    if detach_mixture:
+        lm = torch.logaddexp(lq.detach() + math.log(alpha), lp + math.log(1 - alpha))
+        return kl(lq, lm)
+    return kl_to_mixture(lq, lp, alpha) if alpha else kl(lq, lp)
+
+
+def tvd(s, t, y):
+    """sum |p - q| / 2."""
+    return (logp(t).exp() - logp(s).exp()).abs().sum(-1) / 2
+
+
+def as_large(p):
+    """(V,) -> (V,): the mass of the entries that are as large, or larger."""
+    values, inverse, counts = p.unique(return_inverse=True, return_counts=True)
+    return (values * counts).flip(0).cumsum(0).flip(0)[inverse]
+
+
+def akl(s, t, y, mu=0.5):
+    """w KL(p || q) + (1 - w) KL(q || p), w the constant share of sum |p - q| in the head of the sorted teacher."""
+    lp, lq = logp(t), logp(s)
+    p, gap = lp.exp().detach(), (lp.exp() - lq.exp()).abs().detach()
+    reached = torch.stack([as_large(row) for row in p])
+    head = (reached <= mu) | (p == p.amax(-1, keepdim=True))
+    w = torch.where(gap.sum(-1) > 0, (gap * head).sum(-1) / gap.sum(-1), 0.5)
+    return weigh(w, kl(lp, lq)) + weigh(1 - w, kl(lq, lp))
+
+
+def uld(s, t, y):
+    """sum |q_(i) - p_(i)|, both sorted."""
+    return (logp(s).exp().sort(-1).values - logp(t).exp().sort(-1).values).abs().sum(-1)
+
+
+def grouped_kl(s, t, y, groups=None, between=1.0, within=1.0, balanced=False):
+    """between KL(P || Q) + within sum_g w_g KL(p_g || q_g) of group masses P, Q; w = P, or 1."""
+    lp, lq, total = logp(t), logp(s), 0
+    groups = torch.zeros(s.shape[-1], dtype=torch.int64) if groups is None else torch.as_tensor(groups)
+    for g in groups.unique():
+        inside_p, inside_q = lp[:, groups == g], lq[:, groups == g]
+        P, Q = inside_p.logsumexp(-1), inside_q.logsumexp(-1)
+        weight = 1 if balanced else P.exp()
+        total = total + between * P.exp() * (P - Q) + within * weight * kl(logp(inside_p), logp(inside_q))
+    return total
+
+
+def sinkhorn(q, p, epsilon=0.1, iterations=20):
+    """sum_ij P_ij |q_i - p_j| / N, P by alternating normalisation; q, p (N, V) probabilities."""
+    cost = (q[:, None] - p).abs().sum(-1)
+    plan = (-cost / epsilon).exp()
+    for _ in range(iterations):
+        plan = plan / plan.sum(1, keepdim=True)
+        plan = plan / plan.sum(0)
+    return (plan * cost).sum() / len(q)
 
 
 # --- what all losses share
@@ -262,5 +340,19 @@ CASES = [
     Case("BrierLoss", brier),
     Case("LogitMSELoss", logit_mse),
     Case("TAIDLoss", taid, dict(tau=0.4)),
+    Case("JSDLoss", jsd),
+    Case("JSDLoss", jsd, dict(beta=0.9, temperature=2.0, t_squared=True, ce_weight=0.5)),
+    Case("JSDLoss", jsd, dict(beta=0.0)),
+    Case("JSDLoss", jsd, dict(beta=1.0)),
+    Case("SkewKLLoss", skew_kl),
+    Case("SkewKLLoss", skew_kl, dict(alpha=0.5, standardize=True)),
+    Case("SkewKLLoss", skew_kl, dict(alpha=0.0)),
+    Case("SkewReverseKLLoss", skew_reverse_kl),
+    Case("SkewReverseKLLoss", skew_reverse_kl, dict(alpha=0.001)),
+    Case("SkewReverseKLLoss", skew_reverse_kl, dict(alpha=0.3, detach_mixture=True)),
+    Case("TVDLoss", tvd),
+    Case("AKLLoss", akl),
+    Case("AKLLoss", akl, dict(mu=0.8, temperature=2.0, ce_weight=0.5)),
+    Case("GroupedKLLoss", grouped_kl, dict(between=2.0, within=0.5)),
     Case("TAIDLoss", taid, dict(tau=0.8, temperature=2.0, standardize=True)),
 ]

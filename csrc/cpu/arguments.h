@@ -78,4 +78,53 @@ inline int64_t step_of(const Tensor& grad, int64_t rows) {
   return grad.numel() == 1 ? 0 : 1;
 }
 
+inline Args args_of(const Tensor& args, int64_t rows, int points) {
+  STD_TORCH_CHECK(args.dim() == 2 && args.size(1) == 3 + 2 * points && args.is_contiguous() &&
+                      (args.size(0) == 1 || args.size(0) == rows),
+                  "kdkernels: args must be (1 or N, 3 + 2K) contiguous float64");
+  return {args.const_data_ptr<double>(), args.size(0) == 1 ? 0 : args.size(1)};
+}
+
+inline Program program_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double && x.dim() == 1 && x.numel() >= 4 && x.is_contiguous(),
+                  "kdkernels: program must be a contiguous float64 vector");
+  const Program p{x.const_data_ptr<double>()};
+  STD_TORCH_CHECK(x.numel() == 4 + p.points() + 5 * p.length() + p.elements(), "kdkernels: program is damaged");
+  return p;
+}
+
+inline bool is_double(const Tensor& s, const MaybeTensor& t, int64_t vocab) {
+  return vocab <= kNarrow || s.scalar_type() == ScalarType::Double || (t && t->scalar_type() == ScalarType::Double);
+}
+
+// weight / divisor of every row; divisor 0 stands for the number of kept rows.
+inline std::vector<double> factors(const Batch& x, const MaybeTensor& weight, double divisor) {
+  int64_t kept = 0;
+  for (int64_t n = 0; n < x.rows; ++n) kept += x.kept(n);
+  const double over = divisor != 0 ? divisor : double(std::max<int64_t>(kept, 1));
+  const double* w = weight ? weight->const_data_ptr<double>() : nullptr;
+  const int64_t step = weight ? step_of(*weight, x.rows) : 0;
+  std::vector<double> out(x.rows);
+  for (int64_t n = 0; n < x.rows; ++n) out[n] = x.kept(n) ? (w ? w[n * step] : 1) / over : 0;
+  return out;
+}
+
+// Where a step writes: `out`, which may be the student itself.
+inline Gradient gradient_of(const Batch& x, const Tensor& s, Tensor& out, bool fresh) {
+  STD_TORCH_CHECK(out.is_contiguous() && out.numel() == x.rows * width_of(s) && out.scalar_type() == s.scalar_type(),
+                  "kdkernels: out must be contiguous, of the student's shape and dtype");
+  return Gradient(out.mutable_data_ptr(), x.rows, width_of(s) * x.s.size(), fresh);
+}
+
+inline Tensor total_of(const Batch& x, const Tensor& s, const std::vector<double>& g, const std::vector<double>& value) {
+  double sum = 0;
+  for (int64_t n = 0; n < x.rows; ++n)
+    if (x.kept(n) && g[n] != 0) sum += g[n] * value[n];
+  const bool wide = s.scalar_type() == ScalarType::Double;
+  Tensor total = torch::stable::new_empty(s, {}, wide ? ScalarType::Double : ScalarType::Float);
+  if (wide) *total.mutable_data_ptr<double>() = sum;
+  else *total.mutable_data_ptr<float>() = float(sum);
+  return total;
+}
+
 }  // namespace kd

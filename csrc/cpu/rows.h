@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "../moments.h"
+#include "elements.h"
 #include "tile.h"
 
 namespace kd {
@@ -211,7 +212,7 @@ void reduce_row(const Tiles<R>& isa, const Batch& x, int64_t n, const Program& p
 // out: classes [first, end) of the gradient of one side's row, of which those from vocab on are padding.
 template <typename R>
 void spread_part(const Tiles<R>& isa, const Batch& x, int64_t n, int K, const double* coef, double g, int side,
-                 int64_t first, int64_t end, bool stream, char* out) {
+                 int64_t first, int64_t end, bool stream, char* out, const ElementSlopes<R>* more = nullptr) {
   const Logits& own = side ? x.t : x.s;
   const double* last = coef + K * kCoefs;
   alignas(64) R d[kTile];
@@ -224,8 +225,10 @@ void spread_part(const Tiles<R>& isa, const Batch& x, int64_t n, int K, const do
     heavy |= coef[k * kCoefs] > -0.7;  // log(1/2)
     excludes |= coef[k * kCoefs + 9] != 0;
   }
-  const bool ordinary = kept && !dead_row && !heavy && last[5] == 0 && Tile<R>::can_stay(x);
+  const bool ordinary = kept && !more && !dead_row && !heavy && last[5] == 0 && Tile<R>::can_stay(x);
+  const double factor = more ? more->factor() : 0;
   for (; first < end; first += kTile) {
+    const R* slopes = nullptr;
     const int count = int(std::min<int64_t>(end - first, kTile));
     if (ordinary && first + count <= x.vocab && !(label >= first && label < first + count)) {
       tile.find(x, n, first, count);
@@ -247,6 +250,11 @@ void spread_part(const Tiles<R>& isa, const Batch& x, int64_t n, int K, const do
       } else {
         isa.spread(tile.view, coef, K, g, tile.special, true, tile.scratch, d);
       }
+      if (more && factor * g != 0) {
+        slopes = more->at(isa, tile.view, first);
+        const R by = R(factor * g);
+        for (int i = 0; i < live; ++i) d[i] += by * slopes[i];
+      }
     } else {
       std::fill(d, d + live, dead_row ? std::numeric_limits<R>::quiet_NaN() : R(0));
     }
@@ -260,7 +268,8 @@ void spread_part(const Tiles<R>& isa, const Batch& x, int64_t n, int K, const do
         if (i == live) continue;
         const R s = tile.view.s[i], t = tile.view.t[i], s_max = R(last[1]), t_max = R(last[2]);
         const Deviation exact{double(s) - s_max, double(t) - t_max}, rounded{double(s - s_max), double(t - t_max)};
-        d[i] = R(g * slope_at(coef, K, exact, rounded, label == first + i));
+        const double own = slopes ? factor * slopes[i] : 0;
+        d[i] = R(g * (slope_at(coef, K, exact, rounded, label == first + i) + own));
       }
     isa.store(own.type, d, count, out + own.size() * first, stream);
   }

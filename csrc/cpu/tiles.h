@@ -23,6 +23,26 @@ template <typename R, typename Src = R> struct View {
 struct Exponent { double b, a, c; };
 template <typename R> struct TileSums { double z, s, t, ss, st, tt; };
 
+// What a separable loss does at every class: see kdkernels/elements.py.
+struct Elements {
+  const double* data;
+  int length() const { return int(data[0]); }
+  int early() const { return int(data[1]); }
+  int scratch() const { return int(data[2]); }
+  int constants() const { return int(data[3]); }
+  int output(int k) const { return int(data[4 + k]); }
+  double constant(int i) const { return data[7 + i]; }
+  const double* line(int i) const { return data + 7 + constants() + 5 * i; }
+  bool valid(int numbers) const { return numbers >= 7 && numbers == 7 + constants() + 5 * length(); }
+};
+constexpr int kStretch = 512;  // classes an instruction runs over
+struct LogWeights { double b, log_q, a, log_p; };  // log q_i = b u + log_q, log p_i = a v + log_p
+// Of phi, of its slopes in log q and log p, and of those times log q and log p.
+struct ElementSums {
+  double total, q, p, xq, xp;
+  void add(const ElementSums& o) { total += o.total; q += o.q; p += o.p; xq += o.xq; xp += o.xp; }
+};
+
 template <typename R> struct Tiles {
   // A copy of x and, as `peak` does, a look at it.
   bool (*widen)(Type, const void* x, int n, R* out, R* max);
@@ -42,6 +62,8 @@ template <typename R> struct Tiles {
   // the same from memory to memory, nothing special and no label, if types and points allow; else false
   bool (*through)(Type, const View<R>&, const double* coef, int K, double g, bool stream, void* out);
   void (*exp2)(const R* x, int n, R* out);
+  // Sums of a tile; what has to do with the slope in log p only if `both`. slope: where that of one side goes, or null.
+  ElementSums (*elements)(const View<R>&, const Elements&, const LogWeights&, bool both, int side, R* work, R* slope);
 };
 
 namespace base { extern const Tiles<float> f32; extern const Tiles<double> f64; }

@@ -95,6 +95,9 @@ template <typename R, Kind K, typename Src> INLINE Weigh<R, K> weigh_of(const Vi
 
 #include "sums.inl"
 #include "spread.inl"
+#include "elements.inl"
 
-extern const Tiles<float> f32 = {widen_all, store, peak, top, sums, look, sums_through, spread, through, exp2_all};
-extern const Tiles<double> f64 = {widen_all, store, peak, top, sums, look, sums_through, spread, through, exp2_all};
+extern const Tiles<float> f32 = {widen_all, store, peak, top, sums, look, sums_through, spread, through, exp2_all,
+                                  elements};
+extern const Tiles<double> f64 = {widen_all, store, peak, top, sums, look, sums_through, spread, through, exp2_all,
+                                  elements};

@@ -179,6 +179,24 @@ INLINE Vec<double> wide(const float* x) {
   return Vec<double>{x[0], x[1]};
 #endif
 }
+INLINE Vec<double> lower(Vec<float> x) {
+#if defined(KD_AVX512)
+  return _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+#elif defined(KD_AVX2)
+  return _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+#else
+  return Vec<double>{x[0], x[1]};
+#endif
+}
+INLINE Vec<double> upper(Vec<float> x) {
+#if defined(KD_AVX512)
+  return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+#elif defined(KD_AVX2)
+  return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+#else
+  return Vec<double>{x[2], x[3]};
+#endif
+}
 INLINE Vec<float> join(Vec<double> x, Vec<double> y) {
 #if defined(KD_AVX512)
   return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(x)), _mm512_cvtpd_ps(y), 1);

@@ -131,19 +131,36 @@ def pick(student: Tensor, teacher: Tensor | None = None) -> ModuleType:
     return _checked("reference")
 
 
-def pick_compare(student: Tensor, teacher: Tensor) -> ModuleType:
-    """The same for losses that compare orders, whose kernels not every backend has.
+FAMILIES = {"COMPARE": "rank losses", "SEPARABLE": "separable losses"}
+
+
+def pick_with(family: str, student: Tensor, teacher: Tensor) -> ModuleType:
+    """The same for a family of losses whose kernels not every backend has: its operators are an attribute of that name.
 
     Raises:
         BackendUnavailable: the backend asked for has none.
     """
     backend = pick(student, teacher)
-    if backend.__name__.endswith(".reference") or hasattr(backend, "COMPARE"):
+    if backend.__name__.endswith(".reference") or hasattr(backend, family):
         return backend
+    missing = f"no kernels for {FAMILIES[family]} in this version of kdkernels"
     if (name := _choice.name or _forced) is not None:
-        raise BackendUnavailable(f"backend {name!r} has no kernels for rank losses in this version of kdkernels")
+        raise BackendUnavailable(f"backend {name!r} has {missing}")
+    if not isinstance(other := _load("triton"), str) and hasattr(other, family):
+        return other
     if not torch.compiler.is_compiling():
-        _say_slow(backend.__name__.rpartition(".")[2], "it has no kernels for rank losses")
+        _say_slow(backend.__name__.rpartition(".")[2], f"it has {missing}")
+    return _checked("reference")
+
+
+def definition(loss: str) -> ModuleType:
+    """The reference backend, for a loss that has no kernels at all.
+
+    Raises:
+        BackendUnavailable: another backend was asked for.
+    """
+    if (name := _choice.name or _forced) not in (None, "reference"):
+        raise BackendUnavailable(f"backend {name!r} has no kernels for {loss}, which runs its definition in torch")
     return _checked("reference")
 
 

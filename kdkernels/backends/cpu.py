@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import rankops
-from ..ops import Operators, register, rescale
+from ..ops import Operators, register, rescale, rows_of_sums
 from . import calls
 
 DEVICES = ("cpu",)
@@ -24,6 +24,7 @@ def _load() -> str | None:
         return f"{LIBRARY} is not built; reinstall kdkernels (pip install .) with a C++ compiler"
     torch.ops.load_library(str(LIBRARY))
     register("")
+    register("separable_", elements=True)
     rankops.register()
     return None
 
@@ -69,6 +70,10 @@ def _checked(launch):
 
 OPERATORS = Operators(_checked(_counted("reduce")), _counted("rows"), _counted("spread"), _checked(_counted("step")),
                       _checked(_counted("step_out")), rescale=rescale)  # fmt: skip
+SEPARABLE = Operators(
+    _checked(_counted("separable_reduce")), rows_of_sums(_counted("rows")), _counted("separable_spread"),
+    _checked(_counted("separable_step")), _checked(_counted("separable_step_out")), rescale=rescale, elements=True,
+)  # fmt: skip
 COMPARE = (_checked(_counted("compare")), _checked(_counted("compare_step")))
 BUCKET = (_counted("bucket"), _counted("bucket_spread"))
 METRICS = {name: _counted(name) for name in ("rankdata", "spearman", "kendall_tau")}

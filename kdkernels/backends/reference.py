@@ -39,6 +39,7 @@ class _Finite(torch.autograd.Function):
 def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor:
     """(N,) float64 losses; 0 at rows that are not kept."""
     from ..loss import MOMENTS, Label, Moment
+    from ..rowwise import SUMS, RowsLoss
 
     if not torch.compiler.is_compiling():
         calls["reference", "row_losses"] += 1
@@ -62,6 +63,10 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
     moments: list = []
     empty, apart = [], []
     for k, point in enumerate(loss.all_points()):
+        if point is SUMS and isinstance(loss, RowsLoss):
+            log_q, log_p = _log_probabilities((s, t), (gone_s, gone_t), args, moments)
+            moments.append(loss._sums(log_q, log_p, dead))
+            continue
         scale_s, scale_t = (1.0, 1.0) if point.raw else (args[:, :1], args[:, 1:2])
         b, a = args[:, 3 + 2 * k : 4 + 2 * k], args[:, 4 + 2 * k : 5 + 2 * k]
         out = dead | (gone_s & (b != 0)) | (gone_t & (a != 0))
@@ -99,6 +104,13 @@ def _prepare(x: Tensor | None, rows: Rows, keep: Tensor | None) -> Tensor:
 def _at(x: Tensor, gone: Tensor, y: Tensor, here: Tensor) -> Tensor:
     at = x.gather(1, y) + torch.where(gone.gather(1, y), -math.inf, 0.0)
     return torch.where(here, at, 0.0)[:, 0]
+
+
+def _log_probabilities(logits, gone, args, moments):
+    """log q and log p (N, V), from the log-partitions at the first two points."""
+    for k in (0, 1):
+        lse = torch.where(moments[k][0] == -math.inf, 0.0, moments[k][0])
+        yield logits[k] * args[:, k, None] - lse[:, None] + torch.where(gone[k], -math.inf, 0.0)
 
 
 def _moments(s, t, b, a, out, gone_s, gone_t, point, wanted):

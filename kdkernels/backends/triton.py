@@ -20,10 +20,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops import COEFS, STATS, Operators, register
+from ..elements import HEADER
+from ..ops import COEFS, STATS, Operators, register, rows_of_sums
 from . import calls
 from .triton_elements import reduce_kernel, spread_kernel
 from .triton_rows import rows_kernel
+from .triton_separable import compiled, sums_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICES = ("cuda", "xpu", "cpu") if INTERPRETED else ("cuda", "xpu")
@@ -111,20 +113,66 @@ def rows(stats: Tensor, args: Tensor, program: Tensor, sides: int) -> tuple[Tens
 def spread(grad: Tensor, student: Tensor, teacher: Tensor | None, labels: Tensor | None, mask: Tensor | None,
            coef: Tensor, vocab: int, ignore_index: int, side: int) -> Tensor:  # fmt: skip
     """The gradient of the student's (side 0) or the teacher's (side 1) logits, contiguous, in their dtype."""
+    return _spread(grad, student, teacher, labels, mask, coef, vocab, side, None)
+
+
+def _spread(grad, student, teacher, labels, mask, coef, vocab, side, elements):
     (s, s_a, s_b), (t, t_a, t_b) = _rows(student, student), _rows(teacher, student)
     own = t if side else s
     # The interpreter truncates when it stores bfloat16, where hardware rounds.
     out = torch.empty(own.shape, dtype=torch.float32 if INTERPRETED else own.dtype, device=s.device)
     B, W, N, config, K = *out.shape[-2:], out.shape[:-1].numel(), _config(out.shape[-1], vocab), coef.shape[1] - 1
     if out.numel():
+        phi, constants = (None, coef) if elements is None else _phi(elements, s.device)
         with _launch("spread", s.device):
             spread_kernel[(N, triton.cdiv(W, config["BLOCK"]))](
                 grad, s, t, s if labels is None else labels.contiguous(), s if mask is None else mask.view(torch.uint8),
-                coef.contiguous(), out, s_a, s_b, t_a, t_b, B, vocab, W, grad.stride(0) * (len(grad) > 1), K,
-                teacher is not None, labels is not None, mask is not None, **config,
+                coef.contiguous(), constants, out, s_a, s_b, t_a, t_b, B, vocab, W, grad.stride(0) * (len(grad) > 1), K,
+                teacher is not None, labels is not None, mask is not None, phi, side if phi else 0, **config,
             )  # fmt: skip
     return out.to(own.dtype)
 
 
+def _phi(elements: Tensor, device: torch.device):
+    """The Triton function of a separable loss, and its constants on the device."""
+    numbers = elements.tolist()
+    constants = elements[HEADER : HEADER + int(numbers[3])].contiguous()
+    return compiled(numbers), _there(constants, device)
+
+
+@torch.library.custom_op("kdkernels::triton_separable_reduce", mutates_args=())
+def separable_reduce(student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None, args: Tensor,
+                     program: Tensor, vocab: int, ignore_index: int) -> Tensor:  # fmt: skip
+    """Statistics (N, K + 1, 7), the sums over the classes in the place of the last point."""
+    (s, s_a, s_b), (t, t_a, t_b) = _rows(student, student), _rows(teacher, student)
+    B, K, N = s.shape[-2], int(program[0]) - 1, s.shape[:-1].numel()
+    head = torch.cat((program.new_tensor([K, 0, 0, 0]), program[4 : 4 + K]))
+    args = _there(args, s.device)
+    stats = reduce(student, teacher, labels, mask, args[:, : 3 + 2 * K].contiguous(), head, vocab, ignore_index)
+    sums = stats.new_zeros((N, STATS + 1))
+    if N:
+        phi, constants = _phi(_elements(program), s.device)
+        with _launch("sums", s.device):
+            sums_kernel[(N,)](
+                s, t, s if mask is None else mask.view(torch.uint8), args, stats, constants, sums, s_a, s_b, t_a, t_b,
+                args.shape[1] * (len(args) > 1), B, vocab, K, phi, mask is not None, **_config(min(vocab, 1024), vocab),
+            )  # fmt: skip
+    last = torch.cat((stats[:, -1, : STATS - 1], sums[:, STATS:]), 1)
+    return torch.cat((stats[:, :-1], sums[:, None, :STATS], last[:, None]), 1)
+
+
+@torch.library.custom_op("kdkernels::triton_separable_spread", mutates_args=())
+def separable_spread(grad: Tensor, student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None,
+                     coef: Tensor, program: Tensor, vocab: int, ignore_index: int, side: int) -> Tensor:  # fmt: skip
+    """`spread` of a separable loss."""
+    return _spread(grad, student, teacher, labels, mask, coef, vocab, side, _elements(program))
+
+
+def _elements(program: Tensor) -> Tensor:
+    return program[4 + int(program[0]) + 5 * int(program[1]) :]
+
+
 register("triton_")
+register("triton_separable_", elements=True)
 OPERATORS = Operators(reduce, rows, spread)
+SEPARABLE = Operators(separable_reduce, rows_of_sums(rows), separable_spread, elements=True)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .triton_math import expm1
+
 STATS, COEFS, ELSEWHERE = tl.constexpr(7), tl.constexpr(10), tl.constexpr(-(1 << 62))
 INF, NAN = tl.constexpr(float("inf")), tl.constexpr(float("nan"))
 
@@ -194,11 +196,14 @@ def _slope(c, u, v, use):
 
 @triton.jit(do_not_specialize=["B", "vocab", "width", "grad_row", "K"])
 def spread_kernel(
-    grad_ptr, s_ptr, t_ptr, label_ptr, mask_ptr, coef, out_ptr, s_a, s_b, t_a, t_b, B, vocab, width, grad_row, K,
-    HAS_TEACHER: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_MASK: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad_ptr, s_ptr, t_ptr, label_ptr, mask_ptr, coef, constants, out_ptr, s_a, s_b, t_a, t_b, B, vocab, width,
+    grad_row, K, HAS_TEACHER: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_MASK: tl.constexpr, PHI: tl.constexpr,
+    SIDE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out_i = g sum_k exp(b u + a v + lam) (c0 + c1 u + c2 v + c3 u^2 + c4 u v + c5 v^2), u = s - max s, v alike."""
+    """out_i = g sum_k exp(b u + a v + lam) (c0 + c1 u + c2 v + c3 u^2 + c4 u v + c5 v^2), u = s - max s, v alike.
+
+    Of a separable loss (PHI is not None) the last point stands for the slope of phi (see triton_separable.py).
+    """
     n, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     vocab, width = vocab // ALIGN * ALIGN, width // ALIGN * ALIGN
     s_ptr += (n // B) * s_a + (n % B) * s_b
@@ -213,7 +218,20 @@ def spread_kernel(
     u = tl.where(live, s - tl.load(last + 1).to(tl.float32), 0.0)
     v = tl.where(live, t - tl.load(last + 2).to(tl.float32), 0.0)
     d = tl.where(cols == y, slope, 0.0)
-    for k in range(K):
+    start, points = 0, K
+    if PHI is not None:
+        start, points = 2, K - 1
+        b, a = tl.load(coef + 1).to(tl.float32), tl.load(coef + COEFS + 2).to(tl.float32)
+        log_q = tl.where(live, u * b + tl.load(coef).to(tl.float32), 0.0)
+        log_p = tl.where(live, v * a + tl.load(coef + COEFS).to(tl.float32), 0.0)
+        _phi, slope_q, slope_p = PHI(log_q, log_p, constants)
+        scale = tl.load(last - COEFS + 4 + SIDE) * tl.load(coef + SIDE * (COEFS + 1) + 1)
+        sum_of = tl.where(scale == 0, 0.0, tl.load(coef + SIDE * COEFS + 3) / tl.where(scale == 0, 1.0, scale))
+        high, log_own, own = sum_of.to(tl.float32), log_p if SIDE else log_q, slope_p if SIDE else slope_q
+        # Of a class with most of the weight little is left: first what cancels, without a rounding.
+        heavy = ((own + high) + (sum_of - high.to(tl.float64)).to(tl.float32)) + high * expm1(log_own)
+        d += _times(scale.to(tl.float32), tl.where(log_own > -0.7, heavy, own + high * tl.exp(log_own)))
+    for k in range(start, points):
         c = coef + k * COEFS
         use = live & ((cols != y) | (tl.load(c + 9).to(tl.int32) == 0))
         if (tl.load(c) > 4) | (tl.load(c + 1) < 0) | (tl.load(c + 2) < 0):  # exponents are large: see _weights

@@ -1,0 +1,222 @@
+"""Losses that sort the probabilities of a row, split them into groups, or relate all rows of a batch to each other."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import backends, call
+from .backends.reference import _prepare
+from .compare import RankLoss
+from .options import check_bool, check_number
+from .rowwise import RowsLoss
+from .tape import times
+
+__all__ = ["AKLLoss", "GroupedKLLoss", "SinkhornLoss", "ULDLoss"]
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Terms of KL(p || q), 0 where p is."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q).where(p > 0, 0.0), 0.0)
+
+
+class AKLLoss(RowsLoss):
+    """w KL(p || q) + (1 - w) KL(q || p), w = g_head / (g_head + g_tail), constant. [Wu et al. 2025, AKL, eq. 11-13]
+
+    The head are the teacher's largest probabilities as long as they sum to mu or less, and the largest in any case;
+    g are the sums of |p - q| over the head and over the rest. Equal probabilities are in the head together or not.
+
+    Args:
+        mu: mass of the head, in (0, 1).
+    """
+
+    def __init__(self, mu: float = 0.5, **options):
+        super().__init__(**options)
+        self.mu = mu
+
+    def check(self):
+        check_number("mu", self.mu, above=0, most=1)
+
+    def distances(self, log_q, log_p, dead):
+        head = self._head_share(log_q.detach().exp(), log_p.detach().exp())
+        forward, reverse = _kl(log_p, log_q).sum(-1), _kl(log_q, log_p).sum(-1)
+        return times(head, forward) + times(1 - head, reverse)
+
+    def _head_share(self, q: Tensor, p: Tensor) -> Tensor:
+        top, order = p.sort(-1, descending=True)
+        end = torch.searchsorted(-top, -top, right=True) - 1  # of those that are equal
+        head = (top.cumsum(-1).gather(-1, end) <= self.mu) | (top == top[:, :1])
+        gap = (p - q).abs().gather(-1, order)
+        all_of_it = gap.sum(-1)
+        share = (gap * head).sum(-1) / torch.where(all_of_it > 0, all_of_it, 1.0)
+        return torch.where(all_of_it > 0, share, 0.5)
+
+
+class ULDLoss(RowsLoss):
+    """sum_i |q_(i) - p_(i)|, both sorted from the largest: the universal logit distance. [Boizard et al. 2024, eq. 3]
+
+    For teachers with a vocabulary of their own: teacher_logits may be of another width than student_logits (the
+    narrower row is filled up with probabilities of 0; vocab_size and vocab_mask are then refused). Rows belong together
+    as they stand: align the positions of two tokenizers first. The authors add the cross-entropy, with this at 1.5.
+    """
+
+    def forward(self, student_logits, teacher_logits=None, labels=None, **call):
+        s, t = self._filled(student_logits, teacher_logits, labels, call)
+        return super().forward(s, t, labels, **call)
+
+    def value_and_grad(self, student_logits, teacher_logits=None, labels=None, *, out=None, **call):
+        s, t = self._filled(student_logits, teacher_logits, labels, call)
+        if s is student_logits:
+            return super().value_and_grad(s, t, labels, out=out, **call)
+        value, gradient = super().value_and_grad(s, t, labels, **call)
+        gradient = gradient[..., : student_logits.shape[-1]]
+        return value, gradient if out is None else out.copy_(gradient)
+
+    def _filled(self, s, t, labels, call):
+        """Both rows at the width of the wider one."""
+        if not (isinstance(s, Tensor) and isinstance(t, Tensor) and s.dim() and t.dim()):
+            return s, t
+        widths = s.shape[-1], t.shape[-1]
+        if widths[0] == widths[1] or call.get("vocab_size") is not None:
+            return s, t
+        if call.get("vocab_mask") is not None:
+            raise ValueError(f"vocab_mask needs rows of one width, got {tuple(s.shape)} and {tuple(t.shape)}")
+        kept = isinstance(labels, Tensor) and labels.is_cpu and labels[labels != self.ignore_index]
+        if isinstance(kept, Tensor) and (kept >= widths[0]).any():
+            raise ValueError(f"labels must be in [0, {widths[0]}) or ignore_index={self.ignore_index}")
+        wide = max(widths)
+        return (x if x.shape[-1] == wide else torch.nn.functional.pad(x, (0, wide - x.shape[-1]), value=-math.inf)
+                for x in (s, t))  # fmt: skip
+
+    def distances(self, log_q, log_p, dead):
+        q, p = log_q.exp(), log_p.exp()
+        return (_descending(q, p) - _descending(p, q)).abs().sum(-1)
+
+
+def _descending(x: Tensor, other: Tensor) -> Tensor:
+    """x sorted; equal entries in the order of the other row, not of the classes, which may be numbered at will."""
+    order = torch.sort(other.detach(), dim=-1, descending=True).indices
+    again = torch.sort(x.detach().gather(-1, order), dim=-1, descending=True, stable=True).indices
+    return x.gather(-1, order.gather(-1, again))
+
+
+class GroupedKLLoss(RowsLoss):
+    """between KL(P || Q) + within sum_g w_g KL(p_g || q_g), for classes in groups. [Zhao et al. 2022; LTKD; GKD]
+
+    P_g and Q_g are the masses of the groups, p_g and q_g the distributions within them. With w_g = P_g and both weights
+    1 it is KL(p || q), exactly. DKD has one group for the label and one for the rest, and weighs the latter by 1;
+    grouped KD has the student's top classes and the rest, LTKD classes by their frequency.
+
+    Args:
+        groups: (V,) integers from 0, the group of each class; None: one group, and so KL(p || q) times `within`.
+        between, within: weights.
+        balanced: w_g = 1, so that a group counts whatever its mass.
+    """
+
+    groups: Tensor | None
+    _count: int
+
+    def __init__(self, groups=None, between: float = 1.0, within: float = 1.0, balanced: bool = False, **options):
+        super().__init__(**options)
+        self.between, self.within, self.balanced = between, within, balanced
+        self.register_buffer("groups", groups if groups is None else torch.as_tensor(groups), persistent=False)
+
+    def check(self):
+        self.__dict__["_count"] = 1 if self.groups is None else _check_groups(self.groups)
+        check_number("between", self.between)
+        check_number("within", self.within)
+        check_bool("balanced", self.balanced)
+
+    def distances(self, log_q, log_p, dead):
+        vocab = log_q.shape[-1]
+        groups = torch.zeros(vocab, dtype=torch.int64) if self.groups is None else self.groups.long()
+        if len(groups) < vocab:
+            raise ValueError(f"groups must have a group for each of {vocab} classes, got {len(groups)}")
+        at = groups[:vocab].to(log_q.device)
+        (mass_q, rest_q), (mass_p, rest_p) = (_grouped(x, at, self._count) for x in (log_q, log_p))
+        within = _kl(rest_p, rest_q)
+        if not self.balanced:
+            within = within * mass_p.exp()[:, at]
+        return self.between * _kl(mass_p, mass_q).sum(-1) + self.within * within.sum(-1)
+
+
+def _check_groups(groups: Tensor) -> int:
+    """The number of groups."""
+    if groups.is_floating_point() or groups.dtype == torch.bool or groups.is_complex():
+        raise TypeError(f"groups must be integers, got {groups.dtype}")
+    if groups.dim() != 1 or not len(groups) or int(groups.min()) < 0:
+        raise ValueError(f"groups must have shape (V,) and be >= 0, got shape {tuple(groups.shape)}")
+    return int(groups.max()) + 1
+
+
+def _grouped(log_p: Tensor, at: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """log P_g (N, G), and the log of what is left of each class (N, V): log p - log P_g."""
+    index = at.expand_as(log_p)
+    top = log_p.new_full((len(log_p), count), -math.inf).scatter_reduce(-1, index, log_p.detach(), "amax")
+    top = torch.where(top == -math.inf, 0.0, top)
+    total = torch.zeros_like(top).index_add(-1, at, (log_p - top[:, at]).exp())
+    mass = torch.where(total > 0, torch.where(total > 0, total, 1.0).log() + top, -math.inf)
+    return mass, log_p - torch.where(mass == -math.inf, 0.0, mass)[:, at]
+
+
+class SinkhornLoss(RankLoss):
+    """sum_ij P_ij C_ij / N over the rows of a batch, C_ij = sum_k |q_ik - p_jk|. [Cui et al. 2024, SinKD, eq. 4-8]
+
+    P is exp(-C / epsilon), its rows and then its columns divided by their sums, `iterations` times. The gradient goes
+    through P, to the teacher as well. The whole batch is computed in float64 by torch, in memory of a few times the
+    logits' and N^2; row_weight is refused.
+
+    Args:
+        temperature: T > 0 of both softmaxes.
+        epsilon: > 0, entropic regularisation.
+        iterations: >= 1.
+        reduction: "mean", over the kept rows, or "sum".
+    """
+
+    teacher_gradient = True
+    rowwise = False
+
+    def __init__(self, temperature: float = 2.0, epsilon: float = 0.1, iterations: int = 20, **options):
+        super().__init__(temperature=temperature, **options)
+        self.epsilon, self.iterations = epsilon, iterations
+
+    def check(self):
+        check_number("epsilon", self.epsilon, above=0)
+        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int):
+            raise TypeError(f"iterations must be an int, got {self.iterations!r}")
+        if self.iterations < 1:
+            raise ValueError(f"iterations must be >= 1, got {self.iterations}")
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum' for a loss over whole batches, got {self.reduction!r}")
+
+    def minimizer(self, teacher_logits, labels=None):
+        raise NotImplementedError("SinkhornLoss is not 0 at the teacher's logits: P moves mass between rows")
+
+    def _term(self, rows, student_logits, num_items, temperature):
+        backends.definition(type(self).__name__)
+        if rows.weight is not None:
+            raise ValueError("row_weight is not for SinkhornLoss, whose rows are related to each other")
+        _, divisor = call.weighting(self, rows, num_items)
+        T = self.temperature if temperature is None else temperature
+        T = T.reshape(-1, 1) if isinstance(T, Tensor) and T.dim() else T
+        keep = None if rows.labels is None else rows.labels != self.ignore_index
+        q, p = ((_prepare(x, rows, keep) / T).softmax(-1) for x in (rows.student, rows.teacher))
+        some = torch.ones_like(q[:, 0]) if keep is None else keep.to(q.dtype)
+        value = transport(torch.cdist(q, p, p=1.0), some, self.epsilon, self.iterations)
+        if self.t_squared:
+            value = value * (T * T)
+        value = value * self.kd_weight / (divisor or some.sum().clamp(min=1))
+        return value.to(call.result_dtype(student_logits))
+
+
+def transport(cost: Tensor, some: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """sum_ij P_ij C_ij of the rows and columns with some = 1."""
+    plan = (-cost / epsilon).exp() * some[:, None] * some
+    for _ in range(iterations):
+        for dim in (1, 0):
+            total = plan.sum(dim, keepdim=True)
+            plan = plan / torch.where(total > 0, total, 1.0)
+    return (plan * cost).sum()

@@ -1,0 +1,114 @@
+"""Losses of the log-probabilities of whole rows, by their definition in torch: a few rows at a time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, call
+from .alphabeta import P, Q
+from .backends import reference
+from .loss import Loss, Moment, Point, Program
+
+# Where the moments of a point stand, at this one stand sums over the classes: s, t are those of the slopes of phi in
+# log q and log p (see separable.py), ss and tt both the distance.
+SUMS = Point(raw=True)
+CLASSES = 1 << 20  # of a batch that are computed at a time
+
+
+class RowsLoss(Loss):
+    """A loss that torch computes in float64 from the log-probabilities of whole rows, a few rows at a time.
+
+    Beside the gradient there is no memory that grows with the number of rows. There is a gradient for the teacher. No
+    backend has kernels for it: all run the definition, and `use_backend` of another than "reference" raises.
+    """
+
+    merges = False
+    unsharded = "it sums over the classes what both log-partitions have to be known for"
+
+    def points(self):
+        return Q, P
+
+    def all_points(self):
+        return super().all_points() + ((SUMS,) if self.kd_weight else ())
+
+    def distances(self, log_q: Tensor, log_p: Tensor, dead: Tensor) -> Tensor:
+        """(N,) distances of rows (N, V) in float64; a class that is dead is none, its logarithms are -inf."""
+        raise NotImplementedError(f"{type(self).__name__} must declare distances()")
+
+    def _sums(self, log_q: Tensor, log_p: Tensor, dead: Tensor) -> Moment:
+        total, zero = self.distances(log_q, log_p, dead), log_q.new_zeros(len(log_q))
+        spoilt = torch.where(total.isnan(), torch.nan, 0.0)[:, None]
+        total = total + ((log_q + log_p).clamp(min=-1e300) * spoilt).sum(-1)  # NaN for the gradients as well
+        return Moment(zero, zero, zero, total, zero, total)
+
+    def _distance(self, moments, label):
+        return moments[-1].ss
+
+    def _pick(self, student, teacher):
+        if not self.kd_weight:
+            return super()._pick(student, teacher)
+        return backends.definition(type(self).__name__), None
+
+    def _evaluate(self, rows, student_logits, num_items, temperature):
+        _, operators, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
+        few = rows.student.numel() <= CLASSES or args.requires_grad or torch.compiler.is_compiling()
+        if operators is not None or few:
+            return super()._evaluate(rows, student_logits, num_items, temperature)
+        inputs = _Inputs(self, program, args.detach(), rows)
+        value = _ByRows.apply(rows.student, rows.teacher, inputs)
+        ignore, per_row = self.ignore_index, self.reduction == "none"
+        return call.reduced(value, student_logits, rows.labels, weight, divisor, ignore, per_row)
+
+
+class _Inputs(NamedTuple):
+    loss: RowsLoss
+    program: Program
+    args: Tensor
+    rows: call.Rows
+
+    def values(self, student: Tensor, teacher: Tensor, at: slice) -> Tensor:
+        """The losses of some of the rows."""
+        part = lambda x: x if x is None or len(x) == 1 else x[at]  # noqa: E731
+        labels, weight = (None if x is None else x[at] for x in (self.rows.labels, self.rows.weight))
+        rows = self.rows._replace(student=student, teacher=teacher, labels=labels, weight=weight)
+        return reference.row_losses(self.loss, rows, self.program, part(self.args))
+
+
+class _ByRows(torch.autograd.Function):
+    """Row losses (N,), a chunk of rows at a time; the backward makes each chunk again, with its gradient."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, inputs):
+        ctx.save_for_backward(student, teacher)
+        ctx.inputs = inputs
+        flat = [x.reshape(-1, x.shape[-1]) for x in (student, teacher)]
+        return torch.cat([inputs.values(*(x[at] for x in flat), at) for at in _chunks(*flat)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, again = ctx.saved_tensors, torch.is_grad_enabled()
+        wanted = [x for x, needed in zip(logits, ctx.needs_input_grad, strict=False) if needed]
+        if again:  # to be differentiated once more: all at once
+            with torch.enable_grad():
+                value = ctx.inputs.values(*(x.reshape(-1, x.shape[-1]) for x in logits), slice(None))
+            found = iter(torch.autograd.grad(value, wanted, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None
+        flat = [x.detach().reshape(-1, x.shape[-1]) for x in logits]
+        out = [torch.zeros_like(x) if needed else None for x, needed in zip(flat, ctx.needs_input_grad, strict=False)]
+        for at in _chunks(*flat):
+            leaves = [x[at].requires_grad_(to is not None) for x, to in zip(flat, out, strict=True)]
+            with torch.enable_grad():
+                value = ctx.inputs.values(*leaves, at)
+            found = iter(torch.autograd.grad(value, [x for x in leaves if x.requires_grad], grad[at]))
+            for to in out:
+                if to is not None:
+                    to[at] = next(found)
+        return *(None if to is None else to.view(x.shape) for to, x in zip(out, logits, strict=True)), None
+
+
+def _chunks(student: Tensor, teacher: Tensor):
+    rows = max(CLASSES // max(student.shape[-1], teacher.shape[-1]), 1)
+    return (slice(i, i + rows) for i in range(0, len(student), rows))

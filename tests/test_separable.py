@@ -1,0 +1,221 @@
+"""Separable losses of one's own, underflow on both sides, and the losses that sort, group and relate rows."""
+
+import pytest
+import torch
+from accuracy import BACKENDS, F32, F64, Bar, batch, excess, only
+from textbook import grouped_kl, sinkhorn, uld
+from torch.autograd import gradcheck, gradgradcheck
+
+import kdkernels as kd
+from kdkernels import elements, rowwise, tape
+
+WITH_KERNELS = [b for b in BACKENDS if b != "cuda"]
+on_every_backend = pytest.mark.parametrize("backend", WITH_KERNELS)
+GROUPS = torch.tensor([0, 2, 1, 1, 0, 2, 2, 2, 1])
+
+PHI = {  # every function of the tape
+    "pearson": lambda u, v: (tape.exp(u) - tape.exp(v)) ** 2,
+    "log": lambda u, v: tape.times(tape.exp(v), v - tape.log((tape.exp(u) + tape.exp(v)) / 2)),
+    "log1p": lambda u, v: tape.exp(u) * tape.log1p(tape.exp(v - u)),
+    "expm1": lambda u, v: tape.exp(v) * tape.expm1((u - v) / 10) * (u - v),
+    "softplus": lambda u, v: tape.exp(v) * tape.softplus(u - v),
+    "logaddexp": lambda u, v: tape.exp(u) * (tape.logaddexp(u, v) - v),
+    "sqrt": lambda u, v: tape.sqrt(tape.exp(u) * tape.exp(v)),
+    "where": lambda u, v: tape.where(u < v, tape.exp(u), 3 * tape.exp(v)),
+    "divide": lambda u, v: tape.exp(2 * v) / (tape.exp(u) + tape.exp(v)),
+    "sigmoid": lambda u, v: tape.exp(v) * tape.sigmoid(u - v) - 0.5,
+    "slopes": lambda u, v: tape.with_slopes(tape.exp(u + v), (u, tape.exp(u + v)), (v, tape.exp(v) * tape.exp(u))),
+}
+
+
+def declared(phi, h=None):
+    class Declared(kd.SeparableLoss):
+        def phi(self, log_q, log_p):
+            return phi(log_q, log_p)
+
+        def value(self, total):
+            return total if h is None else h(total)
+
+    return Declared
+
+
+def by_torch(phi, h, s, t, T, dtype):
+    s, t = (x.detach().to(dtype).requires_grad_() for x in (s, t))
+    total = phi((s / T).log_softmax(-1), (t / T).log_softmax(-1)).sum(-1)
+    value = total if h is None else h(total)
+    return value.detach(), *torch.autograd.grad(value.sum(), (s, t))
+
+
+@on_every_backend
+@pytest.mark.parametrize("name", PHI)
+def test_a_loss_of_ones_own(name, backend):
+    s, t, _ = batch(6, 33 if backend == "triton" else 700, scale=1.5).to(F32 if backend == "triton" else F64)
+    h = (lambda x: 2 * x * x + x) if name in ("pearson", "where") else None
+    leaves = [x.clone().requires_grad_() for x in (s, t)]
+    with only(backend):
+        value = declared(PHI[name], h)(temperature=1.5, reduction="none")(*leaves)
+        grads = torch.autograd.grad(value.sum(), leaves)
+    want, own = (by_torch(PHI[name], h, s, t, 1.5, dtype) for dtype in (F64, F32))
+    for what, a, e, o in zip(("value", "ds", "dt"), (value.detach(), *grads), want, own, strict=True):
+        assert not (why := excess(a, Bar(e, o, e, 9 * torch.finfo(F64).eps), s.dtype)), f"{what}: {why}"
+
+
+def test_what_a_tape_cannot_record_is_named():
+    with pytest.raises(TypeError, match=r"Declared.phi is traced"):
+        declared(lambda u, v: torch.exp(u))()
+    with pytest.raises(NotImplementedError, match="phi"):
+        kd.SeparableLoss()
+    constant = declared(lambda u, v: 2.0)(reduction="none")
+    assert constant(*torch.randn(2, 3, 5)).tolist() == [10.0] * 3
+
+
+def test_registers_are_shared():
+    """A long chain takes as many registers as are alive at a time, not one for each instruction."""
+    def chain(u, v):
+        for _ in range(30):
+            u = tape.exp(u - v)
+        return u
+
+    length, early, registers, *_ = elements.lowered(chain)
+    assert length >= early >= 60 and registers < 40
+    forward = elements.lowered(lambda u, v: tape.detach(tape.exp(u)) + tape.exp(v))
+    assert forward[0] == 3 and forward[1] == 3
+
+
+@on_every_backend
+@pytest.mark.parametrize("name", ["JSDLoss", "SkewKLLoss", "SkewReverseKLLoss", "TVDLoss"])
+def test_underflow_on_both_sides(name, backend):
+    """Classes whose probabilities are 0 in float32 on both sides, where the log of their mixture is -inf."""
+    s, t, _ = batch(5, 40, scale=2.0).to(F32)
+    s, t = s.clone(), t.clone()
+    s[:, 10:], t[:, 10:] = s[:, 10:] - 300, t[:, 10:] - 400
+    s[0, 3], t[1, 4], s[2, 20], t[2, 20] = -torch.inf, -torch.inf, -torch.inf, -torch.inf
+    results = []
+    for a, b in ((s, t), (s[:, :10], t[:, :10])):
+        a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+        with only(backend):
+            value = getattr(kd, name)(reduction="none")(a, b)
+            results.append([value.detach(), *torch.autograd.grad(value.sum(), (a, b))])
+    (value, *grads), (few, *few_grads) = results
+    torch.testing.assert_close(value, few, rtol=1e-6, atol=1e-7)
+    for grad, want in zip(grads, few_grads, strict=True):
+        assert grad.isfinite().all() and (grad[:, 10:].abs() < 1e-30).all()
+        torch.testing.assert_close(grad[:, :10], want, rtol=1e-5, atol=1e-7)
+
+
+def test_a_share_out_of_range_raises():
+    for make in (lambda: kd.JSDLoss(1.5), lambda: kd.JSDLoss(-0.1), lambda: kd.SkewKLLoss(1.0), lambda: kd.AKLLoss(0.0),
+                 lambda: kd.SkewReverseKLLoss(-0.1), lambda: kd.SinkhornLoss(epsilon=0.0)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"beta|alpha|mu|epsilon"):
+            make()
+    with pytest.raises(TypeError, match="detach_mixture"):
+        kd.SkewReverseKLLoss(detach_mixture=1)
+
+
+@pytest.mark.parametrize("widths", [(30, 30), (20, 37), (37, 20)], ids=str)
+def test_uld_of_two_vocabularies(widths):
+    s, t = batch(4, widths[0], scale=2.0).s, batch(4, widths[1], scale=2.0, seed=1).t
+    pad = [torch.nn.functional.pad(x, (0, max(widths) - x.shape[-1]), value=-torch.inf) for x in (s, t)]
+    s, t = s.clone().requires_grad_(), t.clone().requires_grad_()
+    torch.testing.assert_close(kd.ULDLoss(reduction="none")(s, t), uld(*pad, None), rtol=1e-14, atol=1e-15)
+    assert gradcheck(kd.ULDLoss(ce_weight=0.5), (s, t, torch.tensor([0, 3, -100, 7])))
+    _, gradient = kd.ULDLoss().value_and_grad(s.detach(), t.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(kd.ULDLoss()(s, t), s)[0])
+    low = kd.ULDLoss(reduction="none")(s.bfloat16(), t.float())
+    torch.testing.assert_close(low.double(), uld(*(x.bfloat16().double() if i == 0 else x.float().double()
+                                                   for i, x in enumerate(pad)), None), rtol=1e-6, atol=0)  # fmt: skip
+
+
+def test_uld_refuses():
+    s, t = torch.randn(2, 5), torch.randn(2, 7)
+    with pytest.raises(ValueError, match="vocab_mask"):
+        kd.ULDLoss()(s, t, vocab_mask=torch.ones(5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"labels.*5"):
+        kd.ULDLoss(ce_weight=1.0)(s, t, torch.tensor([0, 6]))
+    with pytest.raises(ValueError, match="teacher_logits"):
+        kd.ULDLoss()(s, t[:1])
+
+
+@pytest.mark.parametrize("options", [{}, dict(between=2.0, within=0.3), dict(balanced=True)], ids=str)
+def test_groups(options):
+    s, t, _ = batch(5, 9, scale=2.0)
+    s, t = s.clone().requires_grad_(), t.clone().requires_grad_()
+    loss = kd.GroupedKLLoss(GROUPS, reduction="none", **options)
+    want = grouped_kl(s, t, None, GROUPS, **options)
+    torch.testing.assert_close(loss(s, t), want, rtol=1e-13, atol=1e-15)
+    assert gradcheck(loss, (s, t)) and gradgradcheck(kd.GroupedKLLoss(GROUPS, **options), (s, t))
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    moved = kd.GroupedKLLoss(GROUPS[order], reduction="none", **options)(s[:, order], t[:, order])
+    torch.testing.assert_close(moved, want, rtol=1e-13, atol=1e-15)
+
+
+def test_groups_split_kl_exactly():
+    """KL(p || q) = KL(P || Q) + sum_g P_g KL(p_g || q_g)."""
+    s, t, _ = batch(50, 9, scale=3.0)
+    for given in (GROUPS, torch.arange(9), torch.zeros(9, dtype=torch.int32), GROUPS.tolist()):
+        parts = [kd.GroupedKLLoss(given, between=a, within=b, reduction="none")(s, t) for a, b in ((1, 0), (0, 1))]
+        whole = kd.GroupedKLLoss(given, reduction="none")(s, t)
+        torch.testing.assert_close(sum(parts), kd.ForwardKLLoss(reduction="none")(s, t), rtol=1e-13, atol=1e-15)
+        torch.testing.assert_close(sum(parts), whole, rtol=1e-14, atol=1e-16)
+    s[:, GROUPS == 1] = t[:, GROUPS == 1] = -torch.inf  # a group without classes
+    got = kd.GroupedKLLoss(GROUPS, reduction="none")(s, t)
+    torch.testing.assert_close(got, kd.ForwardKLLoss(reduction="none")(s, t), rtol=1e-13, atol=1e-15)
+
+
+def test_groups_are_checked():
+    s, t = torch.randn(2, 3, 12)
+    for groups, error in (([0.5, 1.0], TypeError), ([[0, 1]], ValueError), ([0, -1], ValueError), ([], TypeError)):
+        with pytest.raises(error, match="groups"):
+            kd.GroupedKLLoss(groups)
+    with pytest.raises(ValueError, match=r"groups.*12.*9"):
+        kd.GroupedKLLoss(GROUPS)(s, t)
+
+
+def test_sinkhorn():
+    s, t, _ = batch(6, 9, scale=2.0)
+    y = torch.tensor([1, -100, 2, 3, -100, 0])
+    kept, (s, t) = y != -100, (x.clone() for x in (s, t))
+    want = sinkhorn((s / 2).softmax(-1), (t / 2).softmax(-1))
+    torch.testing.assert_close(kd.SinkhornLoss()(s, t), want, rtol=1e-13, atol=0)
+    part = sinkhorn((s[kept] / 3).softmax(-1), (t[kept] / 3).softmax(-1), 0.5, 3)
+    s[1], t[4] = torch.nan, torch.inf
+    loss = kd.SinkhornLoss(temperature=3.0, epsilon=0.5, iterations=3, t_squared=True, kd_weight=2.0)
+    s.requires_grad_(), t.requires_grad_()
+    value = loss(s, t, y)
+    torch.testing.assert_close(value, 18 * part, rtol=1e-13, atol=0)
+    for grad in torch.autograd.grad(value, (s, t)):
+        assert (grad[~kept] == 0).all() and grad[kept].abs().amax(-1).gt(0).all()
+    s, t = (x.detach()[kept].clone().requires_grad_() for x in (s, t))
+    assert gradcheck(kd.SinkhornLoss(iterations=3, ce_weight=1.0), (s, t, y[kept]))
+
+
+def test_sinkhorn_refuses():
+    s, t = torch.randn(2, 3, 5)
+    with pytest.raises(ValueError, match="row_weight"):
+        kd.SinkhornLoss()(s, t, row_weight=torch.ones(3))
+    with pytest.raises(ValueError, match="reduction"):
+        kd.SinkhornLoss(reduction="none")
+    with pytest.raises(ValueError, match="row-wise"):
+        kd.LinearLoss(kd.SinkhornLoss())(torch.randn(3, 2), torch.randn(5, 2), teacher_logits=t)
+    with kd.use_backend("cpu"), pytest.raises(kd.BackendUnavailable, match="SinkhornLoss"):
+        kd.SinkhornLoss()(s, t)
+
+
+@pytest.mark.parametrize("make", [kd.AKLLoss, kd.ULDLoss, lambda **o: kd.GroupedKLLoss(GROUPS, **o)])
+def test_a_few_rows_at_a_time(make, monkeypatch):
+    """In chunks of two rows: the same value and gradients, and nothing from a row that is left out."""
+    s, t, y = batch(5, 9, scale=2.0, s_dtype=torch.bfloat16, t_dtype=F32)
+    s, t, y = s.clone(), t.clone(), y.index_fill(0, torch.tensor([1]), -100)
+    s[1] = torch.nan
+    T, weight, results = torch.tensor([1.0, 2.0, 0.5, 1.5, 1.0]), torch.arange(5.0), []
+    for classes in (1 << 20, 20):
+        monkeypatch.setattr(rowwise, "CLASSES", classes)
+        a, b = s.clone().requires_grad_(), t.clone().requires_grad_()
+        value = make(ce_weight=0.5)(a, b, y, temperature=T, row_weight=weight)
+        value.backward()
+        results.append((value.detach(), a.grad, b.grad))
+    for whole, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-9)
+    a = s[2:].double().requires_grad_()
+    (ds,) = torch.autograd.grad(make()(a, t[2:].double()), a, create_graph=True)
+    assert torch.autograd.grad(ds.pow(2).sum(), a)[0].abs().max() > 0
