@@ -27,9 +27,8 @@ template <typename P> int launch_rows(void (*kernel)(P), const P& task, int64_t 
 
 // Points of a sweep that a kernel exists for: the fewest that hold K, or for logits of two dtypes the most.
 template <typename S, typename T, typename F> int with_points(int K, F f) {
-  if constexpr (!std::is_same_v<S, T>) return f(std::integral_constant<int, kMaxPoints>());
-  if (K <= 2) return f(std::integral_constant<int, 2>());
-  if (K <= 4) return f(std::integral_constant<int, 4>());
+  if constexpr (std::is_same_v<S, T>)
+    if (K <= 3) return f(std::integral_constant<int, 3>());
   return f(std::integral_constant<int, kMaxPoints>());
 }
 

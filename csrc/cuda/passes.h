@@ -31,7 +31,7 @@ template <typename S, typename T, int K> KD_KERNEL(kThreads, 2) reduce_kernel(KD
 }
 
 // Reads 2 w bytes a class, writes w; K exponentials.
-template <typename S, typename T, int kSide> KD_KERNEL(kThreads, 3) spread_kernel(KD_PARAMS SpreadTask task) {
+template <typename S, typename T, int kSide> KD_KERNEL(kThreads, 2) spread_kernel(KD_PARAMS SpreadTask task) {
   const Problem& p = task.problem;
   const Memory m = memory_of(p);
   const int K = p.points(), numbers = (K + 1) * kCoefs;

@@ -5,8 +5,7 @@
 
 namespace kd::gpu {
 
-// Of a block. A multiprocessor has registers for three blocks of kThreads (168 each), and for two with all that a thread
-// may have (255), or one of twice the size.
+// Of a block: a multiprocessor has registers for two with all that a thread may have (255), or for one of twice the size.
 constexpr int kThreads = 128;
 static_assert(2 * kThreads <= 32 * kMaxWarps);
 constexpr int kStages = 4;  // rows that a cluster has on their way or in work, at most
