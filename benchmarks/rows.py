@@ -80,13 +80,20 @@ def machine_rates(s: torch.Tensor, t: torch.Tensor) -> dict[str, float]:
     return found
 
 
-def executed(loss, s, t, y) -> tuple[int, int]:
-    """Exponentials a class: of the statistics, and of the gradient."""
+def tilts(loss, s, t, y) -> tuple[list, list]:
+    """Coefficients (student, teacher) of the exponentials of a class: of the statistics, and of the gradient."""
     with kd.use_backend("cpu"), torch.no_grad():
         program, ops = loss._single, torch.ops.kdkernels
         stats = ops.reduce(s[None, :1], t[None, :1], y[:1], None, program.args, program.code, s.shape[1], -100)
         _, coef = ops.rows(stats, program.args, program.code, 1)
-    return loss._single.args.shape[1] // 2 - 1, int((coef[0, 0, :-1, 3:9] != 0).any(-1).sum())
+    pairs, sloped = coef[0, 0, :-1, 1:3], (coef[0, 0, :-1, 3:9] != 0).any(-1)
+    return pairs.tolist(), pairs[sloped].tolist()
+
+
+def executed(loss, s, t, y) -> tuple[int, int]:
+    """Exponentials a class: of the statistics, and of the gradient."""
+    first, second = tilts(loss, s, t, y)
+    return len(first), len(second)
 
 
 def measure(name, shape, dtype, modes, compile_too):

@@ -15,7 +15,7 @@ from kdkernels.backends import cuda
 
 from .. import eager
 from ..rows import LOSSES as ROW_LOSSES
-from ..rows import executed
+from ..rows import tilts
 from .report import OURS, row
 
 try:
@@ -134,12 +134,15 @@ def liger(name):
 
 
 def exponentials(loss, V, mode):
-    """How many a class our step executes: one a point for the sums, one a point with a slope for the gradient."""
+    """How many a class our step executes: one a point for the sums, one a point with a slope for the gradient. Points
+    of one row's logits that are twice another are squares of its exponentials."""
     s, t = torch.randn(2, 1, min(V, 4096))
     if kd.available_backends()["cpu"] != "ok":  # it knows which points have a slope
         return len(loss.all_points()) * (1 if mode == "forward" else 2)
-    first, second = executed(loss, s, t, torch.zeros(1, dtype=torch.int64))
-    return first + (0 if mode == "forward" else second)
+    sweeps = tilts(loss, s, t, torch.zeros(1, dtype=torch.int64))
+    squares = [sum([2 * b, 2 * a] in points and 0 in (b, a) for b, a in points) for points in sweeps]
+    counts = [len(points) - n for points, n in zip(sweeps, squares, strict=True)]
+    return counts[0] if mode == "forward" else sum(counts)
 
 
 def attempt(function, *args):
