@@ -40,8 +40,9 @@ class RowsLoss(Loss):
 
     def _sums(self, log_q: Tensor, log_p: Tensor, dead: Tensor) -> Moment:
         total, zero = self.distances(log_q, log_p, dead), log_q.new_zeros(len(log_q))
-        spoilt = torch.where(total.isnan(), torch.nan, 0.0)[:, None]
-        total = total + ((log_q + log_p).clamp(min=-1e300) * spoilt).sum(-1)  # NaN for the gradients as well
+        spoilt = torch.where((log_q + log_p).isnan().any(-1) | total.isnan(), torch.nan, 0.0)[:, None]
+        for x in (log_q, log_p):  # NaN for the gradients as well
+            total = total + (x.clamp(min=-1e300) * spoilt).sum(-1)
         return Moment(zero, zero, zero, total, zero, total)
 
     def _distance(self, moments, label):

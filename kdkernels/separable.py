@@ -111,6 +111,8 @@ class JSDLoss(SeparableLoss):
         beta: share of the teacher in [0, 1].
     """
 
+    merges = True  # an f-divergence
+
     def __init__(self, beta: float = 0.5, **options):
         super().__init__(**options)
         self.beta = beta
@@ -135,6 +137,8 @@ class SkewKLLoss(SeparableLoss):
     Args:
         alpha: share of the teacher in [0, 1); 0 is KL(p || q).
     """
+
+    merges = True  # an f-divergence
 
     def __init__(self, alpha: float = 0.1, **options):
         super().__init__(**options)
@@ -179,6 +183,8 @@ class SkewReverseKLLoss(SkewKLLoss):
 
 class TVDLoss(SeparableLoss):
     """sum_i |p_i - q_i| / 2, the total variation distance. [Wen et al. 2023, f-divergence KD]"""
+
+    merges = True  # an f-divergence
 
     def phi(self, log_q, log_p):
         *_, d, near, gap = _gap(log_q, log_p)

@@ -47,6 +47,11 @@ def only(backend):
     assert {name for name, _ in ran} == {backend}, f"asked for {backend}, kernels that ran: {dict(ran)}"
 
 
+def of_points(case: Case) -> bool:
+    """Whether all of the loss is made at points of the log-partition."""
+    return not issubclass(getattr(kd, case.name), RowsLoss)
+
+
 def make(case: Case, **options):
     return getattr(kd, case.name)(**case.options, **options)
 

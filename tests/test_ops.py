@@ -45,6 +45,10 @@ def recorded(backend, dtype=F32):
                 value.sum().backward()
                 if reduction == "mean" and not case.setting("standardize", False):
                     make(case).value_and_grad(s, teacher, y, out=torch.empty_like(s))
+    if backend == "cpu":
+        teacher = kd.SparseTeacher.from_logits(batch(3, 5).to(dtype).t, 2)
+        with kd.use_backend(backend), recorder:
+            kd.ForwardKLLoss()(batch(3, 5).to(dtype).s.requires_grad_(), teacher).backward()
     return recorder.calls
 
 

@@ -14,7 +14,7 @@ import kdkernels as kd
 from kdkernels import SparseTeacher
 from kdkernels.buckets import blocks
 
-TEACHER = [c for c in CASES if c.needs_teacher]
+TEACHER = [c for c in CASES if c.needs_teacher and getattr(kd, c.name).merges]
 PLAIN = [c for c in TEACHER if not c.options.get("standardize")]
 POWERS = [c for c in PLAIN if c.name in ("TTMLoss", "WTTMLoss", "AlphaBetaLoss")]
 MERGED = [c for c in PLAIN if c not in POWERS]
@@ -171,7 +171,7 @@ def test_a_tail_spread_over_the_students_is_the_bucket_for_f_divergences(case, b
     near(found[1][1], found[0][1], "gradient")
 
 
-@pytest.mark.parametrize("case", PLAIN, ids=str)
+@pytest.mark.parametrize("case", [c for c in PLAIN if c.name != "TVDLoss"], ids=str)  # there it has a kink
 def test_a_spread_tail_is_the_loss_of_that_whole_teacher(case):
     x = batch(24, 40, scale=2.0)
     other = temperatures(case)[1]
@@ -182,7 +182,7 @@ def test_a_spread_tail_is_the_loss_of_that_whole_teacher(case):
         near(got, want)
 
 
-@pytest.mark.parametrize("case", PLAIN, ids=str)
+@pytest.mark.parametrize("case", [c for c in PLAIN if c.name != "TVDLoss"], ids=str)  # which has a kink there
 def test_a_spread_tail_is_the_teachers_own_where_both_agree(case):
     x = batch(24, 40, scale=2.0)
     for got, want in zip(run(case, x.t, teacher(case, x, tail="spread"), x.y), run(case, x.t, x.t, x.y), strict=True):
@@ -208,7 +208,8 @@ def test_powers_that_add_up_to_one_are_taken():
 
 
 @on_both
-@pytest.mark.parametrize("case", [c for c in MERGED if c.name != "TAIDLoss"], ids=str)  # a constant would move there
+@pytest.mark.parametrize("case", [c for c in MERGED if not (c.name == "TAIDLoss" or c.options.get("detach_mixture"))],
+                         ids=str)  # constants would move there
 def test_gradcheck(case, backend):
     x = batch(3, 14, seed=3)
     sparse, loss = teacher(case, x, k=4), make(case, reduction="none")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import rankops
-from ..ops import Operators, register, rescale, rows_of_sums
+from ..ops import Operators, register, register_buckets, rescale, rows_of_sums
 from . import calls
 
 DEVICES = ("cpu",)
@@ -25,6 +25,7 @@ def _load() -> str | None:
     torch.ops.load_library(str(LIBRARY))
     register("")
     register("separable_", elements=True)
+    register_buckets()
     rankops.register()
     return None
 
