@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -28,10 +29,11 @@ import torch.nn.functional as F
 
 import kdkernels as kd
 
-from . import eager  # puts tests/ on the path
+from . import eager
 from .rows import interleaved, machine
 
-from allocations import allocations  # isort: skip
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from allocations import allocations
 
 SHAPES = {
     "bfloat16": ["1024x32000x256", "1024x32000x512", "1024x32000x1024", "1024x32000x2048", "512x128256x1024",

@@ -247,3 +247,10 @@ def test_import_is_light():
     here = Path(kd.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("name", ["rows", "linear", "ranks", "gpu"])
+def test_benchmarks_say_what_they_measure(name):
+    run = [sys.executable, "-m", f"benchmarks.{name}", "--help"]
+    done = subprocess.run(run, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and f"benchmarks.{name}" in done.stdout, done.stderr
