@@ -39,17 +39,17 @@ class Part(NamedTuple):
         return Part(index.expand(at.stop - at.start, -1), inverse)
 
 
-def blocks(x: Tensor, memory: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """(which rows, these rows (n, W)) of x (..., W), a few at a time and in order."""
-    x = call.dense(x)
-    if x.dim() == 3 and (1 in x.shape[:2] or x.stride(0) == x.shape[1] * x.stride(1)):
-        x = x.flatten(0, 1)
-    memory = memory or (1 << 20 if x.is_cpu else 1 << 25)  # classes at a time
-    step, first = max(1, memory // x.shape[-1]), 0
-    for page in x if x.dim() == 3 else (x,):
-        for part in page.split(step):
-            yield slice(first, first + len(part)), part
-            first += len(part)
+def blocks(*logits: Tensor, memory: int | None = None) -> Iterator[tuple]:
+    """(which rows, these rows (n, W) of each) of logits (..., W), widths of their own, a few at a time and in order."""
+    dense = [call.dense(x) for x in logits]
+    if all(x.dim() == 3 and (1 in x.shape[:2] or x.stride(0) == x.shape[1] * x.stride(1)) for x in dense):
+        dense = [x.flatten(0, 1) for x in dense]
+    memory = memory or (1 << 20 if dense[0].is_cpu else 1 << 25)  # classes at a time
+    step, first = max(1, memory // max(x.shape[-1] for x in dense)), 0
+    for page in zip(*dense, strict=True) if dense[0].dim() == 3 else (dense,):
+        for parts in zip(*(x.split(step) for x in page), strict=True):
+            yield slice(first, first + len(parts[0])), *parts
+            first += len(parts[0])
 
 
 class Outcomes(torch.autograd.Function):

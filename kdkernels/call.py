@@ -141,7 +141,7 @@ def check_rows(loss: BaseLoss, student: Tensor | Shaped, vocab: int, labels, row
         if labels.dim() != 1 or labels.dtype != torch.int64 or not labels.is_contiguous():  # each costs a small batch
             labels = labels.reshape(-1).to(torch.int64).contiguous()
         if loss.validate and not torch.compiler.is_compiling():
-            _in_vocabulary(labels, vocab, loss.ignore_index)
+            check_labels(labels, vocab, loss.ignore_index)
     if row_weight is not None:
         row_weight = _like("row_weight", row_weight, student)
         _constant("row_weight", row_weight)
@@ -159,10 +159,12 @@ def check_rows(loss: BaseLoss, student: Tensor | Shaped, vocab: int, labels, row
     return labels, vocab_mask, row_weight
 
 
-def _in_vocabulary(labels: Tensor, vocab: int, ignore: int) -> None:
-    wrong = labels[(labels != ignore) & ((labels < 0) | (labels >= vocab))]
-    if len(wrong):
-        raise ValueError(f"labels must be in [0, {vocab}) or ignore_index={ignore}, got {wrong[0].item()}")
+def check_labels(labels: Tensor, vocab: int, ignore: int) -> None:
+    wrong = (labels != ignore) & ((labels < 0) | (labels >= vocab))
+    if wrong.any():
+        row = int(wrong.nonzero()[0, 0])
+        raise ValueError(f"labels must be in [0, {vocab}) or ignore_index={ignore}, "
+                         f"got {labels[row].item()} at row {row}")  # fmt: skip
 
 
 def _temperature(temperature: Tensor, student: Tensor | Shaped, keep: Tensor | None) -> None:

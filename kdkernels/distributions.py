@@ -11,6 +11,7 @@ from . import backends, call
 from .backends.reference import _prepare
 from .compare import RankLoss
 from .options import check_bool, check_number
+from .out import check_out, handed_over
 from .rowwise import RowsLoss
 from .tape import times
 
@@ -67,13 +68,14 @@ class ULDLoss(RowsLoss):
         s, t = self._filled(student_logits, teacher_logits, labels, call)
         return super().forward(s, t, labels, **call)
 
-    def value_and_grad(self, student_logits, teacher_logits=None, labels=None, *, out=None, **call):
+    @torch.no_grad()
+    def value_and_grad(self, student_logits, teacher_logits=None, labels=None, *, out=None, accumulate=False, **call):
         s, t = self._filled(student_logits, teacher_logits, labels, call)
         if s is student_logits:
-            return super().value_and_grad(s, t, labels, out=out, **call)
+            return super().value_and_grad(s, t, labels, out=out, accumulate=accumulate, **call)
+        check_out(self, out, accumulate, student_logits, teacher_logits)
         value, gradient = super().value_and_grad(s, t, labels, **call)
-        gradient = gradient[..., : student_logits.shape[-1]]
-        return value, gradient if out is None else out.copy_(gradient)
+        return value, handed_over(gradient[..., : student_logits.shape[-1]], out, accumulate)
 
     def _filled(self, s, t, labels, call):
         """Both rows at the width of the wider one."""

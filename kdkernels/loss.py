@@ -272,20 +272,6 @@ def _traced(loss: Loss) -> Program:
     return Program(torch.tensor([*header, *flags, *lines, *elements], dtype=torch.float64), torch.stack(columns, -1))
 
 
-def part_of(loss: Any, at: slice, rows: int) -> Any:
-    """The loss of some of the rows; its points may have coefficients of each."""
-    part = copy.copy(loss)
-    for name in ("_single", "_double"):
-        code, args = vars(loss).get(name, (None, ()))
-        if 1 < len(args) != rows:
-            raise ValueError(f"{type(loss).__name__} has {len(args)} rows of point coefficients, student_hidden {rows}")
-        if len(args) == rows > 1:
-            part.__dict__[name] = Program(code, args[at])
-    if "_split" in vars(loss):
-        part.__dict__["_split"] = tuple(part_of(one, at, rows) for one in vars(loss)["_split"])
-    return part
-
-
 def _sum(*terms) -> SumLoss:
     from .compose import SumLoss
 

@@ -143,11 +143,7 @@ def _check_labels(loss: BaseLoss, teacher: Merged, labels: Tensor | None, vocab:
         raise ValueError("sparse_gradient needs ce_weight=0: the gradient of a cross-entropy is dense")
     if labels is None or not loss._uses.labels or not readable(labels):
         return
-    bad = (labels != loss.ignore_index) & ((labels < 0) | (labels >= vocab))
-    if bad.any():
-        row = int(bad.nonzero()[0, 0])
-        raise ValueError(f"labels must be in [0, {vocab}) or ignore_index={loss.ignore_index}, "
-                         f"got {labels[row].item()} at row {row}")  # fmt: skip
+    call.check_labels(labels, vocab, loss.ignore_index)
     if loss.needs_labels and teacher.tail == "renormalise":
         bad = (labels != loss.ignore_index) & (teacher.place(labels) >= teacher.classes().shape[1])
         if bad.any():
@@ -165,12 +161,13 @@ def _positions(loss: BaseLoss, teacher: Merged, labels: Tensor | None, width: in
 
 
 def _spread(loss: BaseLoss, teacher: Any, rows: call.Rows, num_items, own, other) -> Tensor:
+    from .parts import reducing
+
     student, per_row = rows.student, loss.reduction == "none"
     count = student.shape[:-1].numel()
     factor = call.factor(*call.weighting(loss, rows, num_items), rows.labels, loss.ignore_index, student)
     backend = backends.pick(student).__name__.rpartition(".")[-1]
-    part = copy.copy(loss)
-    part.__dict__["reduction"] = "none" if per_row else "sum"
+    part = reducing(loss, "none" if per_row else "sum")
     own = own.reshape(-1).expand(count) if isinstance(own, Tensor) else own
     state = _Chunks(part, teacher.reshape(count), rows, factor.expand(count), own, inverse_of(other, student), backend)
     value = _Spread.apply(student, state, torch.is_grad_enabled())
@@ -190,11 +187,9 @@ class _Chunks(NamedTuple):
 
     def call(self, at: slice, s: Tensor, factor: Tensor) -> tuple[BaseLoss, tuple, dict]:
         """The loss of the rows `at`, and what it is called with beside s (n, vocab)."""
-        from .loss import Loss, part_of
+        from .parts import part_of
 
-        one, x = self.loss, self.rows
-        if isinstance(one, Loss):
-            one = part_of(one, at, len(factor))
+        one, x = part_of(self.loss, at, len(factor)), self.rows
         labels = None if x.labels is None else x.labels[at]
         T = self.own[at] if isinstance(self.own, Tensor) else self.own
         return one, (self.dense(at, s), labels), dict(row_weight=factor[at], vocab_mask=x.mask, temperature=T)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import call, tape
+from .buckets import blocks
 from .compose import SumLoss
 from .loss import Loss, Point
 from .options import check_bool
@@ -119,9 +120,9 @@ def _metrics(sink: dict[str, Any], ignore: int, agreement: bool) -> RowMetrics:
 def _read_again(rows: call.Rows, args: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """(N,) whether the first choices agree, and sum_i min(p_i, q_i), a chunk of rows at a time."""
     scales = args.to(lse.device)[:, :2].expand(lse.shape[1], 2)
-    same, overlap, n = [], [], 0
-    for pair in zip(_chunks(rows.student), _chunks(rows.teacher), strict=True):
-        at = slice(n, n := n + len(pair[0]))
+    assert rows.teacher is not None
+    same, overlap = [], []
+    for at, *pair in blocks(rows.student, rows.teacher, memory=ELEMENTS):
         logits = [x[:, : rows.vocab] for x in pair]
         if rows.mask is not None:
             logits = [torch.where(rows.mask, x, -math.inf) for x in logits]
@@ -130,10 +131,3 @@ def _read_again(rows: call.Rows, args: Tensor, lse: Tensor) -> tuple[Tensor, Ten
         same.append((first[0] == first[1]).double())
         overlap.append(torch.minimum(q, p).sum(-1))
     return torch.cat(same) if same else lse[0], torch.cat(overlap) if overlap else lse[0]
-
-
-def _chunks(x: Any):
-    """(..., W) -> (n, W), and no copy of all of it."""
-    rows = call.dense(x)
-    for part in rows if rows.dim() == 3 else [rows]:
-        yield from part.split(max(1, ELEMENTS // x.shape[-1]))

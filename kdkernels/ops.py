@@ -52,11 +52,12 @@ class Operators(NamedTuple):
     elements: bool = False  # the loss is separable: `spread` takes the program as well, behind coef
 
 
-def _refuse(ctx, *grads):
-    raise NotImplementedError(
-        "kdkernels: this gradient is not itself differentiable; for double backward run the loss under "
-        "kdkernels.use_backend('reference')"
-    )
+NOT_AGAIN = ("kdkernels: this gradient is not itself differentiable; for double backward run the loss under "
+             "kdkernels.use_backend('reference')")  # fmt: skip
+
+
+def refuse(ctx, *grads):
+    raise NotImplementedError(NOT_AGAIN)
 
 
 def register(prefix: str, elements: bool = False) -> None:
@@ -94,7 +95,7 @@ def register(prefix: str, elements: bool = False) -> None:
             return student.new_empty((), dtype=result_dtype(student))
 
     for name in names:
-        torch.library.register_autograd(f"kdkernels::{prefix}{name}", _refuse)
+        torch.library.register_autograd(f"kdkernels::{prefix}{name}", refuse)
 
 
 def rows_of_sums(rows: Callable) -> Callable:
@@ -124,17 +125,20 @@ def register_buckets() -> None:
         return student.new_empty(student.shape)
 
     for name in ("bucket", "bucket_spread"):
-        torch.library.register_autograd(f"kdkernels::{name}", _refuse)
+        torch.library.register_autograd(f"kdkernels::{name}", refuse)
 
 
-class _Spread(torch.autograd.Function):
-    """`spread` under create_graph=True: right once, and a clear error when differentiated again."""
+class Once(torch.autograd.Function):
+    """function(*inputs), a gradient under create_graph=True: right once, and `message` when differentiated again."""
 
     @staticmethod
-    def forward(ctx, spread, *inputs):
-        return spread(*inputs)
+    def forward(ctx, message, function, *inputs):
+        ctx.message = message
+        return function(*inputs)
 
-    backward = staticmethod(_refuse)
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(ctx.message)
 
 
 class RowLoss(torch.autograd.Function):
@@ -180,7 +184,8 @@ class RowLoss(torch.autograd.Function):
             if ctx.needs_input_grad[side]:
                 told = (coef[side], program) if ctx.operators.elements else (coef[side],)
                 inputs = (grad, s, t, labels, mask, *told, ctx.vocab, ctx.ignore, side)
-                slope = _Spread.apply(spread, *inputs) if torch.is_grad_enabled() else spread(*inputs)
+                again = torch.is_grad_enabled()
+                slope = Once.apply(NOT_AGAIN, spread, *inputs) if again else spread(*inputs)
                 out[side] = slope.view(student.shape if side == 0 else teacher.shape)
         if ctx.needs_input_grad[2]:  # the scales 1/T of standardised rows: d value / d log scale stands in coef
             slopes = torch.where(grad[:, None] == 0, 0.0, coef[:, :, -1, 4].transpose(0, 1) * grad[:, None])

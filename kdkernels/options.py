@@ -125,12 +125,10 @@ def check_options(loss: BaseLoss) -> None:
     check_number("ce_weight", loss.ce_weight)
     check_number("label_smoothing", loss.label_smoothing, least=0, most=1)
     check_number("z_loss", loss.z_loss, least=0)
-    for name in ("t_squared", "standardize"):
+    for name in ("t_squared", "standardize", "validate"):
         check_bool(name, getattr(loss, name))
     if loss.reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {loss.reduction!r}")
-    if not isinstance(loss.validate, bool):
-        raise TypeError(f"validate must be a bool, got {loss.validate!r}")
     if isinstance(loss.ignore_index, bool) or not isinstance(loss.ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {loss.ignore_index!r}")
 

@@ -18,9 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import backends, call
+from .ops import Once
 from .options import ELSEWHERE, readable
 from .out import check_out
 
+_NOT_AGAIN = "kdkernels: the gradient of a loss on vocabulary shards is not itself differentiable"
 IGNORED, STRANGE = ELSEWHERE + 1, ELSEWHERE - 1  # labels of a row left out; of a class that no rank has
 
 
@@ -271,7 +273,7 @@ class _Guard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _GuardedGradient.apply(grad) if torch.is_grad_enabled() else grad
+        return Once.apply(_NOT_AGAIN, lambda g: g.view_as(g), grad) if torch.is_grad_enabled() else grad
 
 
 class _Shared(torch.autograd.Function):
@@ -285,13 +287,3 @@ class _Shared(torch.autograd.Function):
         total = grad.detach().clone()
         dist.all_reduce(total, group=ctx.group)
         return total, None
-
-
-class _GuardedGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, grad):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise NotImplementedError("kdkernels: the gradient of a loss on vocabulary shards is not itself differentiable")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .call import apply_factor, dense, factor, result_dtype
-from .ops import _refuse, rescale
+from .ops import refuse, rescale
 
 METRICS = ("rankdata", "spearman", "kendall_tau")
 
@@ -42,7 +42,7 @@ def register() -> None:
             return a.new_empty(a.shape[:-1].numel(), dtype=torch.float64)
 
     for name in ("compare", "compare_step", *METRICS):
-        torch.library.register_autograd(f"kdkernels::{name}", _refuse)
+        torch.library.register_autograd(f"kdkernels::{name}", refuse)
 
 
 class Compare(torch.autograd.Function):

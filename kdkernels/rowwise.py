@@ -10,6 +10,7 @@ from torch import Tensor
 from . import backends, call
 from .alphabeta import P, Q
 from .backends import reference
+from .buckets import blocks
 from .loss import Loss, Moment, Point, Program
 
 # Where the moments of a point stand, at this one stand sums over the classes: s, t are those of the slopes of phi in
@@ -85,8 +86,7 @@ class _ByRows(torch.autograd.Function):
     def forward(ctx, student, teacher, inputs):
         ctx.save_for_backward(student, teacher)
         ctx.inputs = inputs
-        flat = [x.reshape(-1, x.shape[-1]) for x in (student, teacher)]
-        return torch.cat([inputs.values(*(x[at] for x in flat), at) for at in _chunks(*flat)])
+        return torch.cat([inputs.values(*pair, at) for at, *pair in blocks(student, teacher, memory=CLASSES)])
 
     @staticmethod
     def backward(ctx, grad):
@@ -97,10 +97,10 @@ class _ByRows(torch.autograd.Function):
                 value = ctx.inputs.values(*(x.reshape(-1, x.shape[-1]) for x in logits), slice(None))
             found = iter(torch.autograd.grad(value, wanted, grad, create_graph=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None
-        flat = [x.detach().reshape(-1, x.shape[-1]) for x in logits]
-        out = [torch.zeros_like(x) if needed else None for x, needed in zip(flat, ctx.needs_input_grad, strict=False)]
-        for at in _chunks(*flat):
-            leaves = [x[at].requires_grad_(to is not None) for x, to in zip(flat, out, strict=True)]
+        out = [x.new_zeros(x.shape).view(-1, x.shape[-1]) if needed else None
+               for x, needed in zip(logits, ctx.needs_input_grad, strict=False)]  # fmt: skip
+        for at, *pair in blocks(*logits, memory=CLASSES):
+            leaves = [x.detach().requires_grad_(to is not None) for x, to in zip(pair, out, strict=True)]
             with torch.enable_grad():
                 value = ctx.inputs.values(*leaves, at)
             found = iter(torch.autograd.grad(value, [x for x in leaves if x.requires_grad], grad[at]))
@@ -108,8 +108,3 @@ class _ByRows(torch.autograd.Function):
                 if to is not None:
                     to[at] = next(found)
         return *(None if to is None else to.view(x.shape) for to, x in zip(out, logits, strict=True)), None
-
-
-def _chunks(student: Tensor, teacher: Tensor):
-    rows = max(CLASSES // max(student.shape[-1], teacher.shape[-1]), 1)
-    return (slice(i, i + rows) for i in range(0, len(student), rows))

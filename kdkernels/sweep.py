@@ -6,7 +6,6 @@ their place, then g @ head and the chunk's part of g.T @ hidden. The buffers of 
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +15,14 @@ from . import backends
 from .base import BaseLoss
 from .call import result_dtype
 from .head import Head, fitting, slices
-from .loss import part_of
+from .ops import Once
 from .options import readable
+from .parts import part_of, reducing
 from .sparse import SparseTeacher
 
 CACHED = 1 << 20  # bytes that are widened at a time on a CPU
+_NOT_AGAIN = ("kdkernels: the gradient of LinearLoss is not itself differentiable; for double backward call its loss "
+              "on the logits, under kdkernels.use_backend('reference')")  # fmt: skip
 
 
 class Inputs(NamedTuple):
@@ -102,7 +104,7 @@ def _sweep(plan, x, factor, wants, per_row):
     t_dtype = dtype if teacher is None else cast_dtype(x.teacher_hidden, plan.cast)
     known = plan.sparse if x.teacher_logits is None else x.teacher_logits[:, :vocab]
     t_buffer = s_buffer if teacher is None else torch.empty_like(s_buffer, dtype=t_dtype)
-    whole = _reducing(plan.loss, "none" if per_row else "sum")
+    whole = reducing(plan.loss, "none" if per_row else "sum")
     grads, values, product = _empty(x, wants, vocab, rows > chunk), [], None
     if grads.head is not None and grads.head.dtype != dtype:
         width = x.student_head.shape[1]
@@ -151,17 +153,6 @@ def _heads(plan: Plan, x: Inputs) -> tuple[Head, Head | None]:
         weight = weight.to(dtype)
     bias = None if x.teacher_bias is None else x.teacher_bias[: plan.vocab].to(dtype)
     return student, Head(weight, bias, unit, plan.scales[1], plan.softcaps[1], plan.scratch)
-
-
-def _reducing(loss: BaseLoss, reduction: str) -> BaseLoss:
-    part = copy.copy(loss)
-    if "_double" in vars(loss):  # a log-partition loss is traced for any reduction
-        part.__dict__["reduction"] = reduction
-    else:
-        part.reduction = reduction
-    if "_split" in vars(part):  # of a SparseTeacher's loss
-        part.__dict__["_split"] = tuple(_reducing(one, reduction) for one in vars(part)["_split"])
-    return part
 
 
 def _value_and_grad(loss: BaseLoss, s: Tensor, t: Tensor | None, labels: Tensor | None, out: Tensor, **given):
@@ -247,20 +238,6 @@ class LinearRows(torch.autograd.Function):
             ready = Gradients(*(None if g is None else g.mul_(grad) for g in ready))
         out = [None if g is None else g.to(like.dtype) for g, like in zip(ready, x[:3], strict=True)]
         if torch.is_grad_enabled():
-            out = _Once.apply(*out, grad, *x[:3])
+            out = Once.apply(_NOT_AGAIN, lambda *them: tuple(g if g is None else g.view_as(g) for g in them[:3]), *out,
+                             grad, *x[:3])  # fmt: skip
         return None, None, *out, *(None,) * (len(Inputs._fields) - 3)
-
-
-class _Once(torch.autograd.Function):
-    """Three gradients under create_graph=True: right once, and a clear error when differentiated again."""
-
-    @staticmethod
-    def forward(ctx, *tensors):
-        return tuple(None if g is None else g.view_as(g) for g in tensors[:3])
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            "kdkernels: the gradient of LinearLoss is not itself differentiable; for double backward call its loss on "
-            "the logits, under kdkernels.use_backend('reference')"
-        )

@@ -121,6 +121,8 @@ def test_uld_of_two_vocabularies(widths):
     assert gradcheck(kd.ULDLoss(ce_weight=0.5), (s, t, torch.tensor([0, 3, -100, 7])))
     _, gradient = kd.ULDLoss().value_and_grad(s.detach(), t.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(kd.ULDLoss()(s, t), s)[0])
+    _, total = kd.ULDLoss().value_and_grad(s.detach(), t.detach(), out=torch.ones_like(s).detach(), accumulate=True)
+    torch.testing.assert_close(total, gradient + 1)
     low = kd.ULDLoss(reduction="none")(s.bfloat16(), t.float())
     torch.testing.assert_close(low.double(), uld(*(x.bfloat16().double() if i == 0 else x.float().double()
                                                    for i, x in enumerate(pad)), None), rtol=1e-6, atol=0)  # fmt: skip

@@ -251,7 +251,7 @@ def test_a_spread_teacher_in_many_chunks(monkeypatch):
     loss.teacher_temperature = 1.0
     found = []
     for rows in (12, 1):
-        monkeypatch.setattr(kd.merged, "blocks", lambda s, rows=rows: blocks(s, 30 * rows))
+        monkeypatch.setattr(kd.merged, "blocks", lambda s, rows=rows: blocks(s, memory=30 * rows))
         value = loss(s, sparse.reshape(3, 4), x.y.view(3, 4), temperature=T.view(3, 4))
         found.append((value.detach(), torch.autograd.grad(value, s)[0]))
     for one, many in zip(*found, strict=True):

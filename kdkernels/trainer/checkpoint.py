@@ -5,7 +5,7 @@ import os
 import zlib
 from pathlib import Path
 
-from ..files import replacing, sweep, write_json  # noqa: F401  (for whoever asks here for files)
+from ..files import replacing
 from .config import UserError
 
 

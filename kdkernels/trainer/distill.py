@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 import kdkernels as kd
 
+from .. import files
 from . import checkpoint, models, report
 from .config import PLACES, TEACHER_FIELDS, Config, UserError, check, flag
 from .data import Corpus
@@ -79,12 +80,12 @@ def distill(cfg, resume=False):
     table = evaluate(compared, teacher, *corpus.held_out(cfg.val_tokens))
 
     export(out, students)
-    with checkpoint.replacing(out / "curves.png") as temporary:
+    with files.replacing(out / "curves.png") as temporary:
         names = {"ce": "cross-entropy only", "distilled": name}
         teacher_ce = evaluate({"teacher": teacher}, teacher, *points)["teacher"]["ce"]
         report.draw_curves(journal.records(), temporary, names, teacher_ce)
     took = {"seconds": round(time.perf_counter() - started, 1), "peak_rss_mb": peak_rss_mb()}
-    checkpoint.write_json(out / "results.json", {"table": table, **took, "environment": environment()})
+    files.write_json(out / "results.json", {"table": table, **took, "environment": environment()})
     report.print_results(table, out)
     print(f"took {took['seconds']:.0f} s, at most {took['peak_rss_mb']} MB of memory", flush=True)
     return table
@@ -149,9 +150,9 @@ def claim(out, cfg, corpus, resume):
     elif path.exists():
         raise UserError(f"{out} already holds a run: give --resume {out} to go on, or another --out")
     else:
-        checkpoint.write_json(path, {**record, "cache": cfg.cache, "environment": environment()})
-    checkpoint.sweep(out)
-    checkpoint.sweep(cfg.cache)
+        files.write_json(path, {**record, "cache": cfg.cache, "environment": environment()})
+    files.sweep(out)
+    files.sweep(cfg.cache)
     return f"run {fingerprint(record)}"
 
 
