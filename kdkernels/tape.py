@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Op(IntEnum):
-    """Instruction codes; `csrc/tape.h` and `backends/triton_rows.py` read the same numbers."""
+    """Instruction codes; `csrc/tape.h` and `backends/triton_tape.py` read the same numbers."""
 
     CONST = 0
     ADD = 1

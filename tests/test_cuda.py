@@ -1,4 +1,5 @@
-"""The CUDA kernels in the forms they have: two sweeps, and clusters of every size. Emulated where there is no GPU."""
+"""A training step on a GPU: the CUDA kernels in the forms they have, two sweeps and clusters of every size, emulated
+where there is no GPU; and Triton's."""
 
 import contextlib
 
@@ -23,10 +24,18 @@ SAMPLE = [c for c in CASES if str(c) in ("KDLoss-alpha=0.3-temperature=3.0", "Fo
           "AlphaBetaLoss-alpha=0.2-beta=0.7", "AlphaBetaLoss-alpha=0.0-beta=0.0", "DKDLoss-alpha=1.0-beta=8.0",
           "BrierLoss", "TAIDLoss-tau=0.4")]  # fmt: skip
 in_forms = pytest.mark.parametrize("form", FORMS)
+in_every_step = pytest.mark.parametrize("form", [*FORMS, "triton"])
 
 
 def device(form, **more):
     return emulated.machine(**FORMS[form], **more) if NO_GPU else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def stepping(form, **more):
+    triton = form == "triton"
+    with contextlib.nullcontext() if triton else device(form, **more), only("triton" if triton else "cuda"):
+        yield
 
 
 @pytest.mark.skipif(not NO_GPU, reason="sizes of the emulated device")
@@ -67,19 +76,19 @@ def test_every_order_of_threads_gives_the_same_bits(form):
     assert len(results) == 1
 
 
-@in_forms
+@in_every_step
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_gradient_may_take_the_logits_place(form, seed):
     rows = batch(N=9, V=1001, scale=3.0, s_dtype=F32)
     loss = kd.DKDLoss()
-    with device(form, seed=seed), only("cuda"):
+    with stepping(form, seed=seed):
         value, gradient = loss.value_and_grad(rows.s, rows.t, rows.y)
         buffer = rows.s.clone()
         again, out = loss.value_and_grad(buffer, rows.t, rows.y, out=buffer)
     assert out is buffer and torch.equal(value, again) and torch.equal(buffer, gradient)
 
 
-@in_forms
+@in_every_step
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F32), (BF16, F16)], ids=str)
 def test_any_alignment_of_the_rows(form, dtypes):
     """Views that begin at odd elements, with gaps between the rows, of tensors of three dimensions."""
@@ -89,7 +98,7 @@ def test_any_alignment_of_the_rows(form, dtypes):
         s = wide.s.view(3, 4, 420)[:, 1:, first : first + length]
         t = wide.t.view(3, 4, 420)[:, 1:, 2 : 2 + length]
         y = torch.arange(9).view(3, 3) % length
-        with device(form), only("cuda"):
+        with stepping(form):
             leaf = s.detach().clone().requires_grad_()
             make(case)(leaf, t, y).backward()
             strided = s.detach().requires_grad_()
@@ -101,7 +110,7 @@ def test_any_alignment_of_the_rows(form, dtypes):
         assert error <= 2 * torch.finfo(dtypes[0]).eps  # another alignment, another order of sums
 
 
-@in_forms
+@in_every_step
 def test_rows_left_out_masks_and_padding(form):
     rows = batch(N=11, V=700, scale=3.0, s_dtype=F32)
     y, mask = rows.y % 600, torch.ones(700, dtype=torch.bool)
@@ -110,7 +119,7 @@ def test_rows_left_out_masks_and_padding(form):
     s[::3], s[:, 650:], t[:, 601:650] = float("nan"), float("nan"), float("inf")
     call = dict(vocab_size=650, vocab_mask=mask, row_weight=torch.linspace(0, 2, 11))
     loss = kd.KDLoss()
-    with device(form), only("cuda"):
+    with stepping(form):
         value, gradient = loss.value_and_grad(s, t, y, **call)
     with kd.use_backend("reference"):
         leaf = s.double().requires_grad_()
@@ -121,14 +130,14 @@ def test_rows_left_out_masks_and_padding(form):
     assert not gradient[::3].any() and not gradient[:, 601:].any()
 
 
-@in_forms
+@in_every_step
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_the_gradient_may_be_added_to_a_buffer(form, dtype):
     rows = batch(N=9, V=1001, scale=3.0, saturated=20.0, s_dtype=dtype)
     rows.y[4] = -100
     loss = kd.DKDLoss(reduction="sum")
     before = torch.randn(rows.s.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    with device(form), only("cuda"):
+    with stepping(form):
         value, gradient = loss.value_and_grad(rows.s.float(), rows.t, rows.y)
         again, total = loss.value_and_grad(rows.s, rows.t, rows.y, out=before.clone(), accumulate=True)
     assert abs(again - value) <= 1e-6 * abs(value)
@@ -136,13 +145,13 @@ def test_the_gradient_may_be_added_to_a_buffer(form, dtype):
     assert ((total.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs().clamp(min=1e-3)).all()
 
 
-@in_forms
+@in_every_step
 def test_a_label_outside_the_vocabulary_spoils_its_row_alone(form):
     rows = batch(N=6, V=300, s_dtype=F32)
     y = rows.y.clone()
     y[2], y[4] = 300, -7
     good = [0, 1, 3, 5]
-    with device(form), only("cuda"):
+    with stepping(form):
         value = kd.KDLoss(reduction="none")(rows.s, rows.t, y)
         _, gradient = kd.KDLoss(reduction="sum").value_and_grad(rows.s, rows.t, y)
         right = kd.KDLoss(reduction="none")(rows.s[good], rows.t[good], y[good])
@@ -153,14 +162,15 @@ def test_a_label_outside_the_vocabulary_spoils_its_row_alone(form):
         kd.KDLoss(validate=True)(rows.s, rows.t, y)
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_backward_scales_by_what_it_is_given(dtype):
+def test_backward_scales_by_what_it_is_given(dtype, backend):
     rows = batch(N=8, V=77, s_dtype=dtype)
     case = next(c for c in CASES if c.name == "ForwardKLLoss")
     exact = textbook(case, rows, teacher_grad=False)
     for factor in (1.0, 0.5, 0.3):
         leaf = rows.s.clone().requires_grad_()
-        with only("cuda"):
+        with only(backend):
             loss = kd.ForwardKLLoss(reduction="sum")(leaf, rows.t)
             (loss * factor).backward(retain_graph=True)
             first, leaf.grad = leaf.grad, None
@@ -170,3 +180,15 @@ def test_backward_scales_by_what_it_is_given(dtype):
         assert not excess(first, bar, dtype)
         # by other kernels, which sum up in another order
         assert (first.double() - leaf.grad.double()).norm() <= 2 * torch.finfo(dtype).eps * first.double().norm()
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_training_step_is_three_launches_at_most(dtype, backend):
+    rows = batch(N=8, V=77, s_dtype=dtype)
+    before, leaf = kd.backends.calls.copy(), rows.s.requires_grad_()
+    with only(backend):
+        kd.KDLoss()(leaf, rows.t, rows.y).backward()
+    made = kd.backends.calls - before
+    inside = [] if backend == "cuda" else ["begin", "rescale"]  # counted where Python launches them
+    assert made == {(backend, name): 1 for name in ["step", *inside]}

@@ -13,23 +13,27 @@ from pathlib import Path
 import pytest
 
 CAPABILITIES = (80, 90, 100)
-ROW = "n s_a s_b t_a t_b args_row B vocab ignore width grad_row N K R out".split()
+ROW = "n s_a s_b t_a t_b args_row B vocab ignore width grad_row weight_row N K count".split()
+KINDS = dict(high="fp32", low="fp32", label_ptr="*i64", mask_ptr="*u8", done_ptr="*i32", total_ptr="*fp32",
+             factor_ptr="*fp32")  # fmt: skip
 
 
 def _signature(kernel, dtype, constants):
-    pointers = {"s_ptr": dtype, "t_ptr": dtype, "label_ptr": "i64", "mask_ptr": "u8"}
-    pointers["out_ptr"] = dtype if "grad_ptr" in kernel.arg_names else "fp64"
-    kind = lambda n: "constexpr" if n in constants else "i32" if n in ROW else "*" + pointers.get(n, "fp64")  # noqa: E731
+    own = dict.fromkeys(("s_ptr", "t_ptr", "to_ptr", "x_ptr"), f"*{dtype}") | KINDS
+    own["out_ptr"] = f"*{dtype}" if "grad_ptr" in kernel.arg_names else "*fp64"
+    kind = lambda n: "constexpr" if n in constants else "i32" if n in ROW else own.get(n, "*fp64")  # noqa: E731
     return {name: kind(name) for name in kernel.arg_names}
 
 
 def _variants():
     """(name, kernel, dtype, constants, warps)."""
-    from kdkernels import JSDLoss, SkewKLLoss
-    from kdkernels.backends.triton import _elements
+    from kdkernels import DKDLoss, ForwardKLLoss, JSDLoss, KDLoss, SkewKLLoss
+    from kdkernels.backends.triton import _elements, _second
     from kdkernels.backends.triton_elements import reduce_kernel, spread_kernel
     from kdkernels.backends.triton_rows import rows_kernel
     from kdkernels.backends.triton_separable import compiled, sums_kernel
+    from kdkernels.backends.triton_step import begin_kernel, rescale_kernel, step_kernel
+    from kdkernels.backends.triton_tape import compiled as tape
 
     none = dict(PHI=None, SIDE=0)
     some = dict(HAS_TEACHER=True, HAS_LABEL=True, HAS_MASK=False, BLOCK=2048)
@@ -44,8 +48,20 @@ def _variants():
             name = type(loss).__name__
             yield f"sums {dtype} {name}", sums_kernel, dtype, dict(PHI=phi, **tile), 4
             yield f"spread {dtype} {name}", spread_kernel, dtype, dict(PHI=phi, SIDE=0, ALIGN=16, **some), 8
-    for sides in (1, 2):
-        yield f"rows sides={sides}", rows_kernel, "fp64", dict(SIDES=sides, ROWS=32), 1
+    # Of a row of its own: the tape, and what depends on it.
+    for loss in (ForwardKLLoss(), KDLoss(), DKDLoss(), ForwardKLLoss(standardize=True)):
+        code, name = loss._single.code, type(loss).__name__ + " standardized" * loss.standardize
+        K, second = int(code[0]), _second(code)
+        own = dict(TAPE=tape(code.numpy().tobytes()), K=K)
+        tile = dict(**own, KP=1 << (K - 1).bit_length(), SECOND=second, HAS_WEIGHT=True, **some)
+        for dtype, align, add in (("fp32", 16, False), ("bf16", 1, True)):
+            variant = dict(ALIGN=align, ADD=add, **tile)
+            yield f"step {dtype} {name} align={align} add={add}", step_kernel, dtype, variant, 8
+        for sides in (1, 2):
+            yield f"rows {name} sides={sides}", rows_kernel, "fp64", dict(SIDES=sides, ROWS=32, **own), 1
+    for labels in (True, False):
+        yield f"begin labels={labels}", begin_kernel, "fp64", dict(HAS_LABEL=labels, BLOCK=1024), 4
+    yield "rescale", rescale_kernel, "bf16", dict(BLOCK=2048), 8
 
 
 def _registers(cubin: bytes) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """Triton backend: any GPU that Triton compiles for, and its interpreter on CPU tensors (TRITON_INTERPRET=1).
 
     reduce  one program a row: reads s and t once (2 w bytes a class at w bytes a logit), writes 56 (K + 1) bytes a row
-    rows    32 rows a program: nothing a class; 56 (K + 1) + 80 (K + 1) sides bytes and the tape's registers a row
+    rows    32 rows a program: nothing a class; 56 (K + 1) + 80 (K + 1) sides bytes a row
     spread  one program a row and tile: reads s and t, writes one gradient (3 w bytes a class)
+    step    the three in one launch, and one before and one after it (triton_step.py)
 
 Elements are float32, relative to their tile's or row's maximum; everything kept for a row is float64. Tile sizes depend
 on the width and dtype only, and nothing is summed atomically: a call repeats to the bit. Formats: `kdkernels.ops`.
@@ -26,6 +27,8 @@ from . import calls
 from .triton_elements import reduce_kernel, spread_kernel
 from .triton_rows import rows_kernel
 from .triton_separable import compiled, sums_kernel
+from .triton_step import begin_kernel, rescale_kernel, step_kernel
+from .triton_tape import compiled as tape
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICES = ("cuda", "xpu", "cpu") if INTERPRETED else ("cuda", "xpu")
@@ -80,7 +83,6 @@ def reduce(student: Tensor, teacher: Tensor | None, labels: Tensor | None, mask:
     (s, s_a, s_b), (t, t_a, t_b) = _rows(student, student), _rows(teacher, student)
     B, K, N = s.shape[-2], int(program[0]), s.shape[:-1].numel()
     stats = student.new_zeros((N, K + 1, STATS), dtype=torch.float64)
-    second = any(int(flags) & 32 for flags in program[4 : 4 + K])
     args = _there(args, s.device)
     if N:
         with _launch("reduce", s.device):
@@ -88,7 +90,7 @@ def reduce(student: Tensor, teacher: Tensor | None, labels: Tensor | None, mask:
                 s, t, s if labels is None else labels.contiguous(), s if mask is None else mask.view(torch.uint8), args,
                 _there(program, s.device), stats, s_a, s_b, t_a, t_b, args.shape[1] * (len(args) > 1), B, vocab,
                 ignore_index, K, triton.next_power_of_2(max(K, 1)), teacher is not None, labels is not None,
-                mask is not None, second, **_config(vocab),
+                mask is not None, _second(program), **_config(vocab),
             )  # fmt: skip
     return stats
 
@@ -96,15 +98,14 @@ def reduce(student: Tensor, teacher: Tensor | None, labels: Tensor | None, mask:
 @torch.library.custom_op("kdkernels::triton_rows", mutates_args=())
 def rows(stats: Tensor, args: Tensor, program: Tensor, sides: int) -> tuple[Tensor, Tensor]:
     """value (N,) and coef (sides, N, K + 1, 10) of the rows' statistics."""
-    N, (K, R, _, out) = len(stats), map(int, program[:4])
+    N, K = len(stats), int(program[0])
     value, coef = stats.new_zeros(N), stats.new_zeros((sides, N, K + 1, COEFS))
     args = _there(args, stats.device)
-    tape = stats.new_zeros((2, 6 * K + 4 + R, N))
     if N:
         with _launch("rows", stats.device):
             rows_kernel[(triton.cdiv(N, ROWS),)](
-                stats.contiguous(), args, _there(program, stats.device), tape, value, coef,
-                args.shape[1] * (len(args) > 1), N, K, R, out, sides, ROWS, num_warps=1,
+                stats.contiguous(), args, _there(program, stats.device), value, coef, args.shape[1] * (len(args) > 1),
+                N, tape(program.numpy().tobytes()), K, sides, ROWS, num_warps=1,
             )  # fmt: skip
     return value, coef
 
@@ -131,6 +132,72 @@ def _spread(grad, student, teacher, labels, mask, coef, vocab, side, elements):
                 teacher is not None, labels is not None, mask is not None, phi, side if phi else 0, **config,
             )  # fmt: skip
     return out.to(own.dtype)
+
+
+@torch.library.custom_op("kdkernels::triton_step", mutates_args=())
+def step(student: Tensor, teacher: Tensor | None, labels: Tensor | None, mask: Tensor | None, args: Tensor,
+         program: Tensor, weight: Tensor | None, divisor: float, vocab: int,
+         ignore_index: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The sum of weight / divisor * value of all rows, and its gradient by the student's logits."""
+    out = torch.empty(student.shape, dtype=torch.float32 if INTERPRETED else student.dtype, device=student.device)
+    total = _step(student, teacher, labels, mask, args, program, weight, divisor, vocab, ignore_index, out, False)
+    return total, out.to(student.dtype)
+
+
+@torch.library.custom_op("kdkernels::triton_step_out", mutates_args=("out",))
+def step_out(student: Tensor, teacher: Tensor | None, labels: Tensor | None, mask: Tensor | None, args: Tensor,
+             program: Tensor, weight: Tensor | None, divisor: float, vocab: int, ignore_index: int, out: Tensor,
+             accumulate: bool) -> Tensor:  # fmt: skip
+    """The same; the gradient goes to out, which may be the student's logits, or is added to it."""
+    to = out.float() if INTERPRETED else out
+    total = _step(student, teacher, labels, mask, args, program, weight, divisor, vocab, ignore_index, to, accumulate)
+    if to is not out:
+        out.copy_(to)
+    return total
+
+
+def _step(student, teacher, labels, mask, args, program, weight, divisor, vocab, ignore, out, accumulate):
+    (s, s_a, s_b), (t, t_a, t_b) = _rows(student, student), _rows(teacher, student)
+    (B, W), K, N, new = s.shape[-2:], int(program[0]), s.shape[:-1].numel(), s.new_empty
+    double, args, config = torch.float64, _there(args, s.device), _config(W, vocab)
+    over, values, done = new((), dtype=double), new(N, dtype=double), new((), dtype=torch.int32)
+    by_row = int(weight is not None and len(weight) > 1)
+    stats, coef = new((N, K + 1, STATS), dtype=double), new((N, K + 1, COEFS), dtype=double)
+    total, high = new((), dtype=torch.float32), np.float32(divisor).item()
+    y = s if labels is None else labels.contiguous()
+    with _launch("begin", s.device):
+        begin_kernel[(1,)](y, over, done, total, N, ignore, high, divisor - high, labels is not None, 1024)
+    if N:
+        with _launch("step", s.device):
+            step_kernel[(N,)](
+                s, t, y, s if mask is None else mask.view(torch.uint8), args, _there(program, s.device),
+                over if weight is None else weight.contiguous(), over, done, stats, coef, values, total, out, s_a, s_b,
+                t_a, t_b, args.shape[1] * (len(args) > 1), B, vocab, W, ignore, by_row, N,
+                tape(program.numpy().tobytes()), K, triton.next_power_of_2(max(K, 1)), teacher is not None,
+                labels is not None, mask is not None, weight is not None, _second(program), accumulate, **config,
+            )  # fmt: skip
+    return total
+
+
+def _step_add(*inputs):
+    return step_out(*inputs, True)
+
+
+def _step_to(*inputs):
+    return step_out(*inputs, False)
+
+
+def _rescaled(gradient: Tensor, grad: Tensor) -> Tensor:
+    """grad * gradient, in place, without waiting for grad: the kernel leaves at once where it is 1."""
+    x = gradient.float() if INTERPRETED else gradient
+    if count := x.numel():
+        with _launch("rescale", x.device):
+            rescale_kernel[(triton.cdiv(count, MAX_BLOCK),)](x, grad, count, MAX_BLOCK, num_warps=8)
+    return x if x is gradient else gradient.copy_(x)
+
+
+def _second(program: Tensor) -> bool:
+    return any(int(flags) & 32 for flags in program[4 : 4 + int(program[0])])
 
 
 def _phi(elements: Tensor, device: torch.device):
@@ -174,5 +241,5 @@ def _elements(program: Tensor) -> Tensor:
 
 register("triton_")
 register("triton_separable_", elements=True)
-OPERATORS = Operators(reduce, rows, spread)
+OPERATORS = Operators(reduce, rows, spread, step, _step_to, _step_add, _rescaled)
 SEPARABLE = Operators(separable_reduce, rows_of_sums(rows), separable_spread, elements=True)

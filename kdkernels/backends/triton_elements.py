@@ -4,15 +4,9 @@ import triton
 import triton.language as tl
 
 from .triton_math import expm1
+from .triton_tape import INF, _times
 
 STATS, COEFS, ELSEWHERE = tl.constexpr(7), tl.constexpr(10), tl.constexpr(-(1 << 62))
-INF, NAN = tl.constexpr(float("inf")), tl.constexpr(float("nan"))
-
-
-@triton.jit
-def _times(c, x):
-    """c * x, where c = 0 ignores x, infinite or not."""
-    return tl.where(c == 0, 0.0, c * x)
 
 
 @triton.jit
@@ -160,7 +154,7 @@ def reduce_kernel(
                     st2 = tl.where(lane == k, tl.where(U + V == -INF, 0.0, _mean(w, d * e, scale)).to(tl.float64), st2)
                     tt2 = tl.where(lane == k, tl.where(V == -INF, INF, _mean(w, e * e, scale)).to(tl.float64), tt2)
         m, z, S, T, ss, st, tt = _merge(m, z, S, T, ss, st, tt, m2, z2, S2, T2, ss2, st2, tt2)
-    nan = tl.where(strange | (tl.max(damaged, 0) > 0), NAN, 0.0).to(tl.float64)
+    nan = tl.where(strange | (tl.max(damaged, 0) > 0), float("nan"), 0.0).to(tl.float64)
     second = (tl.load(program_ptr + 4 + lane, mask=lane < K, other=0.0).to(tl.int32) & 32) != 0
     ss, st, tt = tl.where(second, ss, 0.0), tl.where(second, st, 0.0), tl.where(second, tt, 0.0)
     moments = (m, z, S, T, ss, st, tt)
@@ -194,26 +188,30 @@ def _slope(c, u, v, use):
     return _times(pi.to(u.dtype), h)
 
 
-@triton.jit(do_not_specialize=["B", "vocab", "width", "grad_row", "K"])
-def spread_kernel(
-    grad_ptr, s_ptr, t_ptr, label_ptr, mask_ptr, coef, constants, out_ptr, s_a, s_b, t_a, t_b, B, vocab, width,
-    grad_row, K, HAS_TEACHER: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_MASK: tl.constexpr, PHI: tl.constexpr,
-    SIDE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out_i = g sum_k exp(b u + a v + lam) (c0 + c1 u + c2 v + c3 u^2 + c4 u v + c5 v^2), u = s - max s, v alike.
+@triton.jit
+def _phi_slope(u, v, live, coef, last, constants, PHI: tl.constexpr, SIDE: tl.constexpr):
+    """The slope of phi, of which the last point keeps the sum over all classes (see triton_separable.py)."""
+    b, a = tl.load(coef + 1).to(tl.float32), tl.load(coef + COEFS + 2).to(tl.float32)
+    log_q = tl.where(live, u * b + tl.load(coef).to(tl.float32), 0.0)
+    log_p = tl.where(live, v * a + tl.load(coef + COEFS).to(tl.float32), 0.0)
+    _phi, slope_q, slope_p = PHI(log_q, log_p, constants)
+    scale = tl.load(last - COEFS + 4 + SIDE) * tl.load(coef + SIDE * (COEFS + 1) + 1)
+    sum_of = tl.where(scale == 0, 0.0, tl.load(coef + SIDE * COEFS + 3) / tl.where(scale == 0, 1.0, scale))
+    high, log_own, own = sum_of.to(tl.float32), log_p if SIDE else log_q, slope_p if SIDE else slope_q
+    # Of a class with most of the weight little is left: first what cancels, without a rounding.
+    heavy = ((own + high) + (sum_of - high.to(tl.float64)).to(tl.float32)) + high * expm1(log_own)
+    return _times(scale.to(tl.float32), tl.where(log_own > -0.7, heavy, own + high * tl.exp(log_own)))
 
-    Of a separable loss (PHI is not None) the last point stands for the slope of phi (see triton_separable.py).
-    """
-    n, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    vocab, width = vocab // ALIGN * ALIGN, width // ALIGN * ALIGN
-    s_ptr += (n // B) * s_a + (n % B) * s_b
-    t_ptr += (n // B) * t_a + (n % B) * t_b
-    coef += n * (K + 1) * COEFS
+
+@triton.jit
+def slopes(
+    cols, s_ptr, t_ptr, mask_ptr, y, coef, constants, grad, vocab, K,
+    HAS_TEACHER: tl.constexpr, HAS_MASK: tl.constexpr, PHI: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """grad sum_k exp(b u + a v + lam) (c0 + c1 u + c2 v + c3 u^2 + c4 u v + c5 v^2), u = s - max s, v alike, of the
+    classes cols of a row. Of a separable loss (PHI is not None) the first two points and the last stand for phi."""
     last = coef + K * COEFS
-    slope, y = tl.load(last).to(tl.float32), n * 0 - 1
-    if HAS_LABEL:
-        y = tl.load(label_ptr + n)
-    limit = tl.where(tl.load(last + 3) != 0, vocab, 0)
+    slope, limit = tl.load(last).to(tl.float32), tl.where(tl.load(last + 3) != 0, vocab, 0)
     s, t, live, _bad = _tile(s_ptr, t_ptr, mask_ptr, cols, limit, HAS_TEACHER, HAS_MASK)
     u = tl.where(live, s - tl.load(last + 1).to(tl.float32), 0.0)
     v = tl.where(live, t - tl.load(last + 2).to(tl.float32), 0.0)
@@ -221,16 +219,7 @@ def spread_kernel(
     start, points = 0, K
     if PHI is not None:
         start, points = 2, K - 1
-        b, a = tl.load(coef + 1).to(tl.float32), tl.load(coef + COEFS + 2).to(tl.float32)
-        log_q = tl.where(live, u * b + tl.load(coef).to(tl.float32), 0.0)
-        log_p = tl.where(live, v * a + tl.load(coef + COEFS).to(tl.float32), 0.0)
-        _phi, slope_q, slope_p = PHI(log_q, log_p, constants)
-        scale = tl.load(last - COEFS + 4 + SIDE) * tl.load(coef + SIDE * (COEFS + 1) + 1)
-        sum_of = tl.where(scale == 0, 0.0, tl.load(coef + SIDE * COEFS + 3) / tl.where(scale == 0, 1.0, scale))
-        high, log_own, own = sum_of.to(tl.float32), log_p if SIDE else log_q, slope_p if SIDE else slope_q
-        # Of a class with most of the weight little is left: first what cancels, without a rounding.
-        heavy = ((own + high) + (sum_of - high.to(tl.float64)).to(tl.float32)) + high * expm1(log_own)
-        d += _times(scale.to(tl.float32), tl.where(log_own > -0.7, heavy, own + high * tl.exp(log_own)))
+        d += _phi_slope(u, v, live, coef, last, constants, PHI, SIDE)
     for k in range(start, points):
         c = coef + k * COEFS
         use = live & ((cols != y) | (tl.load(c + 9).to(tl.int32) == 0))
@@ -239,8 +228,23 @@ def spread_kernel(
             d += _slope(c, tl.where(use, u2, 0.0), tl.where(use, v2, 0.0), use).to(tl.float32)
         else:
             d += _slope(c, u, v, use)
-    grad = tl.load(grad_ptr + n * grad_row).to(tl.float32)
     d = tl.where(live, d * grad, 0.0)
-    d = tl.where(cols < limit, d + tl.where(slope != slope, NAN, 0.0), d)
-    d = tl.where(grad == 0, 0.0, d)  # a row that counts nothing
+    d = tl.where(cols < limit, d + tl.where(slope != slope, float("nan"), 0.0), d)
+    return tl.where(grad == 0, 0.0, d)  # a row that counts nothing
+
+
+@triton.jit(do_not_specialize=["B", "vocab", "width", "grad_row", "K"])
+def spread_kernel(
+    grad_ptr, s_ptr, t_ptr, label_ptr, mask_ptr, coef, constants, out_ptr, s_a, s_b, t_a, t_b, B, vocab, width,
+    grad_row, K, HAS_TEACHER: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_MASK: tl.constexpr, PHI: tl.constexpr,
+    SIDE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`slopes` of a tile of row n = (n // B, n % B)."""
+    n, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    vocab, width, y = vocab // ALIGN * ALIGN, width // ALIGN * ALIGN, n * 0 - 1
+    if HAS_LABEL:
+        y = tl.load(label_ptr + n)
+    grad = tl.load(grad_ptr + n * grad_row).to(tl.float32)
+    d = slopes(cols, s_ptr + (n // B) * s_a + (n % B) * s_b, t_ptr + (n // B) * t_a + (n % B) * t_b, mask_ptr, y,
+               coef + n * (K + 1) * COEFS, constants, grad, vocab, K, HAS_TEACHER, HAS_MASK, PHI, SIDE)  # fmt: skip
     tl.store(out_ptr + n * width + cols, d.to(out_ptr.dtype.element_ty), mask=cols < width)

@@ -7,22 +7,15 @@ Constants of phi are read from memory: a loss whose options change is not compil
 """
 
 import functools
-import linecache
 
 import triton
 import triton.language as tl
 
 from ..elements import HEADER, INPUTS, LINE
 from ..tape import Op
-from .triton_elements import INF, STATS, _tile, _times
+from .triton_elements import STATS, _tile
 from .triton_math import exp, expm1, log, log1p, softplus
-
-FORMS = {
-    Op.ADD: "{0} + {1}", Op.SUB: "{0} - {1}", Op.MUL: "{0} * {1}", Op.DIV: "{0} / {1}", Op.EXP: "exp({0})",
-    Op.EXPM1: "expm1({0})", Op.LOG: "log({0})", Op.LOG1P: "log1p({0})", Op.SQRT: "tl.sqrt({0})",
-    Op.SOFTPLUS: "softplus({0})", Op.TIMES: "_times({0}, {1})", Op.GT: "tl.where({0} > {1}, 1.0, 0.0)",
-    Op.SELECT: "tl.where({0} != 0, {1}, {2})",
-}  # fmt: skip
+from .triton_tape import INF, VALUES, _times, written
 
 
 def compiled(numbers: list[float]):
@@ -34,19 +27,12 @@ def compiled(numbers: list[float]):
 
 @functools.cache
 def _compiled(constants: int, outputs: tuple[int, ...], lines: tuple[int, ...]):
-    text = ["@triton.jit", "def phi(r0, r1, constants):", "    zero = tl.zeros_like(r0)"]
-    text += [f"    r{INPUTS + i} = zero + tl.load(constants + {i}).to(tl.float32)" for i in range(constants)]
+    text = ["zero = tl.zeros_like(r0)"]
+    text += [f"r{INPUTS + i} = zero + tl.load(constants + {i}).to(tl.float32)" for i in range(constants)]
     for op, to, *operands in zip(*(lines[i::LINE] for i in range(LINE)), strict=True):
-        text.append(f"    r{to} = {FORMS[Op(op)].format(*(f'r{x}' for x in operands))}")
-    text.append(f"    return {', '.join(f'r{x}' for x in outputs)}")
-    name = f"<kdkernels phi {hash((constants, outputs, lines)):x}>"
-    source = "\n".join(text) + "\n"
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # where triton reads it
-    scope = {"triton": triton, "tl": tl, "_times": _times, "__name__": __name__} | {
-        f.__name__: f for f in (exp, expm1, log, log1p, softplus)
-    }
-    exec(compile(source, name, "exec"), scope)  # written here, of instruction codes and numbers only
-    return scope["phi"]
+        text.append(f"r{to} = " + VALUES[Op(op)].format(**{k: f"r{x}" for k, x in zip("abc", operands, strict=False)}))
+    text.append(f"return {', '.join(f'r{x}' for x in outputs)}")
+    return written("phi(r0, r1, constants)", text, **{f.__name__: f for f in (exp, expm1, log, log1p, softplus)})
 
 
 @triton.jit
