@@ -1,21 +1,11 @@
 // What an operator is given, in the kernels' terms. Stable ABI.
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+#include <tuple>
 
-#include <algorithm>
-#include <optional>
-
+#include "../tensors.h"
 #include "parallel.h"
 
 namespace kd {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 inline Type type_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -27,19 +17,9 @@ inline Type type_of(const Tensor& x) {
   }
 }
 
-// (N, W) or (A, B, W), W dense.
 inline Logits logits(const Tensor& x) {
-  const int64_t d = x.dim();
-  STD_TORCH_CHECK((d == 2 || d == 3) && (x.size(d - 1) <= 1 || x.stride(d - 1) == 1),
-                  "kdkernels: logits must be (N, W) or (A, B, W), W dense");
-  const int64_t inner = x.size(d - 2) ? x.size(d - 2) : 1;
-  return {static_cast<const char*>(x.const_data_ptr()), type_of(x), inner, d == 3 ? x.stride(0) : 0, x.stride(d - 2)};
-}
-inline int64_t width_of(const Tensor& x) { return x.size(x.dim() - 1); }
-inline int64_t rows_of(const Tensor& x) { return x.dim() == 3 ? x.size(0) * x.size(1) : x.size(0); }
-inline Tensor empty_as(const Tensor& x) {
-  if (x.dim() == 2) return torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+  const Strides at(x);
+  return {static_cast<const char*>(x.const_data_ptr()), type_of(x), at.inner, at.outer_stride, at.inner_stride};
 }
 
 inline Batch batch(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
@@ -49,48 +29,20 @@ inline Batch batch(const Tensor& s, const MaybeTensor& t, const MaybeTensor& lab
   x.rows = rows_of(s);
   x.vocab = vocab;
   x.ignore = ignore;
-  STD_TORCH_CHECK(vocab >= 1 && vocab <= width_of(s), "kdkernels: vocab must be in [1, W]");
-  if (t) {
-    x.t = logits(*t);
-    STD_TORCH_CHECK(rows_of(*t) == x.rows && vocab <= width_of(*t),
-                    "kdkernels: teacher and student have different rows");
-  }
-  if (labels) {
-    STD_TORCH_CHECK(labels->scalar_type() == ScalarType::Long && labels->numel() == x.rows && labels->is_contiguous(),
-                    "kdkernels: labels must be (N,) contiguous int64");
-    x.labels = labels->const_data_ptr<int64_t>();
-    for (int64_t n = 0; n < x.rows; ++n)
-      STD_TORCH_CHECK(x.labels[n] == ignore || x.labels[n] == kElsewhere || (x.labels[n] >= 0 && x.labels[n] < vocab),
-                      "kdkernels: labels must be in [0, ", vocab, ") or ignore_index=", ignore, ", got ", x.labels[n],
-                      " at row ", n);
-  }
-  if (mask) {
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->numel() == vocab && mask->is_contiguous(),
-                    "kdkernels: mask must be (vocab,) bool");
-    x.mask = static_cast<const bool*>(mask->const_data_ptr());
-  }
+  check_rows(s, t, vocab);
+  if (t) x.t = logits(*t);
+  x.labels = labels_of(labels, x.rows);
+  for (int64_t n = 0; x.labels && n < x.rows; ++n)
+    STD_TORCH_CHECK(x.labels[n] == ignore || x.labels[n] == kElsewhere || (x.labels[n] >= 0 && x.labels[n] < vocab),
+                    "kdkernels: labels must be in [0, ", vocab, ") or ignore_index=", ignore, ", got ", x.labels[n],
+                    " at row ", n);
+  x.mask = static_cast<const bool*>(mask_of(mask, vocab));
   return x;
 }
 
-inline int64_t step_of(const Tensor& grad, int64_t rows) {
-  STD_TORCH_CHECK(grad.is_contiguous() && (grad.numel() == 1 || grad.numel() == rows),
-                  "kdkernels: grad must be (1 or N,)");
-  return grad.numel() == 1 ? 0 : 1;
-}
-
 inline Args args_of(const Tensor& args, int64_t rows, int points) {
-  STD_TORCH_CHECK(args.dim() == 2 && args.size(1) == 3 + 2 * points && args.is_contiguous() &&
-                      (args.size(0) == 1 || args.size(0) == rows),
-                  "kdkernels: args must be (1 or N, 3 + 2K) contiguous float64");
-  return {args.const_data_ptr<double>(), args.size(0) == 1 ? 0 : args.size(1)};
-}
-
-inline Program program_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double && x.dim() == 1 && x.numel() >= 4 && x.is_contiguous(),
-                  "kdkernels: program must be a contiguous float64 vector");
-  const Program p{x.const_data_ptr<double>()};
-  STD_TORCH_CHECK(x.numel() == 4 + p.points() + 5 * p.length() + p.elements(), "kdkernels: program is damaged");
-  return p;
+  const int64_t step = args_step(args, rows, points);
+  return {args.const_data_ptr<double>(), step};
 }
 
 inline bool is_double(const Tensor& s, const MaybeTensor& t, int64_t vocab) {
@@ -103,7 +55,7 @@ inline std::vector<double> factors(const Batch& x, const MaybeTensor& weight, do
   for (int64_t n = 0; n < x.rows; ++n) kept += x.kept(n);
   const double over = divisor != 0 ? divisor : double(std::max<int64_t>(kept, 1));
   const double* w = weight ? weight->const_data_ptr<double>() : nullptr;
-  const int64_t step = weight ? step_of(*weight, x.rows) : 0;
+  const int64_t step = weight ? step_of(*weight, x.rows, "weight") : 0;
   std::vector<double> out(x.rows);
   for (int64_t n = 0; n < x.rows; ++n) out[n] = x.kept(n) ? (w ? w[n * step] : 1) / over : 0;
   return out;
@@ -111,8 +63,7 @@ inline std::vector<double> factors(const Batch& x, const MaybeTensor& weight, do
 
 // Where a step writes: `out`, which may be the student itself.
 inline Gradient gradient_of(const Batch& x, const Tensor& s, Tensor& out, bool fresh) {
-  STD_TORCH_CHECK(out.is_contiguous() && out.numel() == x.rows * width_of(s) && out.scalar_type() == s.scalar_type(),
-                  "kdkernels: out must be contiguous, of the student's shape and dtype");
+  check_out(out, s);
   return Gradient(out.mutable_data_ptr(), x.rows, width_of(s) * x.s.size(), fresh);
 }
 
@@ -125,6 +76,25 @@ inline Tensor total_of(const Batch& x, const Tensor& s, const std::vector<double
   if (wide) *total.mutable_data_ptr<double>() = sum;
   else *total.mutable_data_ptr<float>() = float(sum);
   return total;
+}
+
+// The operators step and step_out of a function that writes the gradient and returns the sum of the weighted values.
+using Step = Tensor(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
+                    const Tensor& args, const Tensor& program, const MaybeTensor& weight, double divisor, int64_t vocab,
+                    int64_t ignore, Tensor& out, bool fresh);
+template <Step* run>
+std::tuple<Tensor, Tensor> step(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
+                                const MaybeTensor& mask, const Tensor& args, const Tensor& program,
+                                const MaybeTensor& weight, double divisor, int64_t vocab, int64_t ignore) {
+  Tensor out = empty_as(s);
+  Tensor total = run(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, true);
+  return {total, out};
+}
+template <Step* run>
+Tensor step_out(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
+                const Tensor& args, const Tensor& program, const MaybeTensor& weight, double divisor, int64_t vocab,
+                int64_t ignore, Tensor out) {
+  return run(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, false);
 }
 
 }  // namespace kd

@@ -22,7 +22,7 @@ struct Call {
       : x(batch(s, {}, {}, mask, vocab, 0)), classes(classes.const_data_ptr<int64_t>()),
         labels(labels ? labels->const_data_ptr<int64_t>() : nullptr),
         inverse(inverse ? inverse->const_data_ptr<double>() : nullptr), k(classes.size(1)),
-        stride(inverse ? step_of(*inverse, x.rows) : 0), wide(x.s.type == Type::f64 || vocab <= kNarrow) {
+        stride(inverse ? step_of(*inverse, x.rows, "inverse") : 0), wide(x.s.type == Type::f64 || vocab <= kNarrow) {
     STD_TORCH_CHECK(classes.dim() == 2 && classes.size(0) == x.rows && classes.is_contiguous() &&
                         (!labels || (labels->numel() == x.rows && labels->is_contiguous())),
                     "kdkernels: classes must be (N, k), labels (N,), contiguous int64");

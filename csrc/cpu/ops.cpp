@@ -1,6 +1,4 @@
 // Operators of the cpu backend, and the schemas that the cuda backend shares. Stable ABI.
-#include <tuple>
-
 #include "arguments.h"
 
 namespace {
@@ -20,10 +18,9 @@ Tensor reduce(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, 
 std::tuple<Tensor, Tensor> rows(const Tensor& stats, const Tensor& args, const Tensor& program, int64_t sides) {
   const Program p = program_of(program);
   const int64_t N = stats.size(0), K1 = p.points() + 1;
-  STD_TORCH_CHECK(stats.dim() == 3 && stats.size(1) == K1 && stats.size(2) == kStats && stats.is_contiguous(),
-                  "kdkernels: stats must be (N, K + 1, 7) contiguous");
+  const double* from = stats_of(stats, p.points());
   Tensor value = torch::stable::new_empty(stats, {N}), coef = torch::stable::new_empty(stats, {sides, N, K1, kCoefs});
-  rows_all(Shape(N, K1 - 1, 1, true), p, args_of(args, N, p.points()), stats.const_data_ptr<double>(), sides,
+  rows_all(Shape(N, K1 - 1, 1, true), p, args_of(args, N, p.points()), from, sides,
            value.mutable_data_ptr<double>(), coef.mutable_data_ptr<double>());
   return {value, coef};
 }
@@ -31,14 +28,11 @@ std::tuple<Tensor, Tensor> rows(const Tensor& stats, const Tensor& args, const T
 Tensor spread(const Tensor& grad, const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
               const MaybeTensor& mask, const Tensor& coef, int64_t vocab, int64_t ignore, int64_t side) {
   const Batch x = batch(s, t, labels, mask, vocab, ignore);
-  STD_TORCH_CHECK(side == 0 || t, "kdkernels: no teacher to spread to");
-  const Tensor& own = side ? *t : s;
-  STD_TORCH_CHECK(coef.dim() == 3 && coef.size(0) == x.rows && coef.size(2) == kCoefs && coef.is_contiguous(),
-                  "kdkernels: coef must be (N, K + 1, 10) contiguous");
+  const Tensor& own = side_of(s, t, side);
   Tensor out = empty_as(own);
   const Gradient to(out.mutable_data_ptr(), x.rows, width_of(own) * (side ? x.t : x.s).size(), true);
-  spread_all(x, Shape(x.rows, coef.size(1) - 1, width_of(own), is_double(s, t, vocab)), coef.const_data_ptr<double>(),
-             grad.const_data_ptr<double>(), step_of(grad, x.rows), int(side), to);
+  spread_all(x, Shape(x.rows, coef.size(1) - 1, width_of(own), is_double(s, t, vocab)), coefs_of(coef, x.rows),
+             grad.const_data_ptr<double>(), step_of(grad, x.rows, "grad"), int(side), to);
   return out;
 }
 
@@ -54,20 +48,6 @@ Tensor step_to(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
   const Gradient to = gradient_of(x, s, out, fresh);
   step_rows(x, z, p, args_of(args, x.rows, p.points()), g.data(), value.data(), coef.data(), to);
   return total_of(x, s, g, value);
-}
-
-std::tuple<Tensor, Tensor> step(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
-                                const MaybeTensor& mask, const Tensor& args, const Tensor& program,
-                                const MaybeTensor& weight, double divisor, int64_t vocab, int64_t ignore) {
-  Tensor out = empty_as(s);
-  Tensor total = step_to(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, true);
-  return {total, out};
-}
-
-Tensor step_out(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
-                const Tensor& args, const Tensor& program, const MaybeTensor& weight, double divisor, int64_t vocab,
-                int64_t ignore, Tensor out) {
-  return step_to(s, t, labels, mask, args, program, weight, divisor, vocab, ignore, out, false);
 }
 
 Tensor exp2_of(const Tensor& x) {
@@ -105,8 +85,8 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("reduce", TORCH_BOX(&reduce));
   m.impl("rows", TORCH_BOX(&rows));
   m.impl("spread", TORCH_BOX(&spread));
-  m.impl("step", TORCH_BOX(&step));
-  m.impl("step_out", TORCH_BOX(&step_out));
+  m.impl("step", TORCH_BOX(&step<step_to>));
+  m.impl("step_out", TORCH_BOX(&step_out<step_to>));
   m.impl("exp2", TORCH_BOX(&exp2_of));
 }
 

@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> compare_step(const Tensor& grad, const Tensor& s, con
   const Call call(s, t, labels, mask, args, kind, vocab, ignore, int(side));
   Tensor value = torch::stable::new_empty(s, {call.x.rows}, ScalarType::Double), out = empty_as(side ? t : s);
   const Gradient to(out.mutable_data_ptr(), call.x.rows, call.width * (side ? call.x.t : call.x.s).size(), true);
-  call.run(grad.const_data_ptr<double>(), step_of(grad, call.x.rows), int(side), &to, value.mutable_data_ptr<double>());
+  call.run(grad.const_data_ptr<double>(), step_of(grad, call.x.rows, "grad"), int(side), &to, value.mutable_data_ptr<double>());
   return {value, out};
 }
 

@@ -1,18 +1,11 @@
 // Operators of the cuda backend: kdkernels::cuda_..., the same as the cpu's (csrc/cpu/ops.cpp). Stable ABI, no CUDA header.
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
 #include <cstring>
-#include <optional>
 #include <string>
 #include <tuple>
 
-#include "../moments.h"
+#include "../tensors.h"
 #include "launch.h"
 
 #ifndef KD_DISPATCH
@@ -21,9 +14,6 @@
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 using namespace kd;
 using namespace kd::gpu;
 
@@ -56,33 +46,20 @@ Type type_of(const Tensor& x) {
     default: STD_TORCH_CHECK(false, "kdkernels: logits on a GPU must be float32, float16 or bfloat16");
   }
 }
-int64_t width_of(const Tensor& x) { return x.size(x.dim() - 1); }
-int64_t rows_of(const Tensor& x) { return x.dim() == 3 ? x.size(0) * x.size(1) : x.size(0); }
-Tensor empty_as(const Tensor& x) {
-  if (x.dim() == 2) return torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
-}
 Matrix matrix(const Tensor& x) {
-  const int64_t d = x.dim();
-  STD_TORCH_CHECK((d == 2 || d == 3) && (x.size(d - 1) <= 1 || x.stride(d - 1) == 1),
-                  "kdkernels: logits must be (N, W) or (A, B, W), W dense");
-  const int64_t inner = std::max<int64_t>(x.size(d - 2), 1);
-  return {x.const_data_ptr(), type_of(x), inner, d == 3 ? x.stride(0) : 0, x.stride(d - 2)};
+  const Strides at(x);
+  return {x.const_data_ptr(), type_of(x), at.inner, at.outer_stride, at.inner_stride};
 }
 bool on_host(const Tensor& x) { return x.device().type() == torch::headeronly::DeviceType::CPU; }
 
 // The program, and the arguments where all rows have the same: read here, on the host.
 void set_program(Problem& p, const Tensor& program, const Tensor& args, int64_t rows) {
-  STD_TORCH_CHECK(on_host(program) && program.scalar_type() == ScalarType::Double && program.dim() == 1 &&
-                      program.numel() >= 4 && program.is_contiguous(),
-                  "kdkernels: program must be a contiguous float64 vector on the CPU");
-  const Program x{program.const_data_ptr<double>()};
+  STD_TORCH_CHECK(on_host(program), "kdkernels: program must be on the CPU");
+  const Program x = program_of(program);
   const int K = x.points();
+  STD_TORCH_CHECK(!x.elements(), "kdkernels: backend 'cuda' has no kernels for separable losses");
   p.count = int(program.numel());
-  STD_TORCH_CHECK(p.count == 4 + K + 5 * x.length(), "kdkernels: program is damaged");
-  STD_TORCH_CHECK(args.dim() == 2 && args.size(1) == 3 + 2 * K && args.is_contiguous() &&
-                      (args.size(0) == 1 || args.size(0) == rows) && args.scalar_type() == ScalarType::Double,
-                  "kdkernels: args must be (1 or N, 3 + 2K) contiguous float64");
+  const int64_t step = args_step(args, rows, K);
   const bool inlined = on_host(args) && args.size(0) == 1;
   STD_TORCH_CHECK(p.count + (inlined ? 3 + 2 * K : 0) <= kNumbers,
                   "kdkernels: this loss is too long for backend 'cuda' (", p.count, " numbers); use 'triton'");
@@ -91,7 +68,7 @@ void set_program(Problem& p, const Tensor& program, const Tensor& args, int64_t 
     std::memcpy(p.numbers + p.count, args.const_data_ptr(), (3 + 2 * K) * sizeof(double));
   } else {
     p.row_args = args.const_data_ptr<double>();
-    p.args_stride = args.size(0) == 1 ? 0 : args.size(1);
+    p.args_stride = step;
   }
 }
 
@@ -102,23 +79,9 @@ void set_rows(Problem& p, const Tensor& s, const MaybeTensor& t, const MaybeTens
   p.rows = rows_of(s);
   p.vocab = vocab;
   p.ignore = ignore;
-  STD_TORCH_CHECK(vocab >= 1 && vocab <= width_of(s), "kdkernels: vocab must be in [1, W]");
-  STD_TORCH_CHECK(!t || (rows_of(*t) == p.rows && vocab <= width_of(*t)),
-                  "kdkernels: teacher and student have different rows");
-  if (labels) {
-    STD_TORCH_CHECK(labels->scalar_type() == ScalarType::Long && labels->numel() == p.rows && labels->is_contiguous(),
-                    "kdkernels: labels must be (N,) contiguous int64");
-    p.labels = labels->const_data_ptr<int64_t>();
-  }
-  if (mask) {
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->numel() == vocab && mask->is_contiguous(),
-                    "kdkernels: mask must be (vocab,) bool");
-    p.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
-  }
-}
-
-Tensor doubles(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape), ScalarType::Double);
+  check_rows(s, t, vocab);
+  p.labels = labels_of(labels, p.rows);
+  p.mask = static_cast<const uint8_t*>(mask_of(mask, vocab));
 }
 
 Tensor cuda_reduce(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
@@ -139,12 +102,10 @@ std::tuple<Tensor, Tensor> cuda_rows(const Tensor& stats, const Tensor& args, co
   RowsTask task{};
   task.problem.rows = N;
   set_program(task.problem, program, args, N);
-  STD_TORCH_CHECK(stats.dim() == 3 && K1 == task.problem.points() + 1 && stats.size(2) == kStats &&
-                      stats.is_contiguous(), "kdkernels: stats must be (N, K + 1, 7) contiguous");
+  task.stats = stats_of(stats, task.problem.points());
   const int64_t registers = 6 * (K1 - 1) + 4 + task.problem.length();
   Tensor value = doubles(stats, {N}), coef = doubles(stats, {sides, N, K1, kCoefs});
   Tensor scratch = doubles(stats, {N, 2 * registers});
-  task.stats = stats.const_data_ptr<double>();
   task.registers = scratch.mutable_data_ptr<double>();
   task.value = value.mutable_data_ptr<double>();
   task.coef = coef.mutable_data_ptr<double>();
@@ -153,25 +114,17 @@ std::tuple<Tensor, Tensor> cuda_rows(const Tensor& stats, const Tensor& args, co
   return {value, coef};
 }
 
-int64_t stride_of(const Tensor& x, int64_t rows, const char* name) {
-  STD_TORCH_CHECK(x.is_contiguous() && (x.numel() == 1 || x.numel() == rows), "kdkernels: ", name, " must be (1 or N,)");
-  return x.numel() == 1 ? 0 : 1;
-}
-
 Tensor cuda_spread(const Tensor& grad, const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
                    const MaybeTensor& mask, const Tensor& coef, int64_t vocab, int64_t ignore, int64_t side) {
   const Guard guard(s.get_device_index());
   SpreadTask task{};
   set_rows(task.problem, s, t, labels, mask, vocab, ignore);
-  STD_TORCH_CHECK(side == 0 || t, "kdkernels: no teacher to spread to");
-  STD_TORCH_CHECK(coef.dim() == 3 && coef.size(0) == task.problem.rows && coef.size(2) == kCoefs &&
-                      coef.is_contiguous(), "kdkernels: coef must be (N, K + 1, 10) contiguous");
-  const Tensor& own = side ? *t : s;
+  const Tensor& own = side_of(s, t, side);
+  task.coef = coefs_of(coef, task.problem.rows);
   Tensor out = empty_as(own);
   task.problem.numbers[0] = double(coef.size(1) - 1);
-  task.coef = coef.const_data_ptr<double>();
   task.grad = grad.const_data_ptr<double>();
-  task.grad_step = stride_of(grad, task.problem.rows, "grad");
+  task.grad_step = step_of(grad, task.problem.rows, "grad");
   task.side = int(side);
   task.out = {out.mutable_data_ptr(), width_of(own), false};
   check(spread(task, stream_of(s)), "spread");
@@ -188,13 +141,12 @@ Tensor step_to(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
   set_rows(task.problem, s, t, labels, mask, vocab, ignore);
   set_program(task.problem, program, args, task.problem.rows);
   const int64_t rows = task.problem.rows;
-  STD_TORCH_CHECK(out.is_contiguous() && out.numel() == rows * width_of(s) && out.scalar_type() == s.scalar_type(),
-                  "kdkernels: out must be contiguous, of the student's shape and dtype");
+  check_out(out, s);
   Tensor parts = doubles(s, {kMaxBlocks + 2}), sum = torch::stable::new_empty(s, {}, ScalarType::Float);
   double* memory = parts.mutable_data_ptr<double>();
   task.total = {memory + 2, memory, reinterpret_cast<int*>(memory + 1), sum.mutable_data_ptr<float>()};
   task.factor = {weight ? weight->const_data_ptr<double>() : nullptr,
-                 weight ? stride_of(*weight, rows, "weight") : 0, divisor, task.total.kept};
+                 weight ? step_of(*weight, rows, "weight") : 0, divisor, task.total.kept};
   const bool counts = divisor == 0 && labels;
   if (divisor == 0 && !labels) task.factor.divisor = double(std::max<int64_t>(rows, 1));
   check(begin(counts ? task.problem.labels : nullptr, rows, ignore, task.total, stream), "begin");
