@@ -165,6 +165,33 @@ template <typename S, typename T> struct Pair {  // of readers
     *to = end < last ? end : last;
     if (mask || *to < *from) *to = *from = mask ? first : *from < end ? *from : end;
   }
+  // f(pack, x, y) of M packs at a time, the first at `pack` and others `step` apart, while all(pack) says that all of
+  // them are live throughout; the first that is left. Memory is asked M packs ahead, shared memory answers at once.
+  template <int M, typename A, typename F> KD_DEVICE int stream(int pack, int step, bool last, A all, F f) const {
+    const auto fetch = [&](int at, Packs<S, M>& x, Packs<T, M>& y) {
+#pragma unroll
+      for (int i = 0; i < M; ++i) {
+        x.raw[i] = s.fetch(at + i * step, 255, last);
+        y.raw[i] = t.fetch(at + i * step, 255, last);
+      }
+    };
+    Packs<S, M> x, x_next;
+    Packs<T, M> y, y_next;
+    if (all(pack)) fetch(pack, x, y);
+    while (all(pack)) {
+      const int next = pack + M * step;
+      if (!kOnChip && all(next)) fetch(next, x_next, y_next);
+      f(pack, x, y);
+      if (kOnChip) {
+        if (all(next)) fetch(next, x, y);
+      } else {
+        x = x_next;
+        y = y_next;
+      }
+      pack = next;
+    }
+    return pack;
+  }
 };
 
 template <int N> KD_DEVICE void put(float (&x)[N], int e, float y) {  // where e is not known when compiling

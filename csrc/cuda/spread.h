@@ -211,32 +211,13 @@ KD_DEVICE void spread_packs(const P& row, const Slope& slope, const Writer<O>& o
   const int left = pack - to;  // whole packs begin below
   if (left >= 0) pack -= (left / step + 1) * step;
   const int begin = pack;
-  const auto fetch = [&](int at, Packs<S, M>& x, Packs<T, M>& y) {
-#pragma unroll
-    for (int i = 0; i < M; ++i) {
-      x.raw[i] = row.s.fetch(at - i * step, 255, true);
-      y.raw[i] = row.t.fetch(at - i * step, 255, true);
-    }
-  };
   const auto all = [&](int at) { return at - (M - 1) * step >= from; };
-  Packs<S, M> x, x_next;
-  Packs<T, M> y, y_next;
-  if (all(pack)) fetch(pack, x, y);
-  while (all(pack)) {
-    const int next = pack - M * step;
-    if (!P::kOnChip && all(next)) fetch(next, x_next, y_next);
+  pack = row.template stream<M>(pack, -step, true, all, [&](int at, const auto& x, const auto& y) {
     float d[M * kPack];
     slopes(slope, x, y, -1, slope.odd, search, d);
 #pragma unroll
-    for (int i = 0; i < M; ++i) out.store(pack - i * step, d + i * kPack, true);
-    if (P::kOnChip) {
-      if (all(next)) fetch(next, x, y);
-    } else {
-      x = x_next;
-      y = y_next;
-    }
-    pack = next;
-  }
+    for (int i = 0; i < M; ++i) out.store(at - i * step, d + i * kPack, true);
+  });
   for (int at = end - 1 - thread(); at >= first; at -= step) {  // what is left
     if (at == begin) at = pack;
     if (at < first) break;

@@ -203,31 +203,10 @@ KD_DEVICE void add_packs(Sums<K>& sums, const Point* points, const P& row, int f
   const int lane = thread() % 32, step = threads();
   int from, to;
   row.whole(first, end, &from, &to);
-  int pack = from + thread();
-  const auto fetch = [&](int at, Packs<S, M>& x, Packs<T, M>& y) {
-#pragma unroll
-    for (int i = 0; i < M; ++i) {
-      x.raw[i] = row.s.fetch(at + i * step, 255);
-      y.raw[i] = row.t.fetch(at + i * step, 255);
-    }
-  };
   const auto full = [&](int at) { return at - lane + (M - 1) * step + 32 <= to; };  // the same for a warp
-  Packs<S, M> x, x_next;
-  Packs<T, M> y, y_next;
-  if (full(pack)) fetch(pack, x, y);
-  while (full(pack)) {
-    // Memory is asked M packs ahead; shared memory answers at once.
-    const int next = pack + M * step;
-    if (!P::kOnChip && full(next)) fetch(next, x_next, y_next);
-    sums.template add<!P::kOnChip>(points, x, y, row.first_class(pack), step * kPack, -1, label);
-    if (P::kOnChip) {
-      if (full(next)) fetch(next, x, y);
-    } else {
-      x = x_next;
-      y = y_next;
-    }
-    pack = next;
-  }
+  int pack = row.template stream<M>(from + thread(), step, false, full, [&](int at, const auto& x, const auto& y) {
+    sums.template add<!P::kOnChip>(points, x, y, row.first_class(at), step * kPack, -1, label);
+  });
   // What is left: a pack for each lane that has one.
   for (bool before = from > first && thread() < 32; before || pack - lane < end; before = false) {
     const int at = before ? first + lane : pack, live = at < (before ? from : end) ? row.live(at) : 0;
