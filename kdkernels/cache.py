@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .cacheindex import FORMAT, CacheError, expect, fingerprint, mark_of, read_index, sha256, write_index
 from .files import replacing, sweep
-from .options import check_number
+from .options import check_count, check_number
 from .sparse import SparseTeacher
 
 NO_CLASS = 65535  # in uint16
@@ -64,8 +64,7 @@ class Writer:
         if dtype not in names:
             raise ValueError(f"dtype must be torch.float16 or torch.bfloat16, got {dtype}")
         for name, count in (("vocab_size", vocab_size), ("k", k), ("shard_rows", shard_rows)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be an int >= 1, got {count!r}")
+            check_count(name, count)
         check_number("temperature", temperature, above=0)
         self.folder, self.shard_rows = Path(folder), shard_rows
         kinds = dict(log_probs=names[dtype], indices="uint16" if vocab_size <= NO_CLASS else "int32")

@@ -197,15 +197,3 @@ def bandwidth(s: Tensor, live: Tensor, tau: Tensor) -> Tensor:
     n = live.sum(-1, keepdim=True)
     mean = s.sum(-1, keepdim=True) / n
     return tau[:, None] * (((s - mean) * live).pow(2).sum(-1, keepdim=True) / n).sqrt()
-
-
-def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def check_count(name: str, value, least: int = 1) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"{name} must be an int or None, got {value!r}")
-    if value is not None and value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from . import call, tape
 from .backends.reference import _prepare
-from .compare import PEARSON, Comparison, RankLoss, check_choice, correlation
+from .compare import PEARSON, Comparison, RankLoss, correlation
 from .loss import Loss, Point
-from .options import check_number
+from .options import check_choice, check_number
 from .ranks import SpearmanLoss
 
 __all__ = ["CMKDLoss", "DISTLoss", "PearsonLoss"]

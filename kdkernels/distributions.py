@@ -10,7 +10,7 @@ from torch import Tensor
 from . import backends, call
 from .backends.reference import _prepare
 from .compare import RankLoss
-from .options import check_bool, check_number
+from .options import check_bool, check_count, check_number
 from .out import check_out, handed_over
 from .rowwise import RowsLoss
 from .tape import times
@@ -187,10 +187,7 @@ class SinkhornLoss(RankLoss):
 
     def check(self):
         check_number("epsilon", self.epsilon, above=0)
-        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int):
-            raise TypeError(f"iterations must be an int, got {self.iterations!r}")
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be >= 1, got {self.iterations}")
+        check_count("iterations", self.iterations)
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum' for a loss over whole batches, got {self.reduction!r}")
 

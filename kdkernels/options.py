@@ -7,6 +7,7 @@ import inspect
 import math
 import numbers
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -117,6 +118,26 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_count(name: str, value: Any, least: float = 1, most: float = math.inf) -> None:
+    """An int in [least, most]; a bool raises."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if not least <= value <= most:
+        allowed = f">= {least:g}" if most == math.inf else f"in [{least:g}, {most:g}]"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def check_integers(name: str, x: Any) -> None:
+    """A tensor of integers."""
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be a tensor of integers, got {getattr(x, 'dtype', type(x).__name__)}")
+
+
 def check_options(loss: BaseLoss) -> None:
     check_number("temperature", loss.temperature, above=0)
     if loss.teacher_temperature is not None:
@@ -127,10 +148,8 @@ def check_options(loss: BaseLoss) -> None:
     check_number("z_loss", loss.z_loss, least=0)
     for name in ("t_squared", "standardize", "validate"):
         check_bool(name, getattr(loss, name))
-    if loss.reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {loss.reduction!r}")
-    if isinstance(loss.ignore_index, bool) or not isinstance(loss.ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {loss.ignore_index!r}")
+    check_choice("reduction", loss.reduction, REDUCTIONS)
+    check_count("ignore_index", loss.ignore_index, least=-math.inf)
 
 
 def check_new(loss: BaseLoss) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import metrics
-from .compare import KENDALL, PLACKETT_LUCE, SPEARMAN, Comparison, bandwidth, check_choice, check_count, correlation
-from .options import check_bool, check_number
+from .compare import KENDALL, PLACKETT_LUCE, SPEARMAN, Comparison, bandwidth, correlation
+from .options import check_bool, check_choice, check_count, check_number
 
 __all__ = ["KendallLoss", "PlackettLuceLoss", "SpearmanLoss"]
 
@@ -52,7 +52,8 @@ class SpearmanLoss(Comparison):
 
     def check(self):
         check_number("tau", self.tau, above=0)
-        check_count("top_k", self.top_k)
+        if self.top_k is not None:
+            check_count("top_k", self.top_k)
         check_bool("exact", self.exact)
 
     def settings(self):
@@ -90,7 +91,8 @@ class PlackettLuceLoss(Comparison):
 
     def check(self):
         check_choice("weights", self.weights, ("teacher", "uniform"))
-        check_count("top_k", self.top_k)
+        if self.top_k is not None:
+            check_count("top_k", self.top_k)
 
     def settings(self):
         return 1.0, self.top_k or 0, self.weights == "teacher"
@@ -132,10 +134,9 @@ class KendallLoss(Comparison):
         check_choice("mode", self.mode, ("topk", "shifts"))
         check_number("tau", self.tau, above=0)
         for name in ("top_k", "shifts"):
-            if getattr(self, name) is None:
-                raise TypeError(f"{name} must be an int, got None")
             check_count(name, getattr(self, name))
-        check_count("seed", self.seed, least=0)
+        if self.seed is not None:
+            check_count("seed", self.seed, least=0)
 
     def settings(self):
         return self.tau, self.top_k if self.mode == "topk" else 0, 0.0

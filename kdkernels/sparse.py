@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .buckets import TAILS, Merged, Outcomes, Part, blocks, inverse_of
 from .call import check_logits, check_vocab
-from .options import check_bool, check_number, readable
+from .options import check_bool, check_choice, check_count, check_integers, check_number, readable
 
 
 class SparseTeacher(Merged):
@@ -72,8 +72,7 @@ class SparseTeacher(Merged):
         self.scale = self.temperature if logits is None else 1.0  # values * scale are logits
         self.tail = tail or ("renormalise" if log_tail is None else "bucket")
         self.sparse_gradient = sparse_gradient
-        if self.tail not in TAILS:
-            raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
+        check_choice("tail", self.tail, TAILS)
         if self.tail != "renormalise" and log_tail is None:
             raise ValueError(f"tail={tail!r} needs log_tail")
         check_bool("sparse_gradient", sparse_gradient)
@@ -96,8 +95,7 @@ class SparseTeacher(Merged):
         """
         check_logits("logits", logits)
         vocab = check_vocab(vocab_size, logits)
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= vocab:
-            raise ValueError(f"k must be an int in [1, {vocab}], got {k!r}")
+        check_count("k", k, most=vocab)
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         if k == vocab:
             indices = torch.arange(k, device=logits.device).expand(*logits.shape[:-1], k)
@@ -192,8 +190,7 @@ class SparseTeacher(Merged):
 
 
 def _indices(x) -> Tensor:
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"indices must be a tensor of integers, got {getattr(x, 'dtype', type(x).__name__)}")
+    check_integers("indices", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"indices must have shape (..., k) with k >= 1, got {tuple(x.shape)}")
     x = x.to(torch.int64)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .buckets import Merged, Outcomes, Part
 from .call import check_logits, check_vocab
-from .options import readable
+from .options import check_choice, check_count, check_integers, readable
 from .sparse import SparseTeacher
 
 
@@ -37,15 +37,11 @@ class SharedVocab:
 
     def __init__(self, student_to_teacher: Tensor, teacher_vocab: int, *, tail: str = "bucket"):
         x = student_to_teacher
-        if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-            got = getattr(x, "dtype", type(x).__name__)
-            raise TypeError(f"student_to_teacher must be a tensor of integers, got {got}")
+        check_integers("student_to_teacher", x)
         if x.dim() != 1 or not len(x):
             raise ValueError(f"student_to_teacher must have shape (V_s,), got {tuple(x.shape)}")
-        if isinstance(teacher_vocab, bool) or not isinstance(teacher_vocab, int) or teacher_vocab < 1:
-            raise ValueError(f"teacher_vocab must be an int >= 1, got {teacher_vocab!r}")
-        if tail not in ("bucket", "renormalise"):
-            raise ValueError(f"tail must be one of bucket, renormalise, got {tail!r}")
+        check_count("teacher_vocab", teacher_vocab)
+        check_choice("tail", tail, ("bucket", "renormalise"))
         x = x.to(torch.int64)
         self.student = torch.nonzero(x >= 0)[:, 0]
         self.teacher = x[self.student]

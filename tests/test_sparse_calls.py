@@ -102,7 +102,7 @@ def test_a_wrong_teacher_is_refused(error, message, change):
             "sparse_gradient needs ce_weight=0",
             lambda: kd.KDLoss()(X.s, sparse_of(X, tail="renormalise", sparse_gradient=True), X.y),
         ),
-        (ValueError, r"k must be an int in \[1, 40\], got 41", lambda: SparseTeacher.from_logits(X.t, 41)),
+        (ValueError, r"k must be in \[1, 40\], got 41", lambda: SparseTeacher.from_logits(X.t, 41)),
         (TypeError, "student_logits must be a tensor", lambda: kd.ForwardKLLoss()(None, sparse_of(X))),
     ],
 )

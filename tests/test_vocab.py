@@ -172,7 +172,7 @@ X = pair()
         (ValueError, r"or -1 for none, got -3 to 12", lambda: SharedVocab(MAP - 2, 15)),
         (ValueError, r"got -1 to -1", lambda: SharedVocab(MAP * 0 - 1, 15)),
         (ValueError, "a class of the teacher's once, got 0 12 times", lambda: SharedVocab(MAP * 0, 15)),
-        (ValueError, "teacher_vocab must be an int >= 1, got 15.0", lambda: SharedVocab(MAP, 15.0)),
+        (TypeError, "teacher_vocab must be an int, got 15.0", lambda: SharedVocab(MAP, 15.0)),
         (ValueError, "one of bucket, renormalise, got 'spread'", lambda: SharedVocab(MAP, 15, tail="spread")),
         (TypeError, "teacher_logits must be a tensor", lambda: SharedVocab(MAP, 15)(None)),
         (ValueError, r"vocab_size must be in \[1, 12\]", lambda: SharedVocab(MAP, 15)(X.s)),
