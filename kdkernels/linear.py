@@ -12,7 +12,7 @@ from . import call, merged, parallel
 from .base import BaseLoss
 from .options import check_number
 from .sparse import SparseTeacher
-from .sweep import Inputs, LinearRows, Plan, cast_dtype
+from .sweep import BLOCK_CPU, Inputs, LinearRows, Plan, cast_dtype
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -39,7 +39,7 @@ class LinearLoss(nn.Module):
         memory_budget: bytes of logits at a time for chunk="auto": the student's, the teacher's, and their gradient
             where it does not take the student's place (not the float64 copies of the reference backend). An eighth of
             it may go to a product waiting to be added up, or to a block of a dequantised head. None: 256 MiB on a CPU,
-            1 GiB elsewhere.
+            1 GiB elsewhere. On a CPU the memory of the student's part is kept for the next call, as long as the module.
         student_logit_scale, teacher_logit_scale: factor of the logits, in front of the cap.
         student_softcap, teacher_softcap: c > 0 of a soft-cap c * tanh(x / c), or None.
 
@@ -62,6 +62,7 @@ class LinearLoss(nn.Module):
         self.loss, self.chunk, self.memory_budget = loss, chunk, memory_budget
         self.student_logit_scale, self.teacher_logit_scale = student_logit_scale, teacher_logit_scale
         self.student_softcap, self.teacher_softcap = student_softcap, teacher_softcap
+        self._kept: list[Tensor] = []
         self._check_options()
 
     def extra_repr(self) -> str:
@@ -165,22 +166,27 @@ class LinearLoss(nn.Module):
         teacher = x.teacher_logits if x.teacher_hidden is None else x.teacher_hidden
         backend, operators = self.loss._pick(x.student_hidden, teacher)
         budget = int(self.memory_budget or (BUDGET_CPU if x.student_hidden.is_cpu else BUDGET))
+        block = BLOCK_CPU if x.student_hidden.is_cpu and shards is None else max(len(x.student_hidden), 1)
         if isinstance(self.chunk, int):
             chunk = self.chunk
         else:
             plain = not self.loss.standardize and sparse is None and shards is None
             in_place = plain and operators and operators.step_out
             copies = 1 if in_place and self.student_softcap is None else 2
-            width = copies * cast_dtype(x.student_hidden, cast).itemsize
-            width += 0 if x.teacher_hidden is None else cast_dtype(x.teacher_hidden, cast).itemsize
             widest = vocab if shards is None else max(end - start for start, end in shards.spans)
-            rows, chunk = max(len(x.student_hidden), 1), max(budget // (widest * width), 1)
+            own = widest * copies * cast_dtype(x.student_hidden, cast).itemsize
+            other = 0 if x.teacher_hidden is None else widest * cast_dtype(x.teacher_hidden, cast).itemsize
+            rows, chunk = max(len(x.student_hidden), 1), max(budget // (own + other), 1)
+            chunk = max(chunk, (budget - block * other) // own)
             chunk = -(-rows // -(-rows // chunk))  # as many chunks, but of one size
         scales = (self.student_logit_scale, self.teacher_logit_scale)
         caps = (self.student_softcap, self.teacher_softcap)
         name = backend.__name__.rpartition(".")[-1]
-        return Plan(copy.copy(self.loss), name, cast, chunk, budget // 8, vocab, scales, caps, temperature, sparse,
-                    shards)  # fmt: skip
+        return Plan(copy.copy(self.loss), name, cast, chunk, block, budget // 8, vocab, scales, caps, temperature,
+                    self._kept, sparse, shards)  # fmt: skip
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_kept": []}
 
     def _check_options(self) -> None:
         if not isinstance(self.loss, BaseLoss):

@@ -1,6 +1,9 @@
 """LinearLoss: chunks are the whole, in value and gradients, in less memory; and what it refuses."""
 
+import copy
 import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -104,8 +107,10 @@ def same(got, want, tolerance=1e-12):
 
 
 @everywhere
-def test_chunks_are_the_whole(case, backend):
-    """For every loss, with bias, scale, soft-cap, weights and ignored rows; the textbook says so too."""
+def test_chunks_are_the_whole(case, backend, monkeypatch):
+    """For every loss, with bias, scale, soft-cap, weights and ignored rows; the textbook says so too. Two rows of a
+    teacher's logits at a time."""
+    monkeypatch.setattr(kd.linear, "BLOCK_CPU", 2)
     x, call = batch(), dict(row_weight=torch.linspace(0, 2, N))
     with only(backend):
         want = plain(make(case), x, call, **OPTIONS)
@@ -701,6 +706,21 @@ def test_a_teacher_that_gets_no_gradient_may_want_one_where_none_is_made():
     with torch.no_grad():
         loss(X.hidden, X.head, GRAD, X.t_head)
     kd.LinearLoss(kd.BrierLoss())(X.hidden, X.head, GRAD, X.t_head, y)
+
+
+def test_memory_kept_from_call_to_call():
+    """It serves calls of any size and dtype, in several threads, and is no part of a copy."""
+    linear, wanted = kd.LinearLoss(kd.KDLoss()), []
+    inputs = [batch(dtype, n=n, v=v) for dtype, n, v in [(F64, 9, 40), (F64, 5, 30), (F32, 20, 50), (F64, 9, 40)] * 3]
+    run = lambda loss, x: loss(x.hidden, x.head, x.t_hidden, x.t_head, x.labels)  # noqa: E731
+    wanted = [run(kd.LinearLoss(kd.KDLoss()), x) for x in inputs]
+    with torch.inference_mode():
+        assert torch.equal(run(linear, inputs[0]), wanted[0]) and not linear._kept
+    with ThreadPoolExecutor(3) as pool:
+        for got, want in zip(pool.map(lambda x: run(linear, x), inputs * 5), wanted * 5, strict=True):
+            assert torch.equal(got, want)
+    assert len(linear._kept) == 1
+    assert copy.deepcopy(linear)._kept == [] and pickle.loads(pickle.dumps(linear))._kept == []
 
 
 def test_a_plain_module():
