@@ -13,6 +13,7 @@ gradients of the student's hidden states and head. Times are medians of repeats 
     logits      kdkernels.ForwardKLLoss on whole logits made by F.linear
     eager       torch's own log_softmax and kl_div on whole logits made by F.linear
     linear_ce   F.linear_cross_entropy with the teacher's probabilities as target: forward KL but for a constant
+    TRL, Liger  those of `benchmarks.peers` that are installed and run here
 
 Memory is the most that torch's allocator held at a time during a step beyond what was there before, gradients included.
 """
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 
 import kdkernels as kd
 
-from . import eager
+from . import eager, peers
 from .rows import interleaved, machine
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -41,6 +42,7 @@ SHAPES = {
     "float32": ["1024x32000x256", "1024x32000x512", "1024x32000x1024", "64x32000x1024"],
 }  # fmt: skip
 PROMISED = 1.15  # times the products, from hidden size 1024 on
+MISSING: dict[str, str] = {}  # peer -> why it is not in the table
 MEMORY = dict(rows=(256, 512, 1024, 2048, 4096), classes=32000, hidden=128, dtype="float32")
 
 
@@ -71,6 +73,8 @@ def contenders(rows: int, classes: int, hidden: int, dtype: str) -> dict:
 
         return run
 
+    others, missing = peers.linear(th, tw)
+    MISSING.update(missing)
     return {
         "products": products,
         "LinearLoss": step(lambda h, w: linear(h, w, th, tw)),
@@ -78,6 +82,7 @@ def contenders(rows: int, classes: int, hidden: int, dtype: str) -> dict:
         "logits": step(lambda h, w: loss(F.linear(h, w), F.linear(th, tw))),
         "eager": step(lambda h, w: textbook(F.linear(h, w), F.linear(th, tw), None)),
         "linear_ce": step(lambda h, w: F.linear_cross_entropy(h, w, F.linear(th, tw).softmax(-1))),
+        **{name: step(function) for name, function in others.items()},
     }
 
 
@@ -140,7 +145,8 @@ def main(arguments=None):
     from rich.console import Console
     from rich.table import Table
 
-    console, found = Console(), dict(machine=machine(), commit=commit(), load=os.getloadavg(), time=[], memory=[])
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    found = dict(machine=machine(), commit=commit(), load=os.getloadavg(), time=[], memory=[])
     table, names = Table(), ()
     for dtype in [options.dtype] if options.dtype else SHAPES:
         for shape in options.shape or SHAPES[dtype]:
@@ -161,6 +167,10 @@ def main(arguments=None):
     console.print(table)
     console.print(f"milliseconds, medians; ratio: LinearLoss / products; {found['machine']}; commit {found['commit']}; "
                   f"load of the machine at the start {found['load'][0]:.1f}")  # fmt: skip
+    found["missing"] = MISSING
+    save(found, options.json)
+    for name, why in MISSING.items():
+        console.print(f"{name} is not in the table: {why}", highlight=False)
     for row in found["memory"]:
         console.print(f"{row['rows']} rows: " + ", ".join(f"{n} {b / 2**20:.0f} MiB" for n, b in row["bytes"].items()))
     if options.plot:
