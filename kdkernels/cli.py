@@ -92,8 +92,9 @@ def add_cache(commands):
     one.set_defaults(run=run_cache)
     one.add_argument("--out", metavar="PATH", required=True, help="the folder to write, or to go on with")
     one.add_argument("--quick", action="store_true", help="the small run of `kdkernels distill --quick`")
-    one.add_argument("--teacher", metavar="PATH", default="", help="a teacher-*.safetensors of the cache folder "
-                     "(default: that of these settings, trained if it is not there)")  # fmt: skip
+    one.add_argument("--teacher", metavar="PATH", default="", help="a teacher-*.safetensors of the cache folder, or a "
+                     "folder of a Hugging Face language model (safetensors, tokenizer.json) for training code of your "
+                     "own (default: the teacher of these settings, trained if it is not there)")  # fmt: skip
     one.add_argument("--top-k", type=int, metavar="INT", default=64, help="tokens of each position (default: 64)")
     one.add_argument("--temperature", type=float, metavar="FLOAT", default=1.0,
                      help="the teacher's temperature in the loss to come (default: 1)")  # fmt: skip

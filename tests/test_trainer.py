@@ -14,9 +14,13 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import kdkernels as kd
+from kdkernels.trainer.config import Config
+from kdkernels.trainer.data import Corpus
 
 TINY = (
     "--hidden 32 --ffn 64 --heads 2 --layers 2 --keep-layers 0 --seq-len 32 --batch 8 --teacher-batch 8 --threads 1 "
@@ -281,6 +285,39 @@ def test_a_cache_of_a_killed_run_is_that_of_a_whole_one(place, teacher_cache, fo
     assert contents(tmp_path / "out") == contents(teacher_cache)
     status, shown = forked(*flags, command="cache")
     assert status == 0 and contents(tmp_path / "out") == contents(teacher_cache)
+
+
+def test_a_cache_of_a_hugging_face_model(place, forked, tmp_path):
+    """With more classes than the tokenizer: they are padding. Only whole models of the right size are taken."""
+    config = transformers.LlamaConfig(vocab_size=448, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                      num_attention_heads=2, max_position_embeddings=64)  # fmt: skip
+    torch.manual_seed(0)
+    model, folder = transformers.LlamaForCausalLM(config).eval(), tmp_path / "model"
+    model.save_pretrained(folder)
+    shutil.copy(place / "tokenizer.json", folder)
+    flags = cached(place, tmp_path / "cache", tmp_path / "out", "--top-k", "9", "--teacher", folder, "--steps", "3")
+    at = flags.index("--tokenizer")
+    del flags[at : at + 2]
+    status, shown = forked(*flags, command="cache")
+    assert status == 0 and "24 sequences of 32 tokens, 9 of 400 classes" in shown, shown
+    reader = kd.cache.Reader(tmp_path / "out")
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    corpus = Corpus(Config(text=[given["--text"]], tokenizer=str(folder / "tokenizer.json"), cache=given["--cache"],
+                           seq_len=32, batch=8, teacher_batch=8, seed=int(given.get("--seed", 0))))  # fmt: skip
+    inputs, _ = corpus.load(lambda *_: None).batch(1, 2, 8)
+    with torch.no_grad():
+        want = kd.SparseTeacher.from_logits(model(inputs[5:6]).logits[0], 9, vocab_size=400)
+    got = reader.example(21, inputs[5])
+    assert torch.equal(got.indices, want.indices) and (got.log_tail - want.log_tail).abs().max() < 1e-3
+    for spoil, message in [(dict(max_position_embeddings=16), "its max_position_embeddings is 16"),
+                           (dict(vocab_size=300), "(size mismatch|lack|vocab_size is 300)"),
+                           (dict(num_hidden_layers=2), "lack 9 of the model's weights")]:  # fmt: skip
+        transformers.LlamaConfig.from_dict(config.to_dict() | spoil).save_pretrained(folder)
+        status, shown = forked(*flags, "--out", tmp_path / "other", command="cache")
+        assert status == 2 and re.search(message, shown) and "Traceback" not in shown, shown
+    (folder / "model.safetensors").unlink()
+    status, shown = forked(*flags, command="cache")
+    assert status == 2 and "no .safetensors file" in shown, shown
 
 
 def test_distilled_from_a_cache(place, whole, teacher_cache, forked, tmp_path):

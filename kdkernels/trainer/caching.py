@@ -4,6 +4,8 @@
     kdkernels distill --teacher-cache cache                   # the same data settings, no teacher in the steps
 
 A cache belongs to a teacher and to its batches, which --seed, --seq-len and --batch decide; --steps as many of them.
+`--teacher FOLDER` takes a causal language model of Hugging Face's, with its tokenizer, for training code of one's own:
+`corpus.batch` of this trainer has its inputs, `kdkernels.cache.Reader` its rows, in the same order.
 """
 
 import dataclasses
@@ -32,6 +34,9 @@ def batches_of(cfg, corpus):
 def write_cache(cfg, top_k, temperature=1.0, teacher_file=""):
     """Writes the cache in cfg.out, or goes on with it."""
     cfg.keep_layers = cfg.keep_layers or sorted({0, cfg.layers - 1})
+    path = Path(teacher_file)
+    if teacher_file and path.is_dir() and not cfg.tokenizer:
+        cfg.tokenizer = str(path / "tokenizer.json")
     check(cfg)
     need_extra()
     set_up(cfg)
@@ -40,14 +45,17 @@ def write_cache(cfg, top_k, temperature=1.0, teacher_file=""):
     if not 1 <= top_k <= corpus.vocab_size:
         raise UserError(f"--top-k must be between 1 and the {corpus.vocab_size} tokens, got {top_k}")
     out = Path(cfg.out)
-    if teacher_file:
-        teacher, crc = read_teacher(Path(teacher_file), cfg, corpus)
+    if teacher_file and path.is_dir():
+        teacher, checksum = models.pretrained(path, cfg, corpus.vocab_size)
+        name = f"sha256 {checksum}"
     else:
-        teacher, crc = trained_teacher(cfg, corpus, checkpoint.Journal(out / "metrics.jsonl"))
+        ours = read_teacher(path, cfg, corpus) if teacher_file else None
+        teacher, crc = ours or trained_teacher(cfg, corpus, checkpoint.Journal(out / "metrics.jsonl"))
+        name = f"crc32 {crc}"
     try:
         writer = kd.cache.Writer(
             out, vocab_size=corpus.vocab_size, k=top_k, temperature=temperature, log_tail=top_k < corpus.vocab_size,
-            teacher=f"crc32 {crc}", data=batches_of(cfg, corpus), shard_rows=max(1, SHARD_BYTES // (6 * top_k)),
+            teacher=name, data=batches_of(cfg, corpus), shard_rows=max(1, SHARD_BYTES // (6 * top_k)),
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -66,7 +74,8 @@ def fill(writer, cfg, corpus, teacher, bar):
         for step in range(len(writer) // cfg.batch, cfg.steps):
             inputs, _ = corpus.batch(STREAM, step, cfg.batch)
             logits = logits_of(teacher, inputs.to(cfg.device), cfg.dtype)
-            sparse = kd.SparseTeacher.from_logits(logits, about["k"], about["temperature"]).reshape(*inputs.shape)
+            sparse = kd.SparseTeacher.from_logits(logits, about["k"], about["temperature"],
+                                                  vocab_size=about["vocab_size"]).reshape(*inputs.shape)  # fmt: skip
             for i in range(len(writer) - step * cfg.batch, cfg.batch):
                 writer.add(sparse[i], inputs[i])
             bar(len(writer), total)
@@ -75,7 +84,8 @@ def fill(writer, cfg, corpus, teacher, bar):
 def read_teacher(path, cfg, corpus):
     """-> a teacher that `distill` or `cache` has trained, in evaluation mode, and its checksum."""
     if not path.is_file():
-        raise UserError(f"--teacher {path}: no such file; it is a teacher-*.safetensors of the cache folder")
+        raise UserError(f"--teacher {path}: no such file; it is a teacher-*.safetensors of the cache folder, or a "
+                        "folder with a language model of Hugging Face's")  # fmt: skip
     tensors, header = checkpoint.load_tensors(path)
     saved = header.get("teacher")
     if not isinstance(saved, dict) or set(saved) != {*TEACHER_FIELDS, "text"}:

@@ -1,6 +1,11 @@
-"""A small Llama-style teacher from a configuration, and a student cut out of it."""
+"""A small Llama-style teacher from a configuration, a student cut out of it, and models that others have trained."""
+
+import hashlib
 
 import torch
+
+from ..cacheindex import sha256
+from .config import UserError
 
 
 def build(cfg, vocab_size, layers):
@@ -21,6 +26,33 @@ def build(cfg, vocab_size, layers):
             use_cache=False,
         )
     ).to(cfg.device)
+
+
+def pretrained(folder, cfg, vocab_size):
+    """-> the causal language model in a folder of Hugging Face's, and its checksum.
+
+    Nothing is downloaded, unpickled or run from there.
+    """
+    from transformers import AutoModelForCausalLM
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not files:
+        raise UserError(f"--teacher {folder}: no config.json, or no .safetensors file beside it")
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            dtype=getattr(torch, cfg.dtype),
+        )  # fmt: skip
+    except Exception as error:  # a damaged shard, an architecture it does not know: each has a type of its own
+        raise UserError(f"--teacher {folder}: {str(error).splitlines()[0]}") from None
+    if lacks := sorted([*found["missing_keys"], *(str(x) for x in found["mismatched_keys"])]):
+        raise UserError(f"--teacher {folder}: its files lack {len(lacks)} of the model's weights, such as {lacks[0]}")
+    about = model.config.get_text_config()
+    for name, need in (("vocab_size", vocab_size), ("max_position_embeddings", cfg.seq_len)):
+        if (has := getattr(about, name, None) or need) < need:
+            raise UserError(f"--teacher {folder}: its {name} is {has}, the tokens and --seq-len need {need}")
+    checksum = hashlib.sha256("".join(map(sha256, [folder / "config.json", *files])).encode()).hexdigest()
+    return model.to(cfg.device).eval().requires_grad_(False), checksum
 
 
 def cut_student(cfg, teacher):
