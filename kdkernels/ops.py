@@ -111,21 +111,21 @@ def rows_of_sums(rows: Callable) -> Callable:
     return run
 
 
-def register_buckets() -> None:
+def register_buckets(prefix: str = "") -> None:
     """The same for `bucket` and `bucket_spread` (see `kdkernels.buckets`)."""
 
-    @torch.library.register_fake("kdkernels::bucket")
+    @torch.library.register_fake(f"kdkernels::{prefix}bucket")
     def _(student, mask, classes, inverse, labels, vocab):
         rows, k = classes.shape
         shapes = (rows, k + (inverse is not None)), (0 if labels is None else rows, 2), (rows, 3)
         return tuple(student.new_empty(shape, dtype=torch.float64) for shape in shapes)
 
-    @torch.library.register_fake("kdkernels::bucket_spread")
+    @torch.library.register_fake(f"kdkernels::{prefix}bucket_spread")
     def _(grad, by_entropy, student, *rest):
         return student.new_empty(student.shape)
 
     for name in ("bucket", "bucket_spread"):
-        torch.library.register_autograd(f"kdkernels::{name}", refuse)
+        torch.library.register_autograd(f"kdkernels::{prefix}{name}", refuse)
 
 
 class Once(torch.autograd.Function):

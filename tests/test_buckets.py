@@ -19,14 +19,18 @@ def rows(n, v, dtype, scale=3.0, seed=0):
     return s, classes, torch.randint(v, (n,), generator=g)
 
 
-def both(s, vocab, mask, *parts):
+KERNELS = [("cpu", dtype) for dtype in (F64, F32, BF16, F16)] + [("triton", F32), ("triton", BF16), ("triton", F16)]
+native = pytest.mark.parametrize("kernels, dtype", KERNELS)
+
+
+def both(s, vocab, mask, *parts, kernels):
     """[(outcomes of each part, gradient of s, size of its terms)] of the kernels and of the definition, in float64."""
     found = []
-    for backend in ("cpu", "reference"):
-        before = kd.backends.calls["cpu", "bucket"]
+    for backend in (kernels, "reference"):
+        before = kd.backends.calls[kernels, "bucket"]
         with kd.use_backend(backend):
             # In the dtype's own arithmetic the definition of what is rounded, in float64 that of the rest.
-            leaf = (s if backend == "cpu" else s.double()).detach().requires_grad_()
+            leaf = (s.double() if backend == "reference" else s).detach().requires_grad_()
             wide = F64 if backend == "reference" or s.dtype == F64 else F32
             out = Outcomes.apply(leaf, vocab, mask, wide, False, *parts)
             g = torch.Generator().manual_seed(1)
@@ -38,12 +42,12 @@ def both(s, vocab, mask, *parts):
                 total = sum((o.masked_fill(o.isinf(), 0.0).double() * w).sum() for o, w in zip(out, ws, strict=True))
                 grads.append(torch.autograd.grad(total, leaf, retain_graph=True)[0].double())
             found.append(([o.detach().double() for o in out], *grads))
-        assert (kd.backends.calls["cpu", "bucket"] - before == 1) == (backend == "cpu")
+        assert (kd.backends.calls[kernels, "bucket"] - before == 1) == (backend == kernels)
     return found
 
 
-def check(s, vocab, mask, *parts):
-    (out, ds, _), (want, by_want, terms) = both(s, vocab, mask, *parts)
+def check(s, vocab, mask, *parts, kernels="cpu"):
+    (out, ds, _), (want, by_want, terms) = both(s, vocab, mask, *parts, kernels=kernels)
     step = torch.finfo(F64 if s.dtype == F64 else F32).eps
     for a, b in zip(out, want, strict=True):
         finite = b.isfinite()
@@ -57,21 +61,21 @@ def check(s, vocab, mask, *parts):
     assert ((ds - by_want).abs() <= bound).all(), ((ds - by_want).abs() - bound).max()
 
 
-@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
+@native
 @pytest.mark.parametrize("v", [3, 20, 33, 700, TILE, TILE + 1, 3 * TILE + 17])
 @pytest.mark.parametrize("kind", ["tail", "entropy", "both", "neither"])
-def test_dtypes_and_widths(dtype, v, kind):
+def test_dtypes_and_widths(kernels, dtype, v, kind):
     s, classes, labels = rows(5, v, dtype)
     labels[1], labels[2] = classes[1, 0], -1
     T = torch.linspace(0.5, 2.0, 5, dtype=F64)[:, None]
     for inverse in (torch.ones(1, 1, dtype=F64), 1 / T):
         first = Part(classes, None if kind in ("entropy", "neither") else inverse)
         entropy = [] if kind in ("tail", "neither") else [Part(labels[:, None], torch.ones(1, 1, dtype=F64))]
-        check(s, v, None, first, *entropy)
+        check(s, v, None, first, *entropy, kernels=kernels)
 
 
-@pytest.mark.parametrize("dtype", [F64, F32, BF16])
-def test_masks_padding_and_impossible_classes(dtype):
+@native
+def test_masks_padding_and_impossible_classes(kernels, dtype):
     s, classes, labels = rows(6, 2 * TILE + 5, dtype)
     one = torch.ones(1, 1, dtype=F64)
     mask = torch.rand(2 * TILE, generator=torch.Generator().manual_seed(2)) < 0.7
@@ -80,25 +84,35 @@ def test_masks_padding_and_impossible_classes(dtype):
     keep = classes.clamp(max=2 * TILE - 1)
     keep = torch.where(torch.arange(9) < torch.arange(1, 7)[:, None], keep, -1)
     for some in (None, mask):
-        check(s, 2 * TILE, some, Part(keep, one), Part(labels.clamp(max=2 * TILE - 1)[:, None], one))
+        check(s, 2 * TILE, some, Part(keep, one), Part(labels.clamp(max=2 * TILE - 1)[:, None], one), kernels=kernels)
 
 
-def test_rows_of_which_nothing_is_left():
+@native
+def test_rows_of_which_nothing_is_left(kernels, dtype):
     one = torch.ones(1, 1, dtype=F64)
-    s = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=F64)
+    s = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=F64).to(dtype)
     s[1] = -torch.inf
     s[2, 4:] = -torch.inf
     classes = torch.tensor([[0, 1, 2, 3]]).repeat(3, 1)
-    check(s, 8, None, Part(classes, one), Part(torch.tensor([[0], [0], [5]]), one))
+    check(s, 8, None, Part(classes, one), Part(torch.tensor([[0], [0], [5]]), one), kernels=kernels)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 30.0, 300.0])
-@pytest.mark.parametrize("dtype", [F64, F32])
-def test_the_classes_apart_may_have_nearly_everything(scale, dtype):
+@pytest.mark.parametrize("kernels, dtype", [("cpu", F64), ("cpu", F32), ("triton", F32)])
+def test_the_classes_apart_may_have_nearly_everything(scale, kernels, dtype):
     """Their logits are the largest: nothing is left of a difference from the whole sum."""
     s, _, labels = rows(6, 3 * TILE, dtype, scale)
     check(s, 3 * TILE, None, Part(s.topk(9).indices, torch.full((1, 1), 0.5, dtype=F64)),
-          Part(labels[:, None], torch.ones(1, 1, dtype=F64)))  # fmt: skip
+          Part(labels[:, None], torch.ones(1, 1, dtype=F64)), kernels=kernels)  # fmt: skip
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "triton"])
+def test_rows_of_logits_with_gaps(kernels):
+    s, classes, labels = rows(12, 701, F32)
+    part, kept = s.view(4, 3, 701)[:, 1:, :690], classes.view(4, 3, 9)[:, 1:].reshape(-1, 9).clamp(max=680)
+    kept = torch.where((kept[:, :, None] == kept[:, None]).tril(-1).any(-1), -1, kept)
+    check(part, 681, None, Part(kept, torch.ones(1, 1, dtype=F64)),
+          Part(labels.view(4, 3)[:, 1:].reshape(-1, 1).clamp(max=680), torch.ones(1, 1, dtype=F64)), kernels=kernels)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

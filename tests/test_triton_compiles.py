@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 CAPABILITIES = (80, 90, 100)
-ROW = "n s_a s_b t_a t_b args_row B vocab ignore width grad_row weight_row N K count".split()
-KINDS = dict(high="fp32", low="fp32", label_ptr="*i64", mask_ptr="*u8", done_ptr="*i32", total_ptr="*fp32",
-             factor_ptr="*fp32")  # fmt: skip
+ROW = "n s_a s_b t_a t_b args_row B vocab ignore width grad_row weight_row scale_row N K k count".split()
+KINDS = dict(high="fp32", low="fp32", mask_ptr="*u8", done_ptr="*i32", total_ptr="*fp32", factor_ptr="*fp32",
+             **{f"{name}_ptr": "*i64" for name in ("label", "classes", "sorted", "order")})  # fmt: skip
 
 
 def _signature(kernel, dtype, constants):
@@ -29,6 +29,7 @@ def _variants():
     """(name, kernel, dtype, constants, warps)."""
     from kdkernels import DKDLoss, ForwardKLLoss, JSDLoss, KDLoss, SkewKLLoss
     from kdkernels.backends.triton import _elements, _second
+    from kdkernels.backends.triton_buckets import bucket_kernel, bucket_spread_kernel
     from kdkernels.backends.triton_elements import reduce_kernel, spread_kernel
     from kdkernels.backends.triton_rows import rows_kernel
     from kdkernels.backends.triton_separable import compiled, sums_kernel
@@ -48,6 +49,9 @@ def _variants():
             name = type(loss).__name__
             yield f"sums {dtype} {name}", sums_kernel, dtype, dict(PHI=phi, **tile), 4
             yield f"spread {dtype} {name}", spread_kernel, dtype, dict(PHI=phi, SIDE=0, ALIGN=16, **some), 8
+        tile = dict(TAIL=True, LABEL=True, HAS_MASK=True, ALIGN=16, BLOCK=2048)
+        yield f"bucket {dtype}", bucket_kernel, dtype, dict(KP=64, **tile), 8
+        yield f"bucket spread {dtype}", bucket_spread_kernel, dtype, tile, 8
     # Of a row of its own: the tape, and what depends on it.
     for loss in (ForwardKLLoss(), KDLoss(), DKDLoss(), ForwardKLLoss(standardize=True)):
         code, name = loss._single.code, type(loss).__name__ + " standardized" * loss.standardize

@@ -30,7 +30,7 @@ from .triton_separable import compiled, sums_kernel
 from .triton_step import begin_kernel, rescale_kernel, step_kernel
 from .triton_tape import compiled as tape
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICES = ("cuda", "xpu", "cpu") if INTERPRETED else ("cuda", "xpu")
 FLOAT64 = False
 MAX_BLOCK, ROWS = 2048, 32
@@ -243,3 +243,7 @@ register("triton_")
 register("triton_separable_", elements=True)
 OPERATORS = Operators(reduce, rows, spread, step, _step_to, _step_add, _rescaled)
 SEPARABLE = Operators(separable_reduce, rows_of_sums(rows), separable_spread, elements=True)
+
+from . import triton_buckets  # noqa: E402  (which is made of the above)
+
+BUCKET: tuple = triton_buckets.BUCKET

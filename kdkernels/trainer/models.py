@@ -1,6 +1,7 @@
 """A small Llama-style teacher from a configuration, a student cut out of it, and models that others have trained."""
 
 import hashlib
+from typing import Any
 
 import torch
 
@@ -39,10 +40,11 @@ def pretrained(folder, cfg, vocab_size):
     if not (folder / "config.json").is_file() or not files:
         raise UserError(f"--teacher {folder}: no config.json, or no .safetensors file beside it")
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
             dtype=getattr(torch, cfg.dtype),
         )  # fmt: skip
+        model, found = loaded
     except Exception as error:  # a damaged shard, an architecture it does not know: each has a type of its own
         raise UserError(f"--teacher {folder}: {str(error).splitlines()[0]}") from None
     if lacks := sorted([*found["missing_keys"], *(str(x) for x in found["mismatched_keys"])]):
