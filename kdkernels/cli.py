@@ -1,4 +1,4 @@
-"""The command line: kdkernels distill | cache | losses | doctor."""
+"""The command line: kdkernels distill | recipes | cache | losses | doctor."""
 
 import argparse
 import importlib.metadata
@@ -42,6 +42,9 @@ def parser():
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_distill(commands)
     add_cache(commands)
+    one = commands.add_parser("recipes", help="the published systems that `distill --recipe` reproduces",
+                              description=run_recipes.__doc__)  # fmt: skip
+    one.set_defaults(run=run_recipes)
     one = commands.add_parser(
         "losses", help="the catalogue: name, formula, paper, needs, points", description=run_losses.__doc__
     )
@@ -71,6 +74,9 @@ def add_distill(commands):
     one.set_defaults(run=run_distill)
     one.add_argument("--quick", action="store_true", help="a small run: about two minutes on two cores")
     one.add_argument("--resume", metavar="RUN_DIR", help="go on with a run that was killed")
+    one.add_argument("--recipe", metavar="NAME", help="instead, reproduce a published system on small images (see "
+                     "`kdkernels recipes`); with --seeds, --out, --cache and --threads alone")  # fmt: skip
+    one.add_argument("--seeds", type=int, metavar="INT", help="of a recipe (default: 3)")
     groups = add_settings(one)
     for name in SHORT_FORMS:
         groups["loss"].add_argument(
@@ -113,8 +119,22 @@ def run_cache(options):
     write_cache(cfg, options.top_k, options.temperature, options.teacher)
 
 
+def run_recipes(options):
+    """List the published systems, one a line: name, claim, paper."""
+    from .trainer import recipes
+
+    rows = [[name, (one := recipes.load(name)).CLAIM, one.SOURCE] for name in recipes.names()]
+    print_catalogue(["--recipe", "claim", "paper"], rows, "kdkernels distill --recipe NAME runs one.")
+
+
 def run_distill(options):
     """Collect the settings and run the trainer."""
+    if "recipe" in options:
+        from .trainer.reproduce import command
+
+        return command(options)
+    if "seeds" in options:
+        raise UserError("--seeds belongs to --recipe")
     typed = {k: v for k, v in vars(options).items() if k not in ("run", "quick", "resume", "set")}
     loss_options = {name: typed.pop(name) for name in SHORT_FORMS if name in typed}
     loss_options |= dict(assignment(text) for text in getattr(options, "set", []))
@@ -125,6 +145,7 @@ def run_distill(options):
 
     cfg = settled(options, QUICK | typed if "quick" in options else typed)
     distill(cfg, resume="resume" in options)
+    return 0
 
 
 def settled(options, typed):

@@ -1,0 +1,151 @@
+"""Where a recipe works: data, teachers, training that goes on where it was killed, figures.
+
+Everything a recipe trains is a file of the run folder, written atomically every so many steps and found again when the
+recipe is run again: a recipe reads top to bottom, and a killed one does not repeat what was done. Batches and noise are
+functions of seed, name and step alone, so that a resumed run ends at the same weights to the last bit.
+"""
+
+import hashlib
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .config import UserError
+from .images import STUDENT, TEACHER, ConvNet, Pairs
+
+CLIP = 5.0  # largest norm of a gradient
+
+
+class Batch(NamedTuple):
+    """One of a training run's: `at` are the pictures' numbers, `noise` a generator that is this step's own."""
+
+    step: int
+    at: Tensor
+    images: Tensor
+    labels: Tensor
+    masks: Tensor
+    noise: torch.Generator
+
+
+class Update(NamedTuple):
+    """A loss(batch) and what it changes: parameters with momentum, each step."""
+
+    loss: Any
+    parameters: list[nn.Parameter]
+    lr: float = 0.05
+
+
+class Lab:
+    """Args: folder of the run, folder of what runs share (teachers), seed, show(text), share of all steps to make."""
+
+    def __init__(self, folder, cache, seed=0, show=print, share=1.0):
+        self.folder, self.cache, self.seed, self.show, self.share = Path(folder), Path(cache), seed, show, share
+        self.curves: dict[str, list[float]] = {}
+        self._data: dict[tuple, Pairs] = {}
+
+    def data(self, **options) -> Pairs:
+        key = tuple(sorted(options.items()))
+        self._data[key] = self._data.get(key) or Pairs(**options)
+        return self._data[key]
+
+    def rng(self, name: str, step: int = 0) -> numpy.random.Generator:
+        return numpy.random.default_rng([self.seed, zlib.crc32(name.encode()), step])
+
+    def noise(self, step: int) -> torch.Generator:
+        return torch.Generator().manual_seed(int(self.rng("noise", step).integers(1 << 62)))
+
+    def student(self, widths=STUDENT, classes=100) -> ConvNet:
+        """Every student of a seed starts from the same weights."""
+        torch.manual_seed(self.seed)
+        return ConvNet(widths, classes)
+
+    def teacher(self, loss=None, name="ce", data=None, widths=TEACHER, steps=1200, seed=1000, lr=0.05,
+                start: ConvNet | None = None) -> ConvNet:  # fmt: skip
+        """Trained once for all recipes: loss(logits, labels), cross-entropy if none; from the weights of `start`."""
+        torch.manual_seed(seed)
+        net, one = ConvNet(widths), Lab(self.cache, self.cache, seed, self.show, self.share)
+        if start is not None:
+            net.load_state_dict(start.state_dict())
+        data, one._data = data or self.data(), self._data
+        loss = loss or nn.functional.cross_entropy
+        key = hashlib.sha256(json.dumps([name, data.key, widths, steps, seed, lr]).encode()).hexdigest()[:12]
+        update = Update(lambda b: loss(net(b.images), b.labels), list(net.parameters()), lr)
+        return frozen(one.train(f"image-teacher-{name}-{key}", net, [update], steps=steps, data=data))
+
+    def train(self, name: str, net: nn.Module, updates: list[Update], *, steps=800, size=64, data=None, every=200):
+        """`net` after `steps` steps, each of all updates in turn; from its file, as far as that has come."""
+        data, path, steps = data or self.data(), self.folder / f"{name}.safetensors", math.ceil(steps * self.share)
+        owner = json.dumps([name, data.key, steps, size, self.seed, [u.lr for u in updates]])
+        optimizers = [torch.optim.SGD(u.parameters, lr=u.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+                      for u in updates]  # fmt: skip
+        done, self.curves[name] = self._restore(path, owner, net, optimizers)
+        net.train()
+        for step in range(done, steps):
+            at = data.draw(self.rng("batches", step), size)
+            images, labels, masks = (x[at] for x in data.train)
+            batch = Batch(step, at, images, labels, masks, self.noise(step))
+            for update, optimizer in zip(updates, optimizers, strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = update.lr * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+                loss = update.loss(batch)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(update.parameters, CLIP)
+                optimizer.step()
+            self.curves[name].append(value := loss.item())
+            if not math.isfinite(value):
+                raise UserError(f"the loss of {name} became {value} at step {step + 1}")
+            if (step + 1) % every == 0 or step + 1 == steps:
+                self.show(f"{name}: step {step + 1} of {steps}, loss {value:.4f}")
+                self._save(path, owner, net, optimizers, step + 1, self.curves[name])
+        return net.eval()
+
+    def _save(self, path, owner, net, optimizers, step, curve):
+        tensors = {f"net/{k}": v for k, v in net.state_dict().items()} | {"curve": torch.tensor(curve)}
+        for i, optimizer in enumerate(optimizers):
+            for j, p in enumerate(optimizer.param_groups[0]["params"]):
+                tensors[f"{i}/{j}"] = optimizer.state[p]["momentum_buffer"]
+        checkpoint.save_tensors(path, tensors, step=step, owner=owner)
+
+    def _restore(self, path, owner, net, optimizers) -> tuple[int, list[float]]:
+        if not path.exists():
+            return 0, []
+        tensors, header = checkpoint.load_tensors(path)
+        if header.get("owner") != owner:
+            raise UserError(f"{path} is of another run: {header.get('owner')}, not {owner}; take another --out")
+        net.load_state_dict({k.removeprefix("net/"): v for k, v in tensors.items() if k.startswith("net/")})
+        for i, optimizer in enumerate(optimizers):
+            for j, p in enumerate(optimizer.param_groups[0]["params"]):
+                optimizer.state[p]["momentum_buffer"] = tensors[f"{i}/{j}"]
+        return header["step"], tensors["curve"].tolist()
+
+    def distil(self, name: str, loss, teacher, *, net=None, data=None, **options) -> ConvNet:
+        """A student trained with loss(student_logits, teacher_logits, labels); teacher: a net, or logits (N, C) of all
+        training pictures."""
+        data, net = data or self.data(), net or self.student()
+        logits = teacher if isinstance(teacher, Tensor) else logits_of(teacher, data)
+        update = Update(lambda b: loss(net(b.images), logits[b.at], b.labels), list(net.parameters()))
+        return self.train(name, net, [update], data=data, **options)
+
+    def plain(self, name="cross-entropy", **options) -> ConvNet:
+        """A student of the labels alone."""
+        net = self.student()
+        return self.train(name, net, [Update(lambda b: nn.functional.cross_entropy(net(b.images), b.labels),
+                                             list(net.parameters()))], **options)  # fmt: skip
+
+
+def frozen(net):
+    return net.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def logits_of(net, data) -> Tensor:
+    """Of every training picture."""
+    return torch.cat([net.eval()(x) for x in data.train[0].split(1000)])

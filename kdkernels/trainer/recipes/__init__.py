@@ -1,0 +1,24 @@
+"""Published systems, one file each: what they claim, and whether it holds here.
+
+A recipe is a module with `run(lab) -> {arm: figure}` and
+
+    SOURCE   the paper
+    CLAIM    what it says, in a sentence
+    FIGURE   what is measured; more is better
+    TREND    [(better arm, worse arm), ...]: what the claim says of the arms
+"""
+
+import importlib
+import pkgutil
+
+from ..config import UserError
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str):
+    if name not in names():
+        raise UserError(f"unknown recipe {name!r}; known: {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,25 @@
+"""Knowledge distillation: a student of the teacher's softened probabilities and the labels.
+
+    kdkernels distill --recipe kd
+
+The loss is (1 - alpha) CE + alpha T^2 KL(p_T || q_T), T = 4, alpha = 0.9 as in the CIFAR-100 experiments that later
+papers compare with. Expected: some points above the student of the labels alone.
+"""
+
+import kdkernels as kd
+
+from ..images import accuracy
+
+SOURCE = "Hinton, Vinyals & Dean 2015"
+CLAIM = "A student of a teacher's soft targets is better than one of the labels alone."
+FIGURE = "top-1 accuracy, %"
+TREND = [("KD", "cross-entropy")]
+
+
+def run(lab):
+    teacher, data = lab.teacher(), lab.data()
+    return {
+        "teacher": accuracy(teacher, data),
+        "cross-entropy": accuracy(lab.plain(), data),
+        "KD": accuracy(lab.distil("kd", kd.KDLoss(temperature=4.0, alpha=0.9), teacher), data),
+    }

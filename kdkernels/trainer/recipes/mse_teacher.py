@@ -1,0 +1,57 @@
+"""A teacher trained with the squared error of its probabilities, for any distillation after it.
+
+    kdkernels distill --recipe mse_teacher
+
+The teacher's loss is sum_i (q_i - [i = y])^2 in place of the cross-entropy (`space` "probability"; "logit": the same of
+the raw logits, which the paper's code has too and a later paper used). It starts from the weights of the cross-
+entropy's teacher, which is our choice: the slope of the squared error vanishes where a net is sure and wrong. The
+students are those of `kd`. Expected: a teacher of a lower accuracy and a student of a higher one.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+
+import kdkernels as kd
+
+from ..images import accuracy
+from . import kd as hinton
+
+SOURCE = "Hamidi et al. 2024, How to train the teacher model for effective knowledge distillation (ECCV)"
+CLAIM = "A teacher trained with the squared error teaches better than one trained with the cross-entropy."
+FIGURE = hinton.FIGURE
+TREND = [("KD, MSE teacher", "KD"), ("teacher", "MSE teacher")]
+SCALE = 10.0  # of the squared error, whose slopes are small: one of the learning rate
+
+
+def error(space="probability"):
+    """-> loss(logits, labels)."""
+    brier = kd.BrierLoss()
+
+    def loss(s, y):
+        if space == "probability":
+            return SCALE * brier(s, labels=y)
+        return (s - F.one_hot(y, s.shape[1])).square().sum(1).mean()
+
+    return loss
+
+
+def start(teacher, space):
+    """The teacher's weights; in logit space with logits of the size of those they are to become."""
+    net = copy.deepcopy(teacher)
+    if space == "logit":
+        with torch.no_grad():
+            for p in net.head.parameters():
+                p.mul_(0.05)
+    return net
+
+
+def run(lab):
+    figures = hinton.run(lab)
+    data = lab.data()
+    for space, arm in (("probability", "MSE teacher"), ("logit", "logit-MSE teacher")):
+        teacher = lab.teacher(error(space), f"mse-{space}", start=start(lab.teacher(), space), steps=600)
+        student = lab.distil(f"kd-{space}", kd.KDLoss(temperature=4.0, alpha=0.9), teacher)
+        figures |= {arm: accuracy(teacher, data), f"KD, {arm}": accuracy(student, data)}
+    return figures
