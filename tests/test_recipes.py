@@ -11,7 +11,19 @@ from kdkernels.cli import main
 from kdkernels.trainer import images, recipes, reproduce
 from kdkernels.trainer.config import UserError
 from kdkernels.trainer.lab import Lab, Update, frozen
-from kdkernels.trainer.recipes import abkd, dist, mse_teacher, simkd, ttm, wttm
+from kdkernels.trainer.recipes import (
+    abkd,
+    atsc,
+    bayesian_teacher,
+    comparative,
+    dist,
+    label_revision,
+    mcmi,
+    mse_teacher,
+    simkd,
+    ttm,
+    wttm,
+)
 
 S, T = (3 * torch.randn(6, 100, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in range(2))
 Y = torch.randint(100, (6,), generator=torch.Generator().manual_seed(2))
@@ -20,7 +32,7 @@ Y = torch.randint(100, (6,), generator=torch.Generator().manual_seed(2))
 @pytest.fixture
 def lab(tmp_path):
     lab = Lab(tmp_path / "run", tmp_path / "cache", 0, lambda text: None, share=0.004)
-    lab._data[()] = images.Pairs(train=300, test=200)
+    lab._data[()] = lab._data[("train", comparative.CALLS),] = images.Pairs(train=300, test=200)
     return lab
 
 
@@ -154,3 +166,69 @@ def test_simkd_learns_features_and_leaves_the_classifier_to_the_teacher(lab):
     lab.train("net", net, [Update(simkd.feature_loss(net, teacher), net.own())], steps=800)
     assert all(torch.equal(p, before[name]) for name, p in teacher.state_dict().items())
     torch.testing.assert_close(net(x), teacher.classify(net.projector(net.student.features(x))))
+
+
+def test_atsc_moves_the_teacher_and_then_the_whole_classifier(lab):
+    """Weight and bias, which the first update leaves alone; the encoder stays near where it was."""
+    pretrained = frozen(lab.teacher())
+    net = atsc.shared(lab.student(), pretrained)
+    move, share = atsc.updates(net, pretrained)
+    head, encoder = list(net.teacher.head.parameters()), list(net.teacher.body.parameters())
+    assert share.parameters == head and not {id(p) for p in head} & {id(p) for p in move.parameters}
+    assert {id(p) for p in encoder} <= {id(p) for p in move.parameters}
+    lab.train("net", net, [move, share], steps=800)
+    changed = lambda name: not torch.equal(net.teacher.state_dict()[name], pretrained.state_dict()[name])  # noqa: E731
+    assert changed("head.weight") and changed("head.bias") and changed("body.0.weight")
+    batch = type("Batch", (), dict(images=lab.data().train[0][:8], labels=lab.data().train[1][:8]))
+    with torch.no_grad():
+        error = F.mse_loss(net.features(batch.images), net.teacher.features(batch.images))
+        near = move.loss(batch)
+        encoder[0].add_(1.0)
+        assert near > error and move.loss(batch) > near + 100
+    assert torch.equal(net(batch.images), net.teacher.classify(net.projector(net.student.features(batch.images))))
+
+
+def test_mcmi_maximises_the_divergence_from_frozen_centroids(lab):
+    data, teacher = lab.data(), lab.teacher()
+    log_q = mcmi.centroids(teacher, data)
+    p = torch.cat([teacher(x) for x in data.train[0].split(1000)]).softmax(-1)
+    here = p[data.train[1] == 7].mean(0)
+    torch.testing.assert_close(log_q[7].exp(), here)
+    q = log_q[Y].double()
+    kl = (S.softmax(-1) * (S.log_softmax(-1) - q)).sum(-1).mean()
+    torch.testing.assert_close(mcmi.loss(q.new_zeros(100, 100).index_copy(0, Y, q))(S, Y),
+                               F.cross_entropy(S, Y) - mcmi.LAMBDA * kl)  # fmt: skip
+
+
+def test_a_revised_label_is_the_most_likely_class_and_right_rows_stay():
+    y = torch.cat((T.argmax(-1)[:3], Y[3:]))
+    p, revised = (T / 4).softmax(-1), (label_revision.revised(T, y) / 4).softmax(-1)
+    assert torch.equal(revised.argmax(-1), y) and (T.argmax(-1)[3:] != y[3:]).any()
+    torch.testing.assert_close(revised[:3], p[:3])
+    others = torch.ones_like(p).scatter(1, y[:, None], 0.0)
+    ratio = (revised / p)[others.bool()].view(6, 99)
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))  # all others lose alike
+    chosen = label_revision.selected(torch.randn(200, 10), torch.randn(200, 10), torch.randint(10, (200,)))
+    assert chosen.sum() == 160
+
+
+def test_pairs_of_residuals_without_a_loop():
+    d, o = torch.randn(5, 7, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
+    torch.testing.assert_close(comparative.pairs(d), (d[:, None] - d).square().sum(-1).mean())
+    torch.testing.assert_close(comparative.across(d, o), (d[:, None] - o).square().sum(-1).mean())
+    torch.testing.assert_close(comparative.pairs(d + 3.0), comparative.pairs(d))  # a common offset is free
+    net = comparative.Remembering(torch.nn.Identity(), 7)
+    comparative.arms(net)["across batches"](d.float())
+    assert torch.equal(net.residuals[:5], d.float()) and not net.residuals[5:].any()
+
+
+def test_the_laplace_predictive_and_the_mixture(lab):
+    """Logits shrink, the less the stronger the prior; and the mean of probabilities."""
+    torch.testing.assert_close(bayesian_teacher.mixture(torch.stack((S, T))).exp(), (S.softmax(-1) + T.softmax(-1)) / 2)
+    data, teacher = lab.data(), lab.teacher()
+    f = torch.cat([teacher(x) for x in data.train[0].split(1000)])
+    shrunk = bayesian_teacher.laplace(teacher, data)
+    factor = shrunk / f
+    assert (factor > 0).all() and (factor < 1).all()
+    sure = bayesian_teacher.laplace(teacher, data, prior=1e6)
+    torch.testing.assert_close(sure, f, rtol=1e-2, atol=1e-3)

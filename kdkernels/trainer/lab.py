@@ -108,7 +108,8 @@ class Lab:
         return net.eval()
 
     def _save(self, path, owner, net, optimizers, step, curve):
-        tensors = {f"net/{k}": v for k, v in net.state_dict().items()} | {"curve": torch.tensor(curve)}
+        once = {v.data_ptr(): (k, v) for k, v in reversed(net.state_dict().items())}  # parts may be shared
+        tensors = {f"net/{k}": v for k, v in once.values()} | {"curve": torch.tensor(curve)}
         for i, optimizer in enumerate(optimizers):
             for j, p in enumerate(optimizer.param_groups[0]["params"]):
                 tensors[f"{i}/{j}"] = optimizer.state[p]["momentum_buffer"]
@@ -120,7 +121,9 @@ class Lab:
         tensors, header = checkpoint.load_tensors(path)
         if header.get("owner") != owner:
             raise UserError(f"{path} is of another run: {header.get('owner')}, not {owner}; take another --out")
-        net.load_state_dict({k.removeprefix("net/"): v for k, v in tensors.items() if k.startswith("net/")})
+        for k, v in net.state_dict().items():
+            if f"net/{k}" in tensors:
+                v.copy_(tensors[f"net/{k}"])
         for i, optimizer in enumerate(optimizers):
             for j, p in enumerate(optimizer.param_groups[0]["params"]):
                 optimizer.state[p]["momentum_buffer"] = tensors[f"{i}/{j}"]
