@@ -6,9 +6,10 @@ learns for both.
 Each batch has two updates. Student, projector and the teacher's encoder: the mean squared error of their feature maps,
 plus w = 1 times the squared distance of the teacher's encoder from its pretrained weights. Then the shared classifier,
 weight and bias: the cross-entropy of the teacher's features. The student is evaluated through projector and classifier.
-(The released code updates the bias alone and evaluates the student's own head.) Batch statistics of the teacher stay
-fixed, and the classifier's learning rate is a tenth: both are our choice. Several teachers, of which the released code
-has none: a projector and a classifier for each, logits averaged. Expected: above SimKD.
+(The released code updates the bias alone and evaluates the student's own head.) The classifier's learning rate is a
+tenth, which is our choice; the teacher normalises by its batches, or its features shrink to what is easy to match.
+Several teachers, of which the released code has none: a projector and a classifier for each, logits averaged. Expected:
+above SimKD.
 """
 
 import copy
@@ -34,13 +35,13 @@ def updates(net, pretrained):
     kept = [p.detach().clone() for p in pretrained.body.parameters()]
 
     def teach(batch):
-        teacher.eval()
+        teacher.train()
         error = nn.functional.mse_loss(net.features(batch.images), teacher.features(batch.images))
-        moved = sum((p - q).square().sum() for p, q in zip(encoder, kept, strict=True) if p.dim() > 1)
+        moved = sum((p - q).square().sum() for p, q in zip(encoder, kept, strict=True))
         return error + W * moved
 
     def share(batch):
-        teacher.eval()
+        teacher.train()
         with torch.no_grad():
             features = teacher.features(batch.images)
         return nn.functional.cross_entropy(teacher.classify(features), batch.labels)

@@ -40,6 +40,7 @@ class Remembering(nn.Module):
     def __init__(self, student, classes):
         super().__init__()
         self.student = student
+        self.residuals: torch.Tensor
         self.register_buffer("residuals", torch.zeros(KEPT, classes))
 
     def forward(self, x):
