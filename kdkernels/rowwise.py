@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class RowsLoss(Loss):
     """
 
     merges = False
-    unsharded = "it sums over the classes what both log-partitions have to be known for"
+    unsharded: str | None = "it sums over the classes what both log-partitions have to be known for"
 
     def points(self):
         return Q, P
@@ -39,8 +39,14 @@ class RowsLoss(Loss):
         """(N,) distances of rows (N, V) in float64; a class that is dead is none, its logarithms are -inf."""
         raise NotImplementedError(f"{type(self).__name__} must declare distances()")
 
-    def _sums(self, log_q: Tensor, log_p: Tensor, dead: Tensor) -> Moment:
+    def _sums(self, log_q: Tensor, log_p: Tensor, dead: Tensor, shards: Any, lse: list[Tensor]) -> Moment:
         total, zero = self.distances(log_q, log_p, dead), log_q.new_zeros(len(log_q))
+        if shards is not None:  # the other ranks' sums depend on this rank's part of lse
+            leaves = [x.detach().requires_grad_() for x in (log_q, log_p)]
+            with torch.enable_grad():
+                own = self.distances(leaves[0], leaves[1], dead).sum()
+                slopes = torch.autograd.grad(own, leaves, allow_unused=True) if own.requires_grad else (None, None)
+            total = shards.merge_sums(total, [zero if x is None else -x.sum(-1) for x in slopes], lse)
         spoilt = torch.where((log_q + log_p).isnan().any(-1) | total.isnan(), torch.nan, 0.0)[:, None]
         for x in (log_q, log_p):  # NaN for the gradients as well
             total = total + (x.clamp(min=-1e300) * spoilt).sum(-1)

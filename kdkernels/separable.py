@@ -32,6 +32,8 @@ class SeparableLoss(RowsLoss):
     `kdkernels.Loss`. The CUDA C++ backend has no kernels for these losses: on a GPU they run on Triton's.
     """
 
+    unsharded = None
+
     def phi(self, log_q: Any, log_p: Any) -> Any:
         """The contribution of a class."""
         raise NotImplementedError(f"{type(self).__name__} must declare phi()")

@@ -52,6 +52,11 @@ def of_points(case: Case) -> bool:
     return not issubclass(getattr(kd, case.name), RowsLoss)
 
 
+def can_shard(case: Case) -> bool:
+    """Whether it can be computed on vocabulary shards."""
+    return getattr(kd, case.name).unsharded is None
+
+
 def make(case: Case, **options):
     return getattr(kd, case.name)(**case.options, **options)
 

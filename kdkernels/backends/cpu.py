@@ -73,7 +73,8 @@ OPERATORS = Operators(_checked(_counted("reduce")), _counted("rows"), _counted("
                       _checked(_counted("step_out")), rescale=rescale)  # fmt: skip
 SEPARABLE = Operators(
     _checked(_counted("separable_reduce")), rows_of_sums(_counted("rows")), _counted("separable_spread"),
-    _checked(_counted("separable_step")), _checked(_counted("separable_step_out")), rescale=rescale, elements=True,
+    _checked(_counted("separable_step")), _checked(_counted("separable_step_out")), rescale=rescale,
+    elements=(OPERATORS.reduce, _counted("separable_sums")),
 )  # fmt: skip
 COMPARE = (_checked(_counted("compare")), _checked(_counted("compare_step")))
 BUCKET = (_counted("bucket"), _counted("bucket_spread"))

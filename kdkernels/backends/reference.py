@@ -62,11 +62,9 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
         args = rows.shards.shared(args)
     moments: list = []
     empty, apart = [], []
-    for k, point in enumerate(loss.all_points()):
-        if point is SUMS and isinstance(loss, RowsLoss):
-            log_q, log_p = _log_probabilities((s, t), (gone_s, gone_t), args, moments)
-            moments.append(loss._sums(log_q, log_p, dead))
-            continue
+    points = loss.all_points()
+    with_sums = isinstance(loss, RowsLoss) and points[-1] is SUMS
+    for k, point in enumerate(points[:-1] if with_sums else points):
         scale_s, scale_t = (1.0, 1.0) if point.raw else (args[:, :1], args[:, 1:2])
         b, a = args[:, 3 + 2 * k : 4 + 2 * k], args[:, 4 + 2 * k : 5 + 2 * k]
         out = dead | (gone_s & (b != 0)) | (gone_t & (a != 0))
@@ -79,11 +77,15 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
     at = [_at(x, gone, y, here) for x, gone in own]
     if rows.shards is not None:
         moments, empty, at = rows.shards.merge_moments(moments, empty, at)
+    if with_sums:
+        assert isinstance(loss, RowsLoss)
+        log_q, log_p = _log_probabilities((s, t), (gone_s, gone_t), args, moments)
+        moments.append(loss._sums(log_q, log_p, dead, rows.shards, [m[0] for m in moments[:2]]))
     nothing = torch.zeros(s.shape[0], dtype=torch.bool, device=s.device)
     for no_class, mixture in zip(empty, apart, strict=True):
         nothing = nothing | (no_class & ~mixture)
     moments = [Moment(*m) for m in moments]
-    for k in (k for k, point in enumerate(loss.all_points()) if point.given):
+    for k in (k for k, point in enumerate(points) if point.given):
         moments[k] = moments[k]._replace(ss=args[:, 3 + 2 * k], st=args[:, 4 + 2 * k])
     value = loss.row_value(moments, Label(*at[:2]), at[2], args[:, 2])
     value = torch.as_tensor(value, dtype=torch.float64, device=s.device).expand(s.shape[0])
