@@ -147,14 +147,16 @@ class Loss(BaseLoss):
         if operators is None:
             value = backend.row_losses(self, rows, program, args)
             return call.reduced(value, student_logits, rows.labels, weight, divisor, ignore, per_row)
-        if rows.shards is not None:
-            operators = rows.shards.operators(operators)
+        operators = self._of_whole_rows(operators, rows)
         if not torch.is_grad_enabled():  # which an autograd Function does not look at: it would make a gradient
             rows, args = call.detached(rows), args.detach()
         return RowLoss.apply(
             rows.student, rows.teacher, args, rows.labels, rows.mask, weight, divisor, program.code,
             operators, rows.vocab, ignore, per_row,
         )  # fmt: skip
+
+    def _of_whole_rows(self, operators, rows):
+        return operators if rows.shards is None else rows.shards.operators(operators)
 
     def _prepared(self, rows, num_items, temperature):
         backend, operators = self._pick(rows.student, rows.teacher)
@@ -183,7 +185,7 @@ class Loss(BaseLoss):
 
         Args:
             agreement: top-1 agreement and acceptance as well, for which the logits are read once more, in float64.
-            given: the other keywords of a call, but for `group`.
+            given: the other keywords of a call. On vocabulary shards agreement costs one more all_gather.
 
         Raises:
             TypeError, ValueError: as in a call.

@@ -217,7 +217,8 @@ def _checksum(loss, rows: call.Rows) -> int:
 
 def checksum(loss, *kind) -> int:
     """Of what has to be the same on all ranks for what they exchange to fit together."""
-    kind = (type(loss).__name__, loss.reduction, loss.standardize, loss.ignore_index, *kind)
+    kind = (type(loss).__name__, loss.reduction, loss.standardize, loss.ignore_index,
+            vars(loss).get("_exchanges"), *kind)  # fmt: skip
     program = vars(loss).get("_double")
     return zlib.crc32(repr(kind).encode() + (b"" if program is None else program.code.numpy().tobytes()))
 

@@ -228,6 +228,29 @@ def few_collectives(rank, world):
         assert forward.get_total_counts() == count and backward.get_total_counts() == 0, forward.get_comm_counts()
 
 
+def metrics(rank, world):
+    """Those of whole rows, labels left out and equal logits on several ranks included, with one more all_gather."""
+    batch, widths = rows(5, 23), WIDTHS[world]
+    batch.s[3, [2, widths[0] + 1, 22]] = batch.t[3, [2, 22, 7]] = 9.0
+    batch.s[4, 1] = batch.t[4, 22] = 9.0
+    mask = torch.arange(23) != 5
+    cut = lambda x: own(x, rank, widths)  # noqa: E731
+    for backend in ("cpu", "reference"):
+        for loss in (kd.DKDLoss(ce_weight=0.3), kd.ReverseKLLoss(reduction="none", standardize=True)):
+            y = torch.where(batch.y == 5, 6, batch.y)
+            with kd.use_backend(backend):
+                whole = loss.with_metrics(batch.s, batch.t, y, vocab_mask=mask)
+                with CommDebugMode() as seen:
+                    value, got = loss.with_metrics(cut(batch.s), cut(batch.t), y, vocab_mask=cut(mask),
+                                                   group=dist.group.WORLD)  # fmt: skip
+            assert seen.get_total_counts() == (5 if loss.standardize else 3), seen.get_comm_counts()
+            near(value, whole[0])
+            for name, a, b in zip(got._fields, got, whole[1], strict=True):
+                near(a, b, what=f"{backend} {name}")
+    with raises(ValueError, "must call the same loss"):
+        loss.with_metrics(cut(batch.s), cut(batch.t), agreement=rank == 0, group=dist.group.WORLD)
+
+
 def data_parallel(rank, world):
     """DDP and FSDP2 need nothing special: the gradient of the mean over all ranks' rows."""
     g = torch.Generator().manual_seed(3)
@@ -374,5 +397,5 @@ def refusals(rank, world):
 
 
 CHECKS = {f.__name__: f for f in (every_loss, a_loss_of_ones_own, wide_rows, kernels_in_single, call_options,
-                                  deleted_classes, few_collectives, gradient_without_a_graph, data_parallel, dtensors,
-                                  fused_linear, refusals)}  # fmt: skip
+                                  deleted_classes, few_collectives, metrics, gradient_without_a_graph, data_parallel,
+                                  dtensors, fused_linear, refusals)}  # fmt: skip
