@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class AKLLoss(RowsLoss):
     def check(self):
         check_number("mu", self.mu, above=0, most=1)
 
-    def distances(self, log_q, log_p, dead):
+    def distances(self, log_q, log_p, dead, labels=None):
         head = self._head_share(log_q.detach().exp(), log_p.detach().exp())
         forward, reverse = _kl(log_p, log_q).sum(-1), _kl(log_q, log_p).sum(-1)
         return times(head, forward) + times(1 - head, reverse)
@@ -93,7 +94,7 @@ class ULDLoss(RowsLoss):
         return (x if x.shape[-1] == wide else torch.nn.functional.pad(x, (0, wide - x.shape[-1]), value=-math.inf)
                 for x in (s, t))  # fmt: skip
 
-    def distances(self, log_q, log_p, dead):
+    def distances(self, log_q, log_p, dead, labels=None):
         q, p = log_q.exp(), log_p.exp()
         return (_descending(q, p) - _descending(p, q)).abs().sum(-1)
 
@@ -113,55 +114,84 @@ class GroupedKLLoss(RowsLoss):
     grouped KD has the student's top classes and the rest, LTKD classes by their frequency.
 
     Args:
-        groups: (V,) integers from 0, the group of each class; None: one group, and so KL(p || q) times `within`.
+        groups: the group of each class, integers from 0: (V,) for all rows; or, for groups of each row,
+            "label": the label's class is group 1 and the others are group 0, as in `DKDLoss`, which is this loss with
+            balanced=True, between=alpha, within=beta, and has kernels;
+            a function of the log-probabilities log q and log p, (n, V) float64 of some of the rows without a gradient,
+            that returns (n, V).
+            None: one group, and so KL(p || q) times `within`.
         between, within: weights.
         balanced: w_g = 1, so that a group counts whatever its mass.
     """
 
-    groups: Tensor | None
-    _count: int
+    groups: Any
 
     def __init__(self, groups=None, between: float = 1.0, within: float = 1.0, balanced: bool = False, **options):
         super().__init__(**options)
         self.between, self.within, self.balanced = between, within, balanced
-        self.register_buffer("groups", groups if groups is None else torch.as_tensor(groups), persistent=False)
+        if groups is None or isinstance(groups, str) or callable(groups):
+            self.groups = groups
+        else:
+            self.register_buffer("groups", torch.as_tensor(groups), persistent=False)
+
+    @property
+    def needs_labels(self) -> bool:  # type: ignore[override]
+        return isinstance(self.groups, str)
 
     def check(self):
-        self.__dict__["_count"] = 1 if self.groups is None else _check_groups(self.groups)
+        if isinstance(self.groups, Tensor):
+            _check_groups("groups", self.groups)
+            if self.groups.dim() != 1:
+                raise ValueError(f"groups must have shape (V,), got {tuple(self.groups.shape)}")
+        elif isinstance(self.groups, str) and self.groups != "label":
+            raise ValueError(f"groups must be integers, a function or 'label', got {self.groups!r}")
         check_number("between", self.between)
         check_number("within", self.within)
         check_bool("balanced", self.balanced)
 
-    def distances(self, log_q, log_p, dead):
-        vocab = log_q.shape[-1]
-        groups = torch.zeros(vocab, dtype=torch.int64) if self.groups is None else self.groups.long()
-        if len(groups) < vocab:
-            raise ValueError(f"groups must have a group for each of {vocab} classes, got {len(groups)}")
-        at = groups[:vocab].to(log_q.device)
-        (mass_q, rest_q), (mass_p, rest_p) = (_grouped(x, at, self._count) for x in (log_q, log_p))
+    def distances(self, log_q, log_p, dead, labels=None):
+        at = self._groups_of(log_q.detach(), log_p.detach(), labels)
+        count = int(at.max()) + 1 if at.numel() else 1
+        (mass_q, rest_q), (mass_p, rest_p) = (_grouped(x, at, count) for x in (log_q, log_p))
         within = _kl(rest_p, rest_q)
         if not self.balanced:
-            within = within * mass_p.exp()[:, at]
+            within = within * mass_p.exp().gather(-1, at)
         return self.between * _kl(mass_p, mass_q).sum(-1) + self.within * within.sum(-1)
 
+    def _groups_of(self, log_q: Tensor, log_p: Tensor, labels: Tensor | None) -> Tensor:
+        """(n, V) int64."""
+        shape = log_q.shape
+        if self.groups is None:
+            return torch.zeros(1, dtype=torch.int64, device=log_q.device).expand(shape)
+        if labels is not None:
+            return (torch.arange(shape[-1], device=labels.device) == labels[:, None]).long()
+        if isinstance(self.groups, Tensor):
+            if len(self.groups) < shape[-1]:
+                raise ValueError(f"groups must have a group for each of {shape[-1]} classes, got {len(self.groups)}")
+            return self.groups[: shape[-1]].to(log_q.device, torch.int64).expand(shape)
+        found = self.groups(log_q, log_p)
+        if not isinstance(found, Tensor) or found.shape != shape:
+            raise ValueError(f"groups must return a tensor of shape {tuple(shape)}, "
+                             f"got {tuple(getattr(found, 'shape', ())) or type(found).__name__}")  # fmt: skip
+        if found.numel():
+            _check_groups("what groups returns", found)
+        return found.to(log_q.device, torch.int64)
 
-def _check_groups(groups: Tensor) -> int:
-    """The number of groups."""
+
+def _check_groups(name: str, groups: Tensor) -> None:
     if groups.is_floating_point() or groups.dtype == torch.bool or groups.is_complex():
-        raise TypeError(f"groups must be integers, got {groups.dtype}")
-    if groups.dim() != 1 or not len(groups) or int(groups.min()) < 0:
-        raise ValueError(f"groups must have shape (V,) and be >= 0, got shape {tuple(groups.shape)}")
-    return int(groups.max()) + 1
+        raise TypeError(f"{name} must be integers, got {groups.dtype}")
+    if not groups.numel() or int(groups.min()) < 0:
+        raise ValueError(f"{name} must be >= 0, got {'none' if not groups.numel() else int(groups.min())}")
 
 
 def _grouped(log_p: Tensor, at: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """log P_g (N, G), and the log of what is left of each class (N, V): log p - log P_g."""
-    index = at.expand_as(log_p)
-    top = log_p.new_full((len(log_p), count), -math.inf).scatter_reduce(-1, index, log_p.detach(), "amax")
+    top = log_p.new_full((len(log_p), count), -math.inf).scatter_reduce(-1, at, log_p.detach(), "amax")
     top = torch.where(top == -math.inf, 0.0, top)
-    total = torch.zeros_like(top).index_add(-1, at, (log_p - top[:, at]).exp())
+    total = torch.zeros_like(top).scatter_add(-1, at, (log_p - top.gather(-1, at)).exp())
     mass = torch.where(total > 0, torch.where(total > 0, total, 1.0).log() + top, -math.inf)
-    return mass, log_p - torch.where(mass == -math.inf, 0.0, mass)[:, at]
+    return mass, log_p - torch.where(mass == -math.inf, 0.0, mass).gather(-1, at)
 
 
 class SinkhornLoss(RankLoss):

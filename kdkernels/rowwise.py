@@ -35,16 +35,19 @@ class RowsLoss(Loss):
     def all_points(self):
         return super().all_points() + ((SUMS,) if self.kd_weight else ())
 
-    def distances(self, log_q: Tensor, log_p: Tensor, dead: Tensor) -> Tensor:
-        """(N,) distances of rows (N, V) in float64; a class that is dead is none, its logarithms are -inf."""
+    def distances(self, log_q: Tensor, log_p: Tensor, dead: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(N,) distances of rows (N, V) in float64; a class that is dead is none, its logarithms are -inf.
+
+        labels: (N,) where the loss needs them; of a row that is left out any class.
+        """
         raise NotImplementedError(f"{type(self).__name__} must declare distances()")
 
-    def _sums(self, log_q: Tensor, log_p: Tensor, dead: Tensor, shards: Any, lse: list[Tensor]) -> Moment:
-        total, zero = self.distances(log_q, log_p, dead), log_q.new_zeros(len(log_q))
+    def _sums(self, log_q, log_p, dead, shards: Any, lse: list[Tensor], labels: Tensor | None) -> Moment:
+        total, zero = self.distances(log_q, log_p, dead, labels), log_q.new_zeros(len(log_q))
         if shards is not None:  # the other ranks' sums depend on this rank's part of lse
             leaves = [x.detach().requires_grad_() for x in (log_q, log_p)]
             with torch.enable_grad():
-                own = self.distances(leaves[0], leaves[1], dead).sum()
+                own = self.distances(leaves[0], leaves[1], dead, labels).sum()
                 slopes = torch.autograd.grad(own, leaves, allow_unused=True) if own.requires_grad else (None, None)
             total = shards.merge_sums(total, [zero if x is None else -x.sum(-1) for x in slopes], lse)
         spoilt = torch.where((log_q + log_p).isnan().any(-1) | total.isnan(), torch.nan, 0.0)[:, None]

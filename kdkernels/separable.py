@@ -42,7 +42,7 @@ class SeparableLoss(RowsLoss):
         """The loss of a row from the sum of its contributions: the sum itself unless it is overridden."""
         return total
 
-    def distances(self, log_q, log_p, dead):
+    def distances(self, log_q, log_p, dead, labels=None):
         alive = [torch.where(dead, 0.0, x) for x in (log_q, log_p)]
         return torch.where(dead, 0.0, torch.as_tensor(self.phi(*alive))).sum(-1)
 

@@ -164,13 +164,54 @@ def test_groups_split_kl_exactly():
     torch.testing.assert_close(got, kd.ForwardKLLoss(reduction="none")(s, t), rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.parametrize("options", [dict(alpha=0.7, beta=2.0), dict(temperature=3.0, ce_weight=0.5)], ids=str)
+def test_dkd_is_the_kl_of_two_groups(options):
+    """Of the label and of all other classes, each with weight 1."""
+    s, t, y = batch(6, 9, scale=2.0)
+    y, weights = y.index_fill(0, torch.tensor([2]), -100), (options.pop("alpha", 1.0), options.pop("beta", 8.0))
+    results = []
+    grouped = kd.GroupedKLLoss("label", *weights, balanced=True, t_squared=True, **options)
+    for loss in (kd.DKDLoss(*weights, **options), grouped):
+        leaves = [x.clone().requires_grad_() for x in (s, t)]
+        value = loss(*leaves, y)
+        results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 20])
+def test_groups_of_each_row(chunk, monkeypatch):
+    """The student's two largest classes and the rest, row by row."""
+    monkeypatch.setattr(rowwise, "CLASSES", chunk)
+    s, t, _ = batch(5, 9, scale=2.0)
+
+    def largest(log_q, log_p):
+        assert not log_q.requires_grad and log_p.exp().sum(-1).allclose(log_p.new_ones(len(log_p)))
+        return torch.zeros_like(log_q, dtype=torch.int32).scatter_(-1, log_q.topk(2).indices, 1)
+
+    s = s.clone().requires_grad_()
+    value = kd.GroupedKLLoss(largest, within=0.3, reduction="none")(s, t)
+    (grad,) = torch.autograd.grad(value.sum(), s)
+    for i in range(5):
+        row = s[i : i + 1].detach().requires_grad_()
+        want = grouped_kl(row, t[i : i + 1], None, largest(row.detach(), t[i : i + 1].log_softmax(-1))[0], within=0.3)
+        torch.testing.assert_close(value[i : i + 1], want, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(grad[i : i + 1], torch.autograd.grad(want, row)[0], rtol=1e-11, atol=1e-14)
+
+
 def test_groups_are_checked():
     s, t = torch.randn(2, 3, 12)
-    for groups, error in (([0.5, 1.0], TypeError), ([[0, 1]], ValueError), ([0, -1], ValueError), ([], TypeError)):
+    for groups, error in (([0.5, 1.0], TypeError), ([[0, 1]], ValueError), ([0, -1], ValueError), ([], TypeError),
+                          ("labels", ValueError), (torch.zeros(0, dtype=torch.int64), ValueError)):  # fmt: skip
         with pytest.raises(error, match="groups"):
             kd.GroupedKLLoss(groups)
     with pytest.raises(ValueError, match=r"groups.*12.*9"):
         kd.GroupedKLLoss(GROUPS)(s, t)
+    with pytest.raises(ValueError, match="GroupedKLLoss needs labels"):
+        kd.GroupedKLLoss("label")(s, t)
+    for returned, error in ((GROUPS, ValueError), (s, TypeError), (s.long() - 100, ValueError)):
+        with pytest.raises(error, match="groups"):
+            kd.GroupedKLLoss(lambda log_q, log_p, it=returned: it)(s, t)
 
 
 def test_sinkhorn():

@@ -191,6 +191,12 @@ def grouped_kl(s, t, y, groups=None, between=1.0, within=1.0, balanced=False):
     return total
 
 
+def by_label(s, t, y, groups, between, within):
+    """The same where the groups of a row are its label and the other classes."""
+    others = without(logp(t), y).logsumexp(-1).exp()
+    return between * dkd(s, t, y, 1, 0) + within * others * dkd(s, t, y, 0, 1)
+
+
 def sinkhorn(q, p, epsilon=0.1, iterations=20):
     """sum_ij P_ij |q_i - p_j| / N, P by alternating normalisation; q, p (N, V) probabilities."""
     cost = (q[:, None] - p).abs().sum(-1)
@@ -241,7 +247,7 @@ class Case:
 
     @property
     def needs_labels(self):
-        return self.formula in (brier, logit_mse, dkd) or self.setting("ce_weight", 0.0) != 0
+        return self.formula in (brier, logit_mse, dkd, by_label) or self.setting("ce_weight", 0.0) != 0
 
     def rows(self, s, t=None, y=None, temperature=None, vocab_mask=None) -> Tensor:
         """(N, V), (N, V), (N,) -> (N,): the loss of every row; classes impossible on both sides are deleted."""
@@ -354,5 +360,6 @@ CASES = [
     Case("AKLLoss", akl),
     Case("AKLLoss", akl, dict(mu=0.8, temperature=2.0, ce_weight=0.5)),
     Case("GroupedKLLoss", grouped_kl, dict(between=2.0, within=0.5)),
+    Case("GroupedKLLoss", by_label, dict(groups="label", between=0.5, within=3.0, temperature=2.0, t_squared=True)),
     Case("TAIDLoss", taid, dict(tau=0.8, temperature=2.0, standardize=True)),
 ]

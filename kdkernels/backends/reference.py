@@ -80,7 +80,8 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
     if with_sums:
         assert isinstance(loss, RowsLoss)
         log_q, log_p = _log_probabilities((s, t), (gone_s, gone_t), args, moments)
-        moments.append(loss._sums(log_q, log_p, dead, rows.shards, [m[0] for m in moments[:2]]))
+        given = y[:, 0] if loss.needs_labels else None
+        moments.append(loss._sums(log_q, log_p, dead, rows.shards, [m[0] for m in moments[:2]], given))
     nothing = torch.zeros(s.shape[0], dtype=torch.bool, device=s.device)
     for no_class, mixture in zip(empty, apart, strict=True):
         nothing = nothing | (no_class & ~mixture)
