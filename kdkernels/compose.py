@@ -11,7 +11,6 @@ from torch import nn
 
 from .loss import Label, Loss, Moment, Point
 from .options import REAL, Uses, check_number
-from .rowwise import RowsLoss
 
 _OF_THE_TERMS = ("temperature", "teacher_temperature", "t_squared", "kd_weight", "ce_weight", "label_smoothing",
                  "z_loss", "standardize")  # fmt: skip
@@ -127,7 +126,7 @@ def _pairs(weight, term):
     if isinstance(weight, bool) or not isinstance(weight, REAL):
         raise TypeError(f"a loss is multiplied by a number, got {type(weight).__name__} {weight!r}")
     check_number("the weight of a loss", weight)
-    if not isinstance(term, Loss) or isinstance(term, RowsLoss):
+    if not isinstance(term, Loss) or not term.adds:
         raise TypeError(f"a sum takes losses of the log-partition (kdkernels.Loss), got {type(term).__name__}; add the "
                         "values of others, as in loss_a(s, t) + loss_b(s, t)")  # fmt: skip
     if isinstance(term, SumLoss):

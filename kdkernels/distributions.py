@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, call
+from . import backends, call, tape
+from .alphabeta import P, Q
 from .backends.reference import _prepare
+from .buckets import blocks
 from .compare import RankLoss
+from .logpartition import kl, reverse_kl
+from .loss import Loss, Point
 from .options import check_bool, check_number
 from .out import check_out, handed_over
-from .rowwise import RowsLoss
-from .tape import times
+from .rowwise import CLASSES, RowsLoss
 
 __all__ = ["AKLLoss", "GroupedKLLoss", "SinkhornLoss", "ULDLoss"]
 
@@ -25,15 +28,21 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(p > 0, p * (log_p - log_q).where(p > 0, 0.0), 0.0)
 
 
-class AKLLoss(RowsLoss):
+class AKLLoss(Loss):
     """w KL(p || q) + (1 - w) KL(q || p), w = g_head / (g_head + g_tail), constant. [Wu et al. 2025, AKL, eq. 11-13]
 
     The head are the teacher's largest probabilities as long as they sum to mu or less, and the largest in any case;
     g are the sums of |p - q| over the head and over the rest. Equal probabilities are in the head together or not.
+    The weight is computed by torch, a few rows at a time, in float32 for logits of 32 bits or less; on a CPU no row is
+    sorted unless its head has thousands of classes.
 
     Args:
         mu: mass of the head, in (0, 1).
     """
+
+    merges = False
+    unsharded = "its head is one of the whole row"
+    adds = False
 
     def __init__(self, mu: float = 0.5, **options):
         super().__init__(**options)
@@ -42,19 +51,52 @@ class AKLLoss(RowsLoss):
     def check(self):
         check_number("mu", self.mu, above=0, most=1)
 
-    def distances(self, log_q, log_p, dead, labels=None):
-        head = self._head_share(log_q.detach().exp(), log_p.detach().exp())
-        forward, reverse = _kl(log_p, log_q).sum(-1), _kl(log_q, log_p).sum(-1)
-        return times(head, forward) + times(1 - head, reverse)
+    def points(self):
+        return Q, P, Point(student=0.5, given=True)  # whose coefficient is w
 
-    def _head_share(self, q: Tensor, p: Tensor) -> Tensor:
-        top, order = p.sort(-1, descending=True)
-        end = torch.searchsorted(-top, -top, right=True) - 1  # of those that are equal
-        head = (top.cumsum(-1).gather(-1, end) <= self.mu) | (top == top[:, :1])
-        gap = (p - q).abs().gather(-1, order)
-        all_of_it = gap.sum(-1)
-        share = (gap * head).sum(-1) / torch.where(all_of_it > 0, all_of_it, 1.0)
-        return torch.where(all_of_it > 0, share, 0.5)
+    def value(self, q, p, w):
+        return tape.times(w.student, kl(q, p)) + tape.times(1 - w.student, reverse_kl(q, p))
+
+    def _prepared(self, rows, num_items, temperature):
+        backend, operators, program, args, *rest = super()._prepared(rows, num_items, temperature)
+        if self.kd_weight:
+            weight, at = self._share(rows, args, operators is None), 3 + 2 * 2
+            args = args.to(weight.device).expand(len(weight), -1)
+            args = torch.cat((args[:, :at], weight, args[:, at + 1 :]), -1)
+        return backend, operators, program, args, *rest
+
+    @torch.no_grad()
+    def _share(self, rows: call.Rows, args: Tensor, double: bool) -> Tensor:
+        """w (N, 1) float64."""
+        found, scales = [], args[:, :2].to(rows.student.device)
+        assert rows.teacher is not None
+        memory = rows.student.numel() if torch.compiler.is_compiling() else CLASSES
+        for at, *pair in blocks(rows.student, rows.teacher, memory=memory):
+            wide = double or any(x.dtype == torch.float64 for x in pair)
+            logits = [x[:, : rows.vocab].to(torch.float64 if wide else torch.float32) for x in pair]
+            if rows.mask is not None:
+                logits = [torch.where(rows.mask, x, -math.inf) for x in logits]
+            scale = scales if len(scales) == 1 else scales[at]
+            q, p = ((x * scale[:, k, None].to(x.dtype)).softmax(-1) for k, x in enumerate(logits))
+            gap = (p - q).abs_()
+            total = gap.sum(-1, keepdim=True, dtype=torch.float64)
+            share = (gap * _head(p, self.mu)).sum(-1, keepdim=True, dtype=torch.float64) / total
+            found.append(torch.where(total > 0, share, 0.5))
+        return torch.cat(found) if found else args.new_zeros((0, 1), device=rows.student.device)
+
+
+def _head(p: Tensor, mu: float) -> Tensor:
+    """(N, V) whether a probability is one of the head's: sorts as few of the largest as show where it ends."""
+    few = p.is_cpu and not torch.compiler.is_compiling()  # elsewhere a look at it would wait
+    count = min(64, p.shape[-1]) if few else p.shape[-1]
+    while True:
+        top = p.topk(count).values
+        end = (top.cumsum(-1, dtype=torch.float64) <= mu).sum(-1, keepdim=True)
+        if count == p.shape[-1] or bool((end < count).all()):
+            break
+        count = min(8 * count, p.shape[-1])
+    outside = torch.where(end < count, top.gather(-1, end.clamp(max=count - 1)), -1.0)  # the largest of them
+    return (p > outside) | (p == top[:, :1])
 
 
 class ULDLoss(RowsLoss):

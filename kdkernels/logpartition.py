@@ -21,9 +21,14 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _kl(q: Moment, p: Moment, gamma: float = 1):
+def kl(q: Moment, p: Moment, gamma: float = 1):
     """KL(p || q), the Bregman divergence of the log-partition; p = softmax(gamma t)."""
     return q.lse - p.lse + gamma * p.t - p.s
+
+
+def reverse_kl(q: Moment, p: Moment):
+    """KL(q || p)."""
+    return p.lse - q.lse + q.s - q.t
 
 
 class ForwardKLLoss(Loss):
@@ -33,7 +38,7 @@ class ForwardKLLoss(Loss):
         return Q, P
 
     def value(self, q, p):
-        return _kl(q, p)
+        return kl(q, p)
 
 
 class KDLoss(ForwardKLLoss):
@@ -75,7 +80,7 @@ class ReverseKLLoss(Loss):
         return Q, P
 
     def value(self, q, p):
-        return p.lse - q.lse + q.s - q.t
+        return reverse_kl(q, p)
 
 
 class TTMLoss(Loss):
@@ -98,7 +103,7 @@ class TTMLoss(Loss):
         return Q, Point(teacher=self.gamma)
 
     def value(self, q, h):
-        return _kl(q, h, self.gamma)
+        return kl(q, h, self.gamma)
 
     def minimizer(self, teacher_logits, labels=None):
         return self.gamma * super().minimizer(teacher_logits)
@@ -172,7 +177,7 @@ class DKDLoss(Loss):
         a, b = label.teacher - p.lse, label.student - q.lse  # log odds of the label
         target = tape.times(tape.sigmoid(a), tape.softplus(-b) - tape.softplus(-a))
         target = target + tape.times(tape.sigmoid(-a), tape.softplus(b) - tape.softplus(a))
-        others = tape.where(p.lse > -math.inf, _kl(q, p), 0.0)  # no other class, no such term
+        others = tape.where(p.lse > -math.inf, kl(q, p), 0.0)  # no other class, no such term
         return self.alpha * target + self.beta * others
 
 

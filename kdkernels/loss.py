@@ -102,6 +102,8 @@ class Loss(BaseLoss):
     """
 
     unsharded: str | None = None
+    adds = True
+    """Whether it may be a term of a sum of losses that reads the logits once."""
     _version: int
     _double: Program
     _single: Program

@@ -27,6 +27,7 @@ class RowsLoss(Loss):
     """
 
     merges = False
+    adds = False
     unsharded: str | None = "it sums over the classes what both log-partitions have to be known for"
 
     def points(self):
