@@ -30,8 +30,8 @@ _FAMILIES = (logpartition, separable, distributions, ranks, correlation)
 __all__ = [
     *(_CATALOGUE := [name for family in _FAMILIES for name in family.__all__]),
     "BackendUnavailable", "Label", "LinearLoss", "Loss", "MixedSumLoss", "Moment", "Point", "RankLoss", "RowMetrics",
-    "SeparableLoss", "SharedVocab", "SparseTeacher", "SumLoss", "available_backends", "backends", "cache", "catalogue", "metrics",
-    "power_sum", "power_transform", "tape", "use_backend",
+    "SeparableLoss", "SharedVocab", "SparseTeacher", "SumLoss", "available_backends", "backends", "cache", "catalogue",
+    "metrics", "power_sum", "power_transform", "tape", "use_backend",
 ]  # fmt: skip
 
 

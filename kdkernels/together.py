@@ -3,11 +3,12 @@
 Operator (`csrc/cpu/together.cpp`):
 
     together_step(student (N, W) or (A, B, W), teacher, labels (N,)?, mask (V,)?, args, program, weight (N or 1,)?,
-                  divisor, comparisons (R, 1 or N, 3 + columns), vocab, ignore_index)
+                  divisor, comparisons (R, 1 or N, 3 + columns), vocab, ignore_index, alone)
         -> sum of all weighted values (), gradient of the student's logits
 
 `args`, `program`, `weight` and `divisor` are those of `step` (`kdkernels.ops`); a comparison is its kind, the number of
-its shifts, what a row's value is multiplied with, and its args (`kdkernels.rankops`).
+its shifts, what a row's value is multiplied with, and its args (`kdkernels.rankops`). `alone`: the program is not told
+of the teacher.
 """
 
 from __future__ import annotations
@@ -56,9 +57,11 @@ class MixedSumLoss(BaseLoss):
     def __init__(self, terms: Sequence[tuple[float, BaseLoss]]):
         super().__init__()
         flat = [pair for weight, term in terms for pair in _pairs(weight, term)]
+        if not flat:
+            raise ValueError("a sum of losses needs a term")
         for name in ("reduction", "ignore_index"):
             found = list(dict.fromkeys(getattr(term, name) for _, term in flat))
-            if len(found) != 1:
+            if len(found) > 1:
                 raise ValueError(f"the terms of a sum must have the same {name}, got {found}")
             setattr(self, name, found[0])
         self.validate = any(term.validate for _, term in flat)
@@ -68,7 +71,8 @@ class MixedSumLoss(BaseLoss):
 
     @property
     def _uses(self) -> Uses:  # type: ignore[override]  # options of the terms may change
-        return Uses(any(term._uses.teacher for term in self.terms), any(term._uses.labels for term in self.terms), False)
+        each = [term._uses for term in self.terms]
+        return Uses(any(one.teacher for one in each), any(one.labels for one in each), False)
 
     @property
     def standardize(self) -> bool:  # type: ignore[override]
@@ -114,7 +118,7 @@ class MixedSumLoss(BaseLoss):
             return None, every
         comparisons = [_columns(self._reducing(x), w, rows, num_items, temperature) for w, x in together]
         inputs = (rows.labels, rows.mask, args, program.code, weight, divisor, _stacked(comparisons), rows.vocab,
-                  self.ignore_index)  # fmt: skip
+                  self.ignore_index, alone.teacher is None)  # fmt: skip
         return (backend.TOGETHER, inputs), [pair for pair in others if pair not in together]
 
     def _value_and_grad(self, rows, student_logits, num_items, temperature, out, accumulate):
@@ -183,7 +187,7 @@ class Together(torch.autograd.Function):
         labels, mask, args, code, weight, divisor, comparisons, *last = (next(rest) if x is None else x[0]
                                                                          for x in ctx.inputs)  # fmt: skip
         by = grad.reshape(-1).to(torch.float64)
-        weight = call.factor(weight, divisor, labels, last[-1], student) * by
+        weight = call.factor(weight, divisor, labels, last[1], student) * by
         comparisons = torch.cat((comparisons[..., :2], comparisons[..., 2:3] * by, comparisons[..., 3:]), -1)
         inputs = (labels, mask, args, code, weight, 1.0, comparisons, *last)
         gradient = ctx.step(call.dense(student), call.dense(teacher), *inputs)[1]

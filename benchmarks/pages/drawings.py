@@ -18,9 +18,10 @@ def draw(folder: Path, numbers: dict, row: dict) -> None:
     settings = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
                 "axes.spines.right": False, "legend.frameon": False, "savefig.dpi": 110}  # fmt: skip
     with pyplot.rc_context(settings):
-        for name, figure in (("row", draw_row(row, numbers["seen"])), ("share", draw_share(numbers)),
-                             ("weight", draw_weight(numbers["weights"])), ("permutahedron", draw_eps(numbers))):
-            save(figure, folder / f"rank_gradients_{name}.png")
+        save(draw_row(row, numbers["seen"]), folder / "rank_gradients_row.png")
+        save(draw_share(numbers), folder / "rank_gradients_share.png")
+        save(draw_weight(numbers["weights"]), folder / "rank_gradients_weight.png")
+        save(draw_eps(numbers), folder / "rank_gradients_permutahedron.png")
 
 
 def save(figure, path: Path) -> None:
@@ -40,7 +41,8 @@ def draw_row(row: dict, seen: int):
     for axis in axes:
         axis.axvline(seen, color="gray", ls=":", lw=1)
     axes[1].annotate("tokens the teacher was trained on", (seen, 0.85), (-4, 0), ha="right",
-                     xycoords=("data", "axes fraction"), textcoords="offset points", color="gray", fontsize=8)
+                     xycoords=("data", "axes fraction"), textcoords="offset points", color="gray",
+                     fontsize=8)  # fmt: skip
     for axis, (name, step) in zip(axes[1:], row["step"].items(), strict=True):
         axis.axhline(0, color="gray", lw=0.6)
         axis.plot(row["rank"], step / step.abs().max(), ".", color=COLORS[name], ms=2.5)
@@ -89,9 +91,10 @@ def draw_weight(weights: dict):
     axes[1].set_xlabel("both rows of logits times c; below: teacher's entropy, nats")
     entropy = weights["teacher entropy"]
     axes[1].set_xticks(weights["scales"], [f"{c}\n({h:.1f})" for c, h in zip(weights["scales"], entropy, strict=True)])
-    axes[1].legend(loc="upper left")
+    axes[1].legend(loc="lower left")
     for axis in axes:
         axis.set_yscale("log")
+        axis.axhline(1, color="gray", lw=0.8)
     low = min(axis.get_ylim()[0] for axis in axes)
     high = max(axis.get_ylim()[1] for axis in axes)
     for axis in axes:

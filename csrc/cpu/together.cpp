@@ -56,9 +56,10 @@ double compare_all(const Batch& x, int64_t n, const Comparisons& all, bool wide,
 std::tuple<Tensor, Tensor> together_step(const Tensor& s, const Tensor& t, const MaybeTensor& labels,
                                          const MaybeTensor& mask, const Tensor& args, const Tensor& program,
                                          const MaybeTensor& weight, double divisor, const Tensor& comparisons,
-                                         int64_t vocab, int64_t ignore) {
+                                         int64_t vocab, int64_t ignore, bool alone) {
   const Program p = program_of(program);
   const Batch x = batch(s, t, labels, mask, vocab, ignore);
+  const Batch first = alone ? batch(s, {}, labels, mask, vocab, ignore) : x;
   const Comparisons all(comparisons, x.rows);
   const std::vector<double> g = factors(x, weight, divisor);
   const Shape z(x.rows, p.points(), width_of(s), is_double(s, t, vocab));
@@ -68,7 +69,7 @@ std::tuple<Tensor, Tensor> together_step(const Tensor& s, const Tensor& t, const
   const Gradient to = gradient_of(x, s, out, true);
   std::vector<double> value(x.rows);
   torch::stable::parallel_for(0, x.rows, grain(vocab), [&](int64_t lo, int64_t hi) {
-    RowSteps step(x, z, p, row_args);
+    RowSteps step(first, z, p, row_args);
     std::vector<char> room(few ? 0 : to.row);
     for (int64_t n = lo; n < hi; ++n) {
       char* base = few ? to.data + n * to.row : room.data();
@@ -83,7 +84,7 @@ std::tuple<Tensor, Tensor> together_step(const Tensor& s, const Tensor& t, const
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def("together_step(Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, "
-        "Tensor? weight, float divisor, Tensor comparisons, SymInt vocab, int ignore_index) -> (Tensor, Tensor)");
+        "Tensor? weight, float divisor, Tensor comparisons, SymInt vocab, int ignore_index, bool alone) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) { m.impl("together_step", TORCH_BOX(&together_step)); }
