@@ -27,7 +27,7 @@ class SumLoss(Loss):
         terms: pairs (weight, loss).
 
     Raises:
-        TypeError, ValueError: a weight is no finite number; a term is no `kdkernels.Loss` (add the values of others);
+        TypeError, ValueError: a weight is no finite number; a term is no `kdkernels.Loss` (see `MixedSumLoss`);
             the terms differ in reduction or ignore_index, or only some of them standardise.
     """
 
@@ -122,13 +122,17 @@ class SumLoss(Loss):
         super().__setattr__(name, value)
 
 
-def _pairs(weight, term):
+def checked_weight(weight) -> float:
     if isinstance(weight, bool) or not isinstance(weight, REAL):
         raise TypeError(f"a loss is multiplied by a number, got {type(weight).__name__} {weight!r}")
-    check_number("the weight of a loss", weight)
+    return check_number("the weight of a loss", weight)
+
+
+def _pairs(weight, term):
+    checked_weight(weight)
     if not isinstance(term, Loss) or not term.adds:
-        raise TypeError(f"a sum takes losses of the log-partition (kdkernels.Loss), got {type(term).__name__}; add the "
-                        "values of others, as in loss_a(s, t) + loss_b(s, t)")  # fmt: skip
+        raise TypeError(f"a sum takes losses of the log-partition (kdkernels.Loss), got {type(term).__name__}; a sum "
+                        "with others is a MixedSumLoss")  # fmt: skip
     if isinstance(term, SumLoss):
         return [(weight * w, x) for w, x in zip(term.weights, term.terms, strict=True)]
     return [(weight, term)]

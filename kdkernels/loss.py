@@ -19,7 +19,6 @@ from .base import BaseLoss
 from .ops import RowLoss, value_and_grad
 
 if TYPE_CHECKING:
-    from .compose import SumLoss
     from .observe import RowMetrics
 
 MOMENTS = 6  # lse, s, t, ss, st, tt
@@ -196,18 +195,6 @@ class Loss(BaseLoss):
 
         return with_metrics(self, student_logits, teacher_logits, labels, agreement, given)
 
-    def __mul__(self, weight: float) -> SumLoss:
-        return _sum((weight, self))
-
-    __rmul__ = __mul__
-
-    def __add__(self, other: Loss) -> SumLoss:
-        return _sum((1, self), (1, other))
-
-    def __radd__(self, other) -> Loss:
-        starts = isinstance(other, int) and other == 0  # as sum() does
-        return self if starts else _sum((1, other), (1, self))
-
     def _distance(self, moments: list[Moment], label: Label):
         """The distillation term of a row, from the moments at `all_points()`."""
         own = moments[: len(self.points())]
@@ -274,9 +261,3 @@ def _traced(loss: Loss) -> Program:
     columns = torch.broadcast_tensors(*flat)
     header = [len(points), len(code.code), len(elements), out]
     return Program(torch.tensor([*header, *flags, *lines, *elements], dtype=torch.float64), torch.stack(columns, -1))
-
-
-def _sum(*terms) -> SumLoss:
-    from .compose import SumLoss
-
-    return SumLoss(terms)

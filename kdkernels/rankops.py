@@ -5,6 +5,7 @@ Operators (`csrc/cpu/ranks.cpp`; `kdkernels.ranks` says what a kind's columns of
     compare(student (N, W) or (A, B, W), teacher, labels (N,)?, mask (V,)?, args (1 or N, 5 + shifts), kind, vocab,
             ignore_index) -> value (N,) float64
     compare_step(grad (N or 1,), ...the same..., side) -> value (N,), grad times the gradient of that side's logits
+    together_step(...): see `kdkernels.together`
     rankdata(a (N, V)) -> ranks (N, V) float64;  spearman(a, b), kendall_tau(a, b) -> (N,) float64
 """
 
@@ -41,7 +42,11 @@ def register() -> None:
         def _(a, b):
             return a.new_empty(a.shape[:-1].numel(), dtype=torch.float64)
 
-    for name in ("compare", "compare_step", *METRICS):
+    @torch.library.register_fake("kdkernels::together_step")
+    def _(student, *rest):
+        return student.new_empty((), dtype=result_dtype(student)), student.new_empty(student.shape)
+
+    for name in ("compare", "compare_step", "together_step", *METRICS):
         torch.library.register_autograd(f"kdkernels::{name}", refuse)
 
 

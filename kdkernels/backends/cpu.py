@@ -77,5 +77,6 @@ SEPARABLE = Operators(
     elements=(OPERATORS.reduce, _counted("separable_sums")),
 )  # fmt: skip
 COMPARE = (_checked(_counted("compare")), _checked(_counted("compare_step")))
+TOGETHER = _checked(_counted("together_step"))
 BUCKET = (_counted("bucket"), _counted("bucket_spread"))
 METRICS = {name: _counted(name) for name in ("rankdata", "spearman", "kendall_tau")}
