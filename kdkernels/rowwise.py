@@ -15,7 +15,7 @@ from .loss import Loss, Moment, Point, Program
 
 # Where the moments of a point stand, at this one stand sums over the classes: s, t are those of the slopes of phi in
 # log q and log p (see separable.py), ss and tt both the distance.
-SUMS = Point(raw=True)
+SUMS = Point(raw=True, frozen=True)
 CLASSES = 1 << 20  # of a batch that are computed at a time
 
 

@@ -33,6 +33,7 @@ class SeparableLoss(RowsLoss):
     """
 
     unsharded = None
+    adds = True
 
     def phi(self, log_q: Any, log_p: Any) -> Any:
         """The contribution of a class."""
@@ -67,6 +68,38 @@ class SeparableLoss(RowsLoss):
             return super()._pick(student, teacher)
         backend = backends.pick_with("SEPARABLE", student, teacher)
         return backend, getattr(backend, "SEPARABLE", None)
+
+
+class WeightedSum(SeparableLoss):
+    """sum_k w_k loss_k of losses that are the sum over the classes itself."""
+
+    def __init__(self, parts: list[tuple[float, SeparableLoss]], **options):
+        super().__init__(**options)
+        self.parts = parts
+
+    def phi(self, log_q, log_p):
+        total: Any = 0.0
+        for weight, part in self.parts:
+            total = total + weight * part.phi(log_q, log_p)
+        return total
+
+
+def in_one(terms) -> list[tuple[float, SeparableLoss]]:
+    """The separable distillation terms of pairs (weight, loss) as one, or none.
+
+    Raises:
+        ValueError: they are not one sum over the classes.
+    """
+    found = [(w * x.kd_weight, x) for w, x in terms if isinstance(x, SeparableLoss) and x.kd_weight]
+    if len(found) < 2:
+        return found
+    own = ("temperature", "teacher_temperature", "t_squared")
+    first, *others = ({name: getattr(x, name) for name in own} for _, x in found)
+    if any(x != first for x in others) or any(type(x).value is not SeparableLoss.value for _, x in found):
+        names = ", ".join(type(x).__name__ for _, x in found)
+        raise ValueError(f"separable losses share a sum if they have the same {', '.join(own)} and no value() of their "
+                         f"own: {names}")  # fmt: skip
+    return [(1.0, WeightedSum(found, **first))]
 
 
 def _gap(log_q, log_p):

@@ -28,6 +28,7 @@ from .ops import rescale
 from .options import Uses
 from .out import handed_over
 from .parts import reducing
+from .rowwise import RowsLoss
 
 
 class MixedSumLoss(BaseLoss):
@@ -135,8 +136,8 @@ class MixedSumLoss(BaseLoss):
 
 
 def of_log_partition(term) -> bool:
-    """Whether it is one that `SumLoss` takes."""
-    return isinstance(term, Loss) and term.adds
+    """Whether all of it is made at points of the log-partition."""
+    return isinstance(term, Loss) and term.adds and not isinstance(term, RowsLoss)
 
 
 def _pairs(weight, term) -> list:

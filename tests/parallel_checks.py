@@ -169,7 +169,9 @@ def call_options(rank, world):
             for ignore in (-100, -1, 0, widths[0] + 1):
                 loss = kd.DKDLoss(reduction=reduction, ignore_index=ignore, **dkd)
                 both(loss, backend, rows(5, 23, ignore=ignore), rank, widths, what=f"{reduction} {ignore}")
-    both(kd.DKDLoss() + 0.5 * kd.KDLoss(), "cpu", rows(5, 23), rank, widths, what="a sum")
+    for loss in (kd.DKDLoss() + 0.5 * kd.KDLoss(), kd.KDLoss() + 0.5 * kd.JSDLoss(0.2, temperature=2.0)):
+        for backend in ("cpu", "reference"):
+            both(loss, backend, rows(5, 23), rank, widths, what="a sum")
     both(kd.ReverseKLLoss(), "cpu", rows(5, 23), rank, widths, labels=False, what="without labels")
     cube = Batch(*(x.view(2, 3, *x.shape[1:]) for x in rows(6, 23)))
     both(kd.KDLoss(), "cpu", cube, rank, widths, what="three dimensions")
@@ -236,14 +238,15 @@ def metrics(rank, world):
     mask = torch.arange(23) != 5
     cut = lambda x: own(x, rank, widths)  # noqa: E731
     for backend in ("cpu", "reference"):
-        for loss in (kd.DKDLoss(ce_weight=0.3), kd.ReverseKLLoss(reduction="none", standardize=True)):
+        for loss in (kd.DKDLoss(ce_weight=0.3), kd.ReverseKLLoss(reduction="none", standardize=True), kd.JSDLoss()):
+            count = 5 if loss.standardize else 4 if isinstance(loss, kd.JSDLoss) else 3
             y = torch.where(batch.y == 5, 6, batch.y)
             with kd.use_backend(backend):
                 whole = loss.with_metrics(batch.s, batch.t, y, vocab_mask=mask)
                 with CommDebugMode() as seen:
                     value, got = loss.with_metrics(cut(batch.s), cut(batch.t), y, vocab_mask=cut(mask),
                                                    group=dist.group.WORLD)  # fmt: skip
-            assert seen.get_total_counts() == (5 if loss.standardize else 3), seen.get_comm_counts()
+            assert seen.get_total_counts() == count, seen.get_comm_counts()
             near(value, whole[0])
             for name, a, b in zip(got._fields, got, whole[1], strict=True):
                 near(a, b, what=f"{backend} {name}")

@@ -65,7 +65,7 @@ struct Call {
       std::copy_n(own, less.stats(), to);
       ElementSums all{};
       for (int64_t j = 0; j < less.segments; ++j) all.add(sum[n * less.segments + j]);
-      put_sums(all, log_weights(args[n], own, reduced()), reduced(), args[n], to);
+      put_sums(all, log_weights(args[n], own, reduced()), reduced(), to);
     }
   }
 
@@ -83,7 +83,7 @@ struct Call {
       ElementSums all{};
       for (int64_t i = 0; i < segments(x.vocab); ++i)
         all.add(sums(isa, n, i, w, stats + reduced() * kStats, false, work, slope.data()));
-      put_sums(all, w, reduced(), args[n], stats);
+      put_sums(all, w, reduced(), stats);
     }
     const double value = value_and_coefs(p, args[n], stats, 1, 0, numbers.data(), coef);
     const ElementSlopes<R> more(e, coef, p.points(), 0, slope.data(), work);

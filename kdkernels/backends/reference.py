@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class _Finite(torch.autograd.Function):
 def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor:
     """(N,) float64 losses; 0 at rows that are not kept."""
     from ..loss import MOMENTS, Label, Moment
-    from ..rowwise import SUMS, RowsLoss
+    from ..rowwise import SUMS
 
     if not torch.compiler.is_compiling():
         calls["reference", "row_losses"] += 1
@@ -63,7 +63,7 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
     moments: list = []
     empty, apart = [], []
     points = loss.all_points()
-    with_sums = isinstance(loss, RowsLoss) and points[-1] is SUMS
+    with_sums = bool(points) and points[-1] == SUMS
     for k, point in enumerate(points[:-1] if with_sums else points):
         scale_s, scale_t = (1.0, 1.0) if point.raw else (args[:, :1], args[:, 1:2])
         b, a = args[:, 3 + 2 * k : 4 + 2 * k], args[:, 4 + 2 * k : 5 + 2 * k]
@@ -78,10 +78,10 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
     if rows.shards is not None:
         moments, empty, at = rows.shards.merge_moments(moments, empty, at)
     if with_sums:
-        assert isinstance(loss, RowsLoss)
+        summed: Any = loss
         log_q, log_p = _log_probabilities((s, t), (gone_s, gone_t), args, moments)
         given = y[:, 0] if loss.needs_labels else None
-        moments.append(loss._sums(log_q, log_p, dead, rows.shards, [m[0] for m in moments[:2]], given))
+        moments.append(summed._sums(log_q, log_p, dead, rows.shards, [m[0] for m in moments[:2]], given))
     nothing = torch.zeros(s.shape[0], dtype=torch.bool, device=s.device)
     for no_class, mixture in zip(empty, apart, strict=True):
         nothing = nothing | (no_class & ~mixture)
@@ -113,7 +113,8 @@ def _log_probabilities(logits, gone, args, moments):
     """log q and log p (N, V), from the log-partitions at the first two points."""
     for k in (0, 1):
         lse = torch.where(moments[k][0] == -math.inf, 0.0, moments[k][0])
-        yield logits[k] * args[:, k, None] - lse[:, None] + torch.where(gone[k], -math.inf, 0.0)
+        scale = args[:, k] * args[:, 3 + 3 * k]  # the student's coefficient at q, the teacher's at p
+        yield logits[k] * scale[:, None] - lse[:, None] + torch.where(gone[k], -math.inf, 0.0)
 
 
 def _moments(s, t, b, a, out, gone_s, gone_t, point, wanted):

@@ -68,26 +68,28 @@ def sums_kernel(
     args_ptr += n * args_row
     stats_ptr += n * (K + 1) * STATS
     last = stats_ptr + K * STATS
-    b, a, smax, tmax = tl.load(args_ptr), tl.load(args_ptr + 1), tl.load(last + 2), tl.load(last + 3)
+    b, a = tl.load(args_ptr) * tl.load(args_ptr + 3), tl.load(args_ptr + 1) * tl.load(args_ptr + 6)
+    smax, tmax = tl.load(last + 2), tl.load(last + 3)
     lse_q, lse_p = _lse(stats_ptr), _lse(stats_ptr + STATS)
     lam_q, lam_p = (b * smax - lse_q).to(tl.float32), (a * tmax - lse_p).to(tl.float32)
+    b, a, smax, tmax = b.to(tl.float32), a.to(tl.float32), smax.to(tl.float32), tmax.to(tl.float32)
     vocab = tl.where(tl.load(last + 4) > 0, vocab // ALIGN * ALIGN, 0)
     total, of_q, of_p = lse_q * 0.0, lse_q * 0.0, lse_q * 0.0
     by_s, by_t, z_q, z_p = lse_q * 0.0, lse_q * 0.0, lse_q * 0.0, lse_q * 0.0
     for first in range(0, vocab, BLOCK):
         s, t, live, _bad = _tile(s_ptr, t_ptr, mask_ptr, first + tl.arange(0, BLOCK), vocab, True, HAS_MASK)
-        log_q = tl.where(live, (s - smax.to(tl.float32)) * b.to(tl.float32) + lam_q, 0.0)
-        log_p = tl.where(live, (t - tmax.to(tl.float32)) * a.to(tl.float32) + lam_p, 0.0)
+        log_q = tl.where(live, (s - smax) * b + lam_q, 0.0)
+        log_p = tl.where(live, (t - tmax) * a + lam_p, 0.0)
         phi, slope_q, slope_p = PHI(log_q, log_p, constants)
         slope_q, slope_p = tl.where(live, slope_q, 0.0), tl.where(live, slope_p, 0.0)
         total += tl.sum(tl.where(live, phi, 0.0), 0).to(tl.float64)
         # Their sum cancels against the slope of a class that has most of the weight.
         slope_q, slope_p = slope_q.to(tl.float64), slope_p.to(tl.float64)
-        of_q += tl.sum(slope_q, 0)
         z_q += tl.sum(tl.where(live, exp(log_q), 0.0).to(tl.float64), 0)
         z_p += tl.sum(tl.where(live, exp(log_p), 0.0).to(tl.float64), 0)
-        of_p += tl.sum(slope_p, 0)
+        of_q += tl.sum(slope_q, 0)
         by_s += tl.sum(_times(slope_q, log_q.to(tl.float64)), 0)
+        of_p += tl.sum(slope_p, 0)
         by_t += tl.sum(_times(slope_p, log_p.to(tl.float64)), 0)
     row = (total, of_q, of_p, by_s, by_t, z_q, z_p, total)
     if WHOLE:
