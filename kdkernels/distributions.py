@@ -29,7 +29,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 class AKLLoss(Loss):
-    """w KL(p || q) + (1 - w) KL(q || p), w = g_head / (g_head + g_tail), constant. [Wu et al. 2025, AKL, eq. 11-13]
+    """w KL(p || q) + (1 - w) KL(q || p), w = g_head / (g_head + g_tail), constant. [Wu et al. 2025, AKL; weights as in the authors' code]
 
     The head are the teacher's largest probabilities as long as they sum to mu or less, and the largest in any case;
     g are the sums of |p - q| over the head and over the rest. Equal probabilities are in the head together or not.
@@ -100,7 +100,7 @@ def _head(p: Tensor, mu: float) -> Tensor:
 
 
 class ULDLoss(RowsLoss):
-    """sum_i |q_(i) - p_(i)|, both sorted from the largest: the universal logit distance. [Boizard et al. 2024, eq. 3]
+    """sum_i |q_(i) - p_(i)|, both sorted from the largest: the universal logit distance. [Boizard et al. 2024]
 
     For teachers with a vocabulary of their own: teacher_logits may be of another width than student_logits (the
     narrower row is filled up with probabilities of 0; vocab_size and vocab_mask are then refused). Rows belong together
@@ -237,7 +237,7 @@ def _grouped(log_p: Tensor, at: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class SinkhornLoss(RankLoss):
-    """sum_ij P_ij C_ij / N over the rows of a batch, C_ij = sum_k |q_ik - p_jk|. [Cui et al. 2024, SinKD, eq. 4-8]
+    """sum_ij P_ij C_ij / N over the rows of a batch, C_ij = sum_k |q_ik - p_jk|. [Cui et al. 2024, SinKD]
 
     P is exp(-C / epsilon), its rows and then its columns divided by their sums, `iterations` times. The gradient goes
     through P, to the teacher as well. The whole batch is computed in float64 by torch, in memory of a few times the
