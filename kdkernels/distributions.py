@@ -29,7 +29,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 class AKLLoss(Loss):
-    """w KL(p || q) + (1 - w) KL(q || p), w = g_head / (g_head + g_tail), constant. [Wu et al. 2025, AKL; weights as in the authors' code]
+    """w KL(p || q) + (1 - w) KL(q || p), w = g_head / (g_head + g_tail), constant. [Wu et al. 2025, AKL]
 
     The head are the teacher's largest probabilities as long as they sum to mu or less, and the largest in any case;
     g are the sums of |p - q| over the head and over the rest. Equal probabilities are in the head together or not.

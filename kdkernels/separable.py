@@ -119,7 +119,7 @@ def _mixture(d, near, share: float):
     """log(m / p) and log(m / q), m = share p + (1 - share) q, as functions of d = log(p / q)."""
     other = tape.where(d > 0, 1 - share, share)  # of the smaller of p and q
     log_ratio = tape.log1p(other * near)
-    if not 0.25 < share < 0.75:  # log1p(x) is inexact where x is close to -1
+    if not 0.09 < share < 0.91:  # log1p(x) is inexact where x is close to -1
         far = tape.log(tape.where(d > 0, share, 1 - share) + other * tape.exp(tape.where(d > 0, -d, d)))
         log_ratio = tape.where(near > -0.5, log_ratio, far)
     return tape.where(d > 0, log_ratio, log_ratio - d), tape.where(d > 0, log_ratio + d, log_ratio)
@@ -222,5 +222,7 @@ class TVDLoss(SeparableLoss):
     merges = True  # an f-divergence
 
     def phi(self, log_q, log_p):
-        *_, d, near, gap = _gap(log_q, log_p)
-        return tape.where(near < 0, tape.where(d > 0, -gap, gap), 0.0) / 2
+        p, q, d, near, _ = _gap(log_q, log_p)
+        half = tape.where(near < 0, 0.5, 0.0)
+        sign = tape.where(d > 0, half, -half)
+        return tape.with_slopes(-half * near * tape.where(d > 0, p, q), (log_q, -sign * q), (log_p, sign * p))
