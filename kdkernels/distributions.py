@@ -13,7 +13,8 @@ from .alphabeta import P, Q
 from .backends.reference import _prepare
 from .buckets import blocks
 from .compare import RankLoss
-from .logpartition import kl, reverse_kl
+from .groups import GroupMoments
+from .logpartition import cross_entropy_of, kl, reverse_kl
 from .loss import Loss, Point
 from .options import check_bool, check_number
 from .out import check_out, handed_over
@@ -167,6 +168,8 @@ class GroupedKLLoss(RowsLoss):
     """
 
     groups: Any
+    _count: int
+    _cross_entropy: Loss
 
     def __init__(self, groups=None, between: float = 1.0, within: float = 1.0, balanced: bool = False, **options):
         super().__init__(**options)
@@ -190,15 +193,64 @@ class GroupedKLLoss(RowsLoss):
         check_number("between", self.between)
         check_number("within", self.within)
         check_bool("balanced", self.balanced)
+        self.__dict__["_count"] = int(self.groups.max()) + 1 if isinstance(self.groups, Tensor) else 1
+
+    def _prepare(self):
+        super()._prepare()
+        self.__dict__["_cross_entropy"] = cross_entropy_of(self)
 
     def distances(self, log_q, log_p, dead, labels=None):
         at = self._groups_of(log_q.detach(), log_p.detach(), labels)
         count = int(at.max()) + 1 if at.numel() else 1
         (mass_q, rest_q), (mass_p, rest_p) = (_grouped(x, at, count) for x in (log_q, log_p))
-        within = _kl(rest_p, rest_q)
-        if not self.balanced:
-            within = within * mass_p.exp().gather(-1, at)
-        return self.between * _kl(mass_p, mass_q).sum(-1) + self.within * within.sum(-1)
+        return self._of_groups(mass_q, mass_p, torch.zeros_like(mass_p).scatter_add(-1, at, _kl(rest_p, rest_q)))
+
+    def _of_groups(self, log_q: Tensor, log_p: Tensor, inner: Tensor) -> Tensor:
+        """(N,) from the log masses of the groups and the divergences within them, each (N, G)."""
+        mass = log_p.exp()
+        weighted = inner if self.balanced else mass * torch.where(mass == 0, 0.0, inner)
+        return self.between * _kl(log_p, log_q).sum(-1) + self.within * weighted.sum(-1)
+
+    def _pick(self, student, teacher):
+        found = backends.pick(student, teacher)
+        if self.kd_weight and not callable(self.groups) and hasattr(found, "GROUPED"):
+            return found, None
+        return super()._pick(student, teacher)
+
+    def _evaluate(self, rows, student_logits, num_items, temperature):
+        backend, _, _, args, weight, divisor = self._prepared(rows, num_items, temperature)
+        kernels = getattr(backend, "GROUPED", None)
+        if kernels is None or not self.kd_weight:
+            return super()._evaluate(rows, student_logits, num_items, temperature)
+        if args.requires_grad:
+            with backends.use_backend("reference"):
+                return super()._evaluate(rows, student_logits, num_items, temperature)
+        value = self._by_moments(rows, args, kernels)
+        ignore, per_row = self.ignore_index, self.reduction == "none"
+        total = call.reduced(value, student_logits, rows.labels, weight, divisor, ignore, per_row)
+        if self.ce_weight:
+            total = total + self._cross_entropy._evaluate(rows._replace(teacher=None), student_logits, num_items, None)
+        return total
+
+    def _by_moments(self, rows: call.Rows, args: Tensor, kernels) -> Tensor:
+        """(N,) distillation terms."""
+        labels, ignore = rows.labels, self.ignore_index
+        if rows.weight is not None:  # a row that counts nothing passes nothing on, whatever it holds
+            kept = torch.zeros_like(rows.weight, dtype=torch.int64) if labels is None else labels
+            labels = torch.where(rows.weight == 0, ignore, kept if labels is not None or ignore else kept + 1)
+        groups, count = None, 2
+        if not self.needs_labels:
+            groups = self._groups_of(args.new_empty(1, rows.vocab), args.new_empty(1, rows.vocab), None)[0].contiguous()
+            count = self._count
+        moments = GroupMoments.apply(rows.student, rows.teacher, kernels, labels, rows.mask, args, groups, count,
+                                     rows.vocab, ignore)  # fmt: skip
+        log_q, log_p, mean = moments.unbind(-1)
+        empty = log_p == -math.inf
+        lost = torch.where(log_q == -math.inf, 0.0, log_q)  # where the mean is infinite, or there is nothing to lose
+        inner = torch.where(empty, 0.0, mean - torch.where(empty, 0.0, log_p) + lost)
+        log_q, log_p = (x - x.logsumexp(-1, keepdim=True) for x in (log_q, log_p))
+        value = self._of_groups(log_q, log_p, inner) * self.kd_weight
+        return value * args[:, 2] ** 2 if self.t_squared else value
 
     def _groups_of(self, log_q: Tensor, log_p: Tensor, labels: Tensor | None) -> Tensor:
         """(n, V) int64."""

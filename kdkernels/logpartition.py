@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import tape
 from .alphabeta import AlphaBetaLoss, P, Q, RenyiLoss
+from .base import BaseLoss
 from .loss import Label, Loss, Moment, Point
 from .options import check_bool, check_number
 
@@ -39,6 +40,12 @@ class ForwardKLLoss(Loss):
 
     def value(self, q, p):
         return kl(q, p)
+
+
+def cross_entropy_of(loss: BaseLoss) -> ForwardKLLoss:
+    """What is added to the distillation term of a loss, alone."""
+    names = ("ce_weight", "label_smoothing", "z_loss", "reduction", "ignore_index")
+    return ForwardKLLoss(kd_weight=0.0, **{name: getattr(loss, name) for name in names})
 
 
 class KDLoss(ForwardKLLoss):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .. import rankops
+from .. import groups, rankops
 from ..ops import Operators, register, register_buckets, rescale, rows_of_sums
 from . import calls
 
@@ -27,6 +27,7 @@ def _load() -> str | None:
     register("separable_", elements=True)
     register_buckets()
     rankops.register()
+    groups.register()
     return None
 
 
@@ -78,5 +79,6 @@ SEPARABLE = Operators(
 )  # fmt: skip
 COMPARE = (_checked(_counted("compare")), _checked(_counted("compare_step")))
 TOGETHER = _checked(_counted("together_step"))
+GROUPED = (_checked(_counted("group_moments")), _counted("group_spread"))
 BUCKET = (_counted("bucket"), _counted("bucket_spread"))
 METRICS = {name: _counted(name) for name in ("rankdata", "spearman", "kendall_tau")}
