@@ -225,6 +225,8 @@ class GroupedKLLoss(RowsLoss):
         if args.requires_grad:
             with backends.use_backend("reference"):
                 return super()._evaluate(rows, student_logits, num_items, temperature)
+        if self.ce_weight and student_logits.dtype in (torch.bfloat16, torch.float16):
+            rows = rows._replace(student=rows.student.float())  # a gradient is the sum of two: rounded once, at the end
         value = self._by_moments(rows, args, kernels)
         ignore, per_row = self.ignore_index, self.reduction == "none"
         total = call.reduced(value, student_logits, rows.labels, weight, divisor, ignore, per_row)
