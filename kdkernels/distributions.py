@@ -14,10 +14,11 @@ from .backends.reference import _prepare
 from .buckets import blocks
 from .compare import RankLoss
 from .groups import GroupMoments
-from .logpartition import cross_entropy_of, kl, reverse_kl
+from .logpartition import kl, reverse_kl
 from .loss import Loss, Point
 from .options import check_bool, check_number
 from .out import check_out, handed_over
+from .rankops import Compare
 from .rowwise import CLASSES, RowsLoss
 
 __all__ = ["AKLLoss", "GroupedKLLoss", "SinkhornLoss", "ULDLoss"]
@@ -106,7 +107,10 @@ class ULDLoss(RowsLoss):
     For teachers with a vocabulary of their own: teacher_logits may be of another width than student_logits (the
     narrower row is filled up with probabilities of 0; vocab_size and vocab_mask are then refused). Rows belong together
     as they stand: align the positions of two tokenizers first. The authors add the cross-entropy, with this at 1.5.
+    Equal probabilities share their slopes.
     """
+
+    kernels = "ULD"
 
     def forward(self, student_logits, teacher_logits=None, labels=None, **call):
         s, t = self._filled(student_logits, teacher_logits, labels, call)
@@ -138,15 +142,22 @@ class ULDLoss(RowsLoss):
                 for x in (s, t))  # fmt: skip
 
     def distances(self, log_q, log_p, dead, labels=None):
-        q, p = log_q.exp(), log_p.exp()
-        return (_descending(q, p) - _descending(p, q)).abs().sum(-1)
+        q, p = (x.exp().sort(-1, descending=True).values for x in (log_q, log_p))
+        sign = (q - p).detach().sign()
+        return (_shared(sign, q) * q).sum(-1) - (_shared(sign, p) * p).sum(-1)
+
+    def _by_kernels(self, kernels, rows, args, weight, divisor):
+        scale = self.kd_weight * (args[:, 2] ** 2 if self.t_squared else torch.ones_like(args[:, 2]))
+        weight = scale if weight is None else weight * scale
+        return Compare.apply(rows.student, rows.teacher, args[:, :2].contiguous(), rows.labels, rows.mask, weight,
+                             divisor, 0, kernels, rows.vocab, self.ignore_index, self.reduction == "none")  # fmt: skip
 
 
-def _descending(x: Tensor, other: Tensor) -> Tensor:
-    """x sorted; equal entries in the order of the other row, not of the classes, which may be numbered at will."""
-    order = torch.sort(other.detach(), dim=-1, descending=True).indices
-    again = torch.sort(x.detach().gather(-1, order), dim=-1, descending=True, stable=True).indices
-    return x.gather(-1, order.gather(-1, again))
+def _shared(sign: Tensor, x: Tensor) -> Tensor:
+    """The mean sign of equal entries of the sorted x (N, V): which of them stands where is nobody's choice."""
+    new = torch.nn.functional.pad(x[:, 1:] != x[:, :-1], (1, 0)).long().cumsum(-1)
+    total, count = (torch.zeros_like(sign).scatter_add(-1, new, y) for y in (sign, torch.ones_like(sign)))
+    return (total / count.clamp(min=1)).gather(-1, new)
 
 
 class GroupedKLLoss(RowsLoss):
@@ -169,7 +180,6 @@ class GroupedKLLoss(RowsLoss):
 
     groups: Any
     _count: int
-    _cross_entropy: Loss
 
     def __init__(self, groups=None, between: float = 1.0, within: float = 1.0, balanced: bool = False, **options):
         super().__init__(**options)
@@ -178,6 +188,10 @@ class GroupedKLLoss(RowsLoss):
             self.groups = groups
         else:
             self.register_buffer("groups", torch.as_tensor(groups), persistent=False)
+
+    @property
+    def kernels(self) -> str:  # type: ignore[override]
+        return "" if callable(self.groups) else "GROUPED"
 
     @property
     def needs_labels(self) -> bool:  # type: ignore[override]
@@ -195,10 +209,6 @@ class GroupedKLLoss(RowsLoss):
         check_bool("balanced", self.balanced)
         self.__dict__["_count"] = int(self.groups.max()) + 1 if isinstance(self.groups, Tensor) else 1
 
-    def _prepare(self):
-        super()._prepare()
-        self.__dict__["_cross_entropy"] = cross_entropy_of(self)
-
     def distances(self, log_q, log_p, dead, labels=None):
         at = self._groups_of(log_q.detach(), log_p.detach(), labels)
         count = int(at.max()) + 1 if at.numel() else 1
@@ -211,31 +221,7 @@ class GroupedKLLoss(RowsLoss):
         weighted = inner if self.balanced else mass * torch.where(mass == 0, 0.0, inner)
         return self.between * _kl(log_p, log_q).sum(-1) + self.within * weighted.sum(-1)
 
-    def _pick(self, student, teacher):
-        found = backends.pick(student, teacher)
-        if self.kd_weight and not callable(self.groups) and hasattr(found, "GROUPED"):
-            return found, None
-        return super()._pick(student, teacher)
-
-    def _evaluate(self, rows, student_logits, num_items, temperature):
-        backend, _, _, args, weight, divisor = self._prepared(rows, num_items, temperature)
-        kernels = getattr(backend, "GROUPED", None)
-        if kernels is None or not self.kd_weight:
-            return super()._evaluate(rows, student_logits, num_items, temperature)
-        if args.requires_grad:
-            with backends.use_backend("reference"):
-                return super()._evaluate(rows, student_logits, num_items, temperature)
-        if self.ce_weight and student_logits.dtype in (torch.bfloat16, torch.float16):
-            rows = rows._replace(student=rows.student.float())  # a gradient is the sum of two: rounded once, at the end
-        value = self._by_moments(rows, args, kernels)
-        ignore, per_row = self.ignore_index, self.reduction == "none"
-        total = call.reduced(value, student_logits, rows.labels, weight, divisor, ignore, per_row)
-        if self.ce_weight:
-            total = total + self._cross_entropy._evaluate(rows._replace(teacher=None), student_logits, num_items, None)
-        return total
-
-    def _by_moments(self, rows: call.Rows, args: Tensor, kernels) -> Tensor:
-        """(N,) distillation terms."""
+    def _by_kernels(self, kernels, rows, args, weight, divisor):
         labels, ignore = rows.labels, self.ignore_index
         if rows.weight is not None:  # a row that counts nothing passes nothing on, whatever it holds
             kept = torch.zeros_like(rows.weight, dtype=torch.int64) if labels is None else labels
@@ -252,7 +238,9 @@ class GroupedKLLoss(RowsLoss):
         inner = torch.where(empty, 0.0, mean - torch.where(empty, 0.0, log_p) + lost)
         log_q, log_p = (x - x.logsumexp(-1, keepdim=True) for x in (log_q, log_p))
         value = self._of_groups(log_q, log_p, inner) * self.kd_weight
-        return value * args[:, 2] ** 2 if self.t_squared else value
+        value = value * args[:, 2] ** 2 if self.t_squared else value
+        per_row = self.reduction == "none"
+        return call.reduced(value, rows.student, rows.labels, weight, divisor, ignore, per_row)
 
     def _groups_of(self, log_q: Tensor, log_p: Tensor, labels: Tensor | None) -> Tensor:
         """(n, V) int64."""

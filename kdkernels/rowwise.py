@@ -22,12 +22,15 @@ CLASSES = 1 << 20  # of a batch that are computed at a time
 class RowsLoss(Loss):
     """A loss that torch computes in float64 from the log-probabilities of whole rows, a few rows at a time.
 
-    Beside the gradient there is no memory that grows with the number of rows. There is a gradient for the teacher. No
-    backend has kernels for it: all run the definition, and `use_backend` of another than "reference" raises.
+    Beside the gradient there is no memory that grows with the number of rows. There is a gradient for the teacher. A
+    backend without `kernels` runs the definition, and `use_backend` of one raises.
     """
 
     merges = False
     adds = False
+    kernels = ""
+    """The attribute of a backend that has kernels of the distance, if any does."""
+    _cross_entropy: Loss
     unsharded: str | None = "it sums over the classes what both log-partitions have to be known for"
 
     def points(self):
@@ -62,10 +65,35 @@ class RowsLoss(Loss):
     def _pick(self, student, teacher):
         if not self.kd_weight:
             return super()._pick(student, teacher)
+        if self.kernels and hasattr(found := backends.pick(student, teacher), self.kernels):
+            return found, None
         return backends.definition(type(self).__name__), None
 
+    def _prepare(self):
+        super()._prepare()
+        if self.ce_weight:
+            from .logpartition import cross_entropy_of
+
+            self.__dict__["_cross_entropy"] = cross_entropy_of(self)
+
+    def _by_kernels(self, kernels, rows: call.Rows, args: Tensor, weight: Tensor | None, divisor: float) -> Tensor:
+        """The reduced (or per-row) distillation term."""
+        raise NotImplementedError
+
     def _evaluate(self, rows, student_logits, num_items, temperature):
-        _, operators, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
+        backend, operators, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
+        kernels = getattr(backend, self.kernels, None) if self.kd_weight and self.kernels else None
+        if kernels is not None and args.requires_grad:  # through the deviations of its rows
+            with backends.use_backend("reference"):
+                return self._evaluate(rows, student_logits, num_items, temperature)
+        if kernels is not None:
+            if self.ce_weight and student_logits.dtype in (torch.bfloat16, torch.float16):
+                rows = rows._replace(student=rows.student.float())  # two gradients are summed: rounded once, at the end
+            total = self._by_kernels(kernels, rows, args, weight, divisor)
+            if not self.ce_weight:
+                return total
+            alone = rows._replace(teacher=None)
+            return total + self._cross_entropy._evaluate(alone, student_logits, num_items, None)
         few = rows.student.numel() <= CLASSES or args.requires_grad or torch.compiler.is_compiling()
         if operators is not None or few:
             return super()._evaluate(rows, student_logits, num_items, temperature)

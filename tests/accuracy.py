@@ -25,7 +25,7 @@ def has_kernels(case: Case, backend: str) -> bool:
     loss = getattr(kd, case.name)
     if issubclass(loss, kd.SeparableLoss):
         return backend != "cuda"
-    if loss is kd.GroupedKLLoss and backend == "cpu":
+    if loss in (kd.GroupedKLLoss, kd.ULDLoss) and backend == "cpu":
         return True
     return backend == "reference" or not issubclass(loss, RowsLoss)
 

@@ -140,6 +140,41 @@ def test_uld_of_two_vocabularies(widths):
                                                    for i, x in enumerate(pad)), None), rtol=1e-6, atol=0)  # fmt: skip
 
 
+@pytest.mark.parametrize("equal", [False, True])
+def test_kernels_of_uld(equal):
+    """The definition's numbers, of which many logits are equal or none, and none from the order of the classes."""
+    s, t, y = batch(6, 300, scale=2.0)
+    s, t = ((x * 2).round() / 2 if equal else x.clone() for x in (s, t))
+    s[1], s[2, 5], t[3, 7], s[4, 9], t[4, 9] = torch.nan, -torch.inf, -torch.inf, -torch.inf, -torch.inf
+    call = dict(temperature=torch.linspace(0.5, 2.0, 6), row_weight=torch.arange(6.0), vocab_size=290,
+                vocab_mask=torch.arange(300) % 7 != 3)  # fmt: skip
+    y = torch.where(call["vocab_mask"][y] & (y < 290), y, 0).index_fill(0, torch.tensor([1]), -100)
+    order = torch.cat((torch.randperm(290, generator=torch.Generator().manual_seed(0)), torch.arange(290, 300)))
+    results = []
+    for backend, at in (("reference", torch.arange(300)), ("cpu", torch.arange(300)), ("cpu", order)):
+        for options in ({}, dict(t_squared=True, ce_weight=0.5, kd_weight=0.3), dict(reduction="none")):
+            leaves = [x[:, at].clone().requires_grad_() for x in (s, t)]
+            moved = torch.where(y < 0, y, at.argsort()[y.clamp(min=0)])
+            with only(backend):
+                value = kd.ULDLoss(**options)(*leaves, moved, **(call | dict(vocab_mask=call["vocab_mask"][at])))
+            grads = torch.autograd.grad(value.sum(), leaves)
+            results.append([value.detach(), *(x[:, at.argsort()] for x in grads)])
+    for k in range(3):
+        for want, got, moved in zip(*results[k::3], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
+            torch.testing.assert_close(moved, want, rtol=1e-11, atol=1e-13)
+
+
+def test_kernels_of_uld_in_single():
+    s, t, _ = batch(8, 5000, scale=2.0, s_dtype=torch.bfloat16, t_dtype=F32)
+    with only("cpu"):
+        value, grad = kd.ULDLoss().value_and_grad(s, t)
+    with kd.use_backend("reference"):
+        exact, want = kd.ULDLoss().value_and_grad(s.double(), t.double())
+    assert abs(value - exact) < 1e-6
+    assert (grad.double() - want).norm() < 0.01 * want.norm()
+
+
 def test_uld_refuses():
     s, t = torch.randn(2, 5), torch.randn(2, 7)
     with pytest.raises(ValueError, match="vocab_mask"):

@@ -80,5 +80,6 @@ SEPARABLE = Operators(
 COMPARE = (_checked(_counted("compare")), _checked(_counted("compare_step")))
 TOGETHER = _checked(_counted("together_step"))
 GROUPED = (_checked(_counted("group_moments")), _counted("group_spread"))
+ULD = (_checked(_counted("uld")), _checked(_counted("uld_step")))
 BUCKET = (_counted("bucket"), _counted("bucket_spread"))
 METRICS = {name: _counted(name) for name in ("rankdata", "spearman", "kendall_tau")}
