@@ -1,4 +1,4 @@
-"""Losses that sort the probabilities of a row, split them into groups, or relate all rows of a batch to each other."""
+"""Losses that sort the probabilities of a row, or split them into groups."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, call, tape
+from . import call, tape
 from .alphabeta import P, Q
-from .backends.reference import _prepare
 from .buckets import blocks
-from .compare import RankLoss
 from .groups import GroupMoments
 from .logpartition import kl, reverse_kl
 from .loss import Loss, Point
@@ -20,6 +18,7 @@ from .options import check_bool, check_number
 from .out import check_out, handed_over
 from .rankops import Compare
 from .rowwise import CLASSES, RowsLoss
+from .transport import SinkhornLoss
 
 __all__ = ["AKLLoss", "GroupedKLLoss", "SinkhornLoss", "ULDLoss"]
 
@@ -276,63 +275,3 @@ def _grouped(log_p: Tensor, at: Tensor, count: int) -> tuple[Tensor, Tensor]:
     total = torch.zeros_like(top).scatter_add(-1, at, (log_p - top.gather(-1, at)).exp())
     mass = torch.where(total > 0, torch.where(total > 0, total, 1.0).log() + top, -math.inf)
     return mass, log_p - torch.where(mass == -math.inf, 0.0, mass).gather(-1, at)
-
-
-class SinkhornLoss(RankLoss):
-    """sum_ij P_ij C_ij / N over the rows of a batch, C_ij = sum_k |q_ik - p_jk|. [Cui et al. 2024, SinKD]
-
-    P is exp(-C / epsilon), its rows and then its columns divided by their sums, `iterations` times. The gradient goes
-    through P, to the teacher as well. The whole batch is computed in float64 by torch, in memory of a few times the
-    logits' and N^2; row_weight is refused.
-
-    Args:
-        temperature: T > 0 of both softmaxes.
-        epsilon: > 0, entropic regularisation.
-        iterations: >= 1.
-        reduction: "mean", over the kept rows, or "sum".
-    """
-
-    teacher_gradient = True
-    rowwise = False
-
-    def __init__(self, temperature: float = 2.0, epsilon: float = 0.1, iterations: int = 20, **options):
-        super().__init__(temperature=temperature, **options)
-        self.epsilon, self.iterations = epsilon, iterations
-
-    def check(self):
-        check_number("epsilon", self.epsilon, above=0)
-        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int):
-            raise TypeError(f"iterations must be an int, got {self.iterations!r}")
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be >= 1, got {self.iterations}")
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum' for a loss over whole batches, got {self.reduction!r}")
-
-    def minimizer(self, teacher_logits, labels=None):
-        raise NotImplementedError("SinkhornLoss is not 0 at the teacher's logits: P moves mass between rows")
-
-    def _term(self, rows, student_logits, num_items, temperature):
-        backends.definition(type(self).__name__)
-        if rows.weight is not None:
-            raise ValueError("row_weight is not for SinkhornLoss, whose rows are related to each other")
-        _, divisor = call.weighting(self, rows, num_items)
-        T = self.temperature if temperature is None else temperature
-        T = T.reshape(-1, 1) if isinstance(T, Tensor) and T.dim() else T
-        keep = None if rows.labels is None else rows.labels != self.ignore_index
-        q, p = ((_prepare(x, rows, keep) / T).softmax(-1) for x in (rows.student, rows.teacher))
-        some = torch.ones_like(q[:, 0]) if keep is None else keep.to(q.dtype)
-        value = transport(torch.cdist(q, p, p=1.0), some, self.epsilon, self.iterations)
-        if self.t_squared:
-            value = value * (T * T)
-        value = value * self.kd_weight / (divisor or some.sum().clamp(min=1))
-        return value.to(call.result_dtype(student_logits))
-
-
-def transport(cost: Tensor, some: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """sum_ij P_ij C_ij of the rows and columns with some = 1."""
-    plan = (-cost / epsilon).exp() * some[:, None] * some
-    for _ in range(iterations):
-        for dim in (1, 0):
-            total = plan.sum(dim, keepdim=True)
-            plan = plan / torch.where(total > 0, total, 1.0)
-    return (plan * cost).sum()
