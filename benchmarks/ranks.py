@@ -97,6 +97,11 @@ def eager_kendall(s, t, k=128, tau=0.1):
     return (1 - agree.sum((-1, -2)) / (k * (k - 1))).mean()
 
 
+def one_by_one(weight, rank):
+    kl = kd.ForwardKLLoss()
+    return lambda s, t: kl(s, t) + weight * rank(s, t)
+
+
 LOSSES = {  # name -> loss, {contender: function, whether it is differentiated}
     "Spearman": (kd.SpearmanLoss(), {"eager LapSum": (eager_lapsum, True), "eager hard, forward": (eager_hard, False),
                                      "the same, one sort a row": (eager_scattered, False),
@@ -108,6 +113,10 @@ LOSSES = {  # name -> loss, {contender: function, whether it is differentiated}
     "Plackett-Luce": (kd.PlackettLuceLoss(), {"eager": (eager_plackett_luce, True)}),
     "Kendall top 128": (kd.KendallLoss(), {"eager": (eager_kendall, True)}),
     "Kendall 16 shifts": (kd.KendallLoss("shifts", seed=0), {}),
+    "KL + Spearman": (kd.ForwardKLLoss() + 5 * kd.SpearmanLoss(),
+                      {"one by one": (one_by_one(5, kd.SpearmanLoss()), True)}),
+    "KL + Spearman top 128": (kd.ForwardKLLoss() + kd.SpearmanLoss(top_k=128),
+                              {"one by one": (one_by_one(1, kd.SpearmanLoss(top_k=128)), True)}),
 }  # fmt: skip
 METRICS = {"rho": (metrics.spearman, scipy.stats.spearmanr), "tau-b": (metrics.kendall_tau, scipy.stats.kendalltau)}
 
@@ -206,7 +215,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--only", default="", help="losses and metrics whose name contains this")
-    parser.add_argument("--shape", help="one ROWSxCLASSES, such as 64x131072")
+    parser.add_argument("--shape", help="ROWSxCLASSES, such as 2048x32000, in place of the usual ones")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
     parser.add_argument("--json", type=Path, help="write what was measured here")
@@ -217,8 +226,9 @@ def main(arguments=None):
 
     console, results, found, load = Console(), [], commit(), os.getloadavg()[0]  # other work on the machine
     table = Table("loss", "shape", "dtype", "ms", "others, ms", "error", "beyond, MB", "promised")
-    for shape, dtype in SHAPES:
-        if options.shape not in (None, shape) or options.dtype not in (None, dtype):
+    shapes = [(options.shape, x) for x in ("bfloat16", "float32")] if options.shape else SHAPES
+    for shape, dtype in shapes:
+        if options.dtype not in (None, dtype):
             continue
         for name in (n for n in (*LOSSES, *METRICS) if options.only.lower() in n.lower()):
             if "exact" in name and dtype != "float32":  # numbers of 16 bits are exact anyway

@@ -18,6 +18,7 @@ from .ranks import *  # noqa: F403
 from .separable import *  # noqa: F403
 from .separable import SeparableLoss
 from .sparse import SparseTeacher
+from .together import MixedSumLoss
 from .vocab import SharedVocab
 
 try:
@@ -28,9 +29,9 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 _FAMILIES = (logpartition, separable, distributions, ranks, correlation)
 __all__ = [
     *(_CATALOGUE := [name for family in _FAMILIES for name in family.__all__]),
-    "BackendUnavailable", "Label", "LinearLoss", "Loss", "Moment", "Point", "RankLoss", "RowMetrics", "SeparableLoss",
-    "SharedVocab", "SparseTeacher", "SumLoss", "available_backends", "backends", "cache", "catalogue", "metrics",
-    "power_sum", "power_transform", "tape", "use_backend",
+    "BackendUnavailable", "Label", "LinearLoss", "Loss", "MixedSumLoss", "Moment", "Point", "RankLoss", "RowMetrics",
+    "SeparableLoss", "SharedVocab", "SparseTeacher", "SumLoss", "available_backends", "backends", "cache", "catalogue",
+    "metrics", "power_sum", "power_transform", "tape", "use_backend",
 ]  # fmt: skip
 
 

@@ -170,6 +170,18 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
             (gradient,) = torch.autograd.grad(value, leaf)
         return value.detach(), handed_over(gradient, out, accumulate)
 
+    def __mul__(self, weight: float) -> BaseLoss:
+        return total((weight, self))
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: BaseLoss) -> BaseLoss:
+        return total((1, self), (1, other))
+
+    def __radd__(self, other) -> BaseLoss:
+        starts = isinstance(other, int) and other == 0  # as sum() does
+        return self if starts else total((1, other), (1, self))
+
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_") and k not in _MODULE)
 
@@ -181,3 +193,11 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
 
 
 _MODULE = {"training", "resolution"} | set(vars(nn.Module()))
+
+
+def total(*terms) -> BaseLoss:
+    """The sum of pairs (weight, loss)."""
+    from .compose import SumLoss, fits
+    from .together import MixedSumLoss
+
+    return (SumLoss if fits(terms) else MixedSumLoss)(terms)

@@ -213,7 +213,7 @@ def constructor(cls):
 
 
 def needs(cls):
-    return ", ".join(["teacher"] * cls.needs_teacher + ["labels"] * bool(cls.needs_labels or cls().ce_weight))
+    return ", ".join(["teacher"] * cls.needs_teacher + ["labels"] * cls()._uses.labels)
 
 
 def spelled_point(point):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import backends, call
 from .base import BaseLoss
-from .logpartition import ForwardKLLoss
+from .logpartition import ForwardKLLoss, cross_entropy_of
 from .rankops import Compare
 
 PEARSON, SPEARMAN, PLACKETT_LUCE, KENDALL = range(4)  # csrc/cpu/ranks.cpp reads the same numbers
@@ -64,9 +64,7 @@ class RankLoss(BaseLoss):
 
     def _prepare(self) -> None:
         super()._prepare()
-        shared = {name: getattr(self, name) for name in ("ce_weight", "label_smoothing", "z_loss", "reduction",
-                                                         "ignore_index")}  # fmt: skip
-        self.__dict__["_cross_entropy"] = ForwardKLLoss(kd_weight=0.0, **shared)
+        self.__dict__["_cross_entropy"] = cross_entropy_of(self)
 
     def _evaluate(self, rows, student_logits, num_items, temperature):
         parts = []

@@ -11,16 +11,18 @@ from torch import nn
 
 from .loss import Label, Loss, Moment, Point
 from .options import REAL, Uses, check_number
-from .rowwise import RowsLoss
+from .rowwise import SUMS
+from .separable import SeparableLoss, in_one
 
 _OF_THE_TERMS = ("temperature", "teacher_temperature", "t_squared", "kd_weight", "ce_weight", "label_smoothing",
                  "z_loss", "standardize")  # fmt: skip
 
 
 class SumLoss(Loss):
-    """sum_k w_k loss_k of losses of the log-partition, made by `0.7 * loss_a + 0.3 * loss_b + CrossEntropyLoss()`.
+    """sum_k w_k loss_k of losses of the log-partition and separable ones, made by `0.7 * loss_a + 0.3 * loss_b`.
 
-    Its points are those of the terms, each once, and the logits are read once for all. The terms keep options of their
+    Its points are those of the terms, each once, the contributions of its separable terms to a class are added up, and
+    the logits are read once for all. The terms keep options of their
     own, which may change, temperatures included; reduction and ignore_index are those of the sum, which the terms have
     to agree on. `temperature=` at call time replaces that of all terms, and raises where they differ.
 
@@ -28,8 +30,9 @@ class SumLoss(Loss):
         terms: pairs (weight, loss).
 
     Raises:
-        TypeError, ValueError: a weight is no finite number; a term is no `kdkernels.Loss` (add the values of others);
-            the terms differ in reduction or ignore_index, or only some of them standardise.
+        TypeError, ValueError: a weight is no finite number; a term is no `kdkernels.Loss` (see `MixedSumLoss`);
+            the terms differ in reduction or ignore_index, or only some of them standardise; separable terms have
+            different temperatures, or several of them a `value` and another not.
     """
 
     terms: Any  # nn.ModuleList of them
@@ -37,6 +40,7 @@ class SumLoss(Loss):
     _seen: list[int]
     _points: tuple[Point, ...]
     _places: list[list[int]]
+    _phis: list[tuple[float, SeparableLoss]]
 
     def __init__(self, terms: Sequence[tuple[float, Loss]]):
         flat = [pair for weight, term in terms for pair in _pairs(weight, term)]
@@ -64,8 +68,13 @@ class SumLoss(Loss):
         own["standardize"] = standardized.pop()
         own["needs_teacher"] = any(term._uses.teacher for term in self.terms)
         own["needs_labels"] = any(term._uses.labels for term in self.terms)
+        own["_phis"] = in_one(zip(self.weights, self.terms, strict=True))
+        own["merges"] = all(term.merges for term in self.terms)
         each = [[self._at(term, point) for point in term.all_points()] for term in self.terms]
-        every = dict.fromkeys(point for points in (*each, self._more_points()) for point in points)
+        first = [self._at(phi, point) for _, phi in own["_phis"] for point in phi.points()]  # kernels look for q, p
+        every = dict.fromkeys(point for points in (first, *each, self._more_points()) for point in points)
+        if own["_phis"]:  # and for these at the end
+            every[SUMS] = every.pop(SUMS)
         place = {point: k for k, point in enumerate(every)}
         own["_points"], own["_places"] = tuple(place), [[place[point] for point in points] for points in each]
         own["_seen"] = [term._version for term in self.terms]
@@ -90,6 +99,8 @@ class SumLoss(Loss):
 
     def _at(self, term: Loss, point: Point) -> Point:
         """The term's point in the temperatures of the sum: 1 where the terms have different ones."""
+        if point == SUMS:
+            return point
         if not self._mixed or point.raw:
             return point if self.standardize or not self._mixed else point._replace(raw=False)
         s, t = _scales(term)
@@ -108,8 +119,23 @@ class SumLoss(Loss):
                 at, T = Label(s * label.student, t * label.teacher), term.temperature
             shadow = copy.copy(term)
             shadow.__dict__["resolution"] = self.resolution
+            if isinstance(term, SeparableLoss) and term.kd_weight:  # what it adds to the sum over the classes is below
+                own, shadow.__dict__["kd_weight"] = own[2:-1], 0.0
             total = total + weight * shadow.row_value(own, at, raw_label, T)
+        for weight, phi in self._phis:
+            T = phi.temperature if self._mixed else temperature
+            value = weight * phi._distance([*moments[:2], moments[-1]], label)
+            total = total + (T * T * value if phi.t_squared else value)
         return total
+
+    def _elements(self):
+        return [number for _, phi in self._phis for number in phi._elements()]
+
+    def _sums(self, *inputs):
+        return self._phis[0][1]._sums(*inputs)
+
+    def _pick(self, student, teacher):
+        return self._phis[0][1]._pick(student, teacher) if self._phis else super()._pick(student, teacher)
 
     def minimizer(self, teacher_logits, labels=None):
         raise NotImplementedError("a sum of losses is least at a compromise of its terms, of which there is no formula")
@@ -123,16 +149,31 @@ class SumLoss(Loss):
         super().__setattr__(name, value)
 
 
-def _pairs(weight, term):
+def checked_weight(weight) -> float:
     if isinstance(weight, bool) or not isinstance(weight, REAL):
         raise TypeError(f"a loss is multiplied by a number, got {type(weight).__name__} {weight!r}")
-    check_number("the weight of a loss", weight)
-    if not isinstance(term, Loss) or isinstance(term, RowsLoss):
-        raise TypeError(f"a sum takes losses of the log-partition (kdkernels.Loss), got {type(term).__name__}; add the "
-                        "values of others, as in loss_a(s, t) + loss_b(s, t)")  # fmt: skip
+    return check_number("the weight of a loss", weight)
+
+
+def _pairs(weight, term):
+    checked_weight(weight)
+    if not isinstance(term, Loss) or not term.adds:
+        raise TypeError(f"a sum takes losses of the log-partition (kdkernels.Loss), got {type(term).__name__}; a sum "
+                        "with others is a MixedSumLoss")  # fmt: skip
     if isinstance(term, SumLoss):
         return [(weight * w, x) for w, x in zip(term.weights, term.terms, strict=True)]
     return [(weight, term)]
+
+
+def fits(terms) -> bool:
+    """Whether a `SumLoss` takes these pairs (weight, loss); wrong ones are its business, too."""
+    if not all(isinstance(term, Loss) and term.adds for _, term in terms):
+        return False
+    try:
+        in_one(pair for weight, term in terms for pair in _pairs(weight, term))
+    except ValueError:
+        return False
+    return True
 
 
 def _scales(term: Loss) -> tuple[float, float]:

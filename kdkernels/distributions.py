@@ -1,19 +1,24 @@
-"""Losses that sort the probabilities of a row, split them into groups, or relate all rows of a batch to each other."""
+"""Losses that sort the probabilities of a row, or split them into groups."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backends, call
-from .backends.reference import _prepare
-from .compare import RankLoss
-from .options import check_bool, check_count, check_number
+from . import call, tape
+from .alphabeta import P, Q
+from .buckets import blocks
+from .groups import GroupMoments
+from .logpartition import kl, reverse_kl
+from .loss import Loss, Point
+from .options import check_bool, check_number
 from .out import check_out, handed_over
-from .rowwise import RowsLoss
-from .tape import times
+from .rankops import Compare
+from .rowwise import CLASSES, RowsLoss
+from .transport import SinkhornLoss
 
 __all__ = ["AKLLoss", "GroupedKLLoss", "SinkhornLoss", "ULDLoss"]
 
@@ -24,15 +29,21 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(p > 0, p * (log_p - log_q).where(p > 0, 0.0), 0.0)
 
 
-class AKLLoss(RowsLoss):
-    """w KL(p || q) + (1 - w) KL(q || p), w = g_head / (g_head + g_tail), constant. [Wu et al. 2025, AKL, eq. 11-13]
+class AKLLoss(Loss):
+    """w KL(p || q) + (1 - w) KL(q || p), w = g_head / (g_head + g_tail), constant. [Wu et al. 2025, AKL]
 
     The head are the teacher's largest probabilities as long as they sum to mu or less, and the largest in any case;
     g are the sums of |p - q| over the head and over the rest. Equal probabilities are in the head together or not.
+    The weight is computed by torch, a few rows at a time, in float32 for logits of 32 bits or less; on a CPU no row is
+    sorted unless its head has thousands of classes.
 
     Args:
         mu: mass of the head, in (0, 1).
     """
+
+    merges = False
+    unsharded = "its head is one of the whole row"
+    adds = False
 
     def __init__(self, mu: float = 0.5, **options):
         super().__init__(**options)
@@ -41,28 +52,64 @@ class AKLLoss(RowsLoss):
     def check(self):
         check_number("mu", self.mu, above=0, most=1)
 
-    def distances(self, log_q, log_p, dead):
-        head = self._head_share(log_q.detach().exp(), log_p.detach().exp())
-        forward, reverse = _kl(log_p, log_q).sum(-1), _kl(log_q, log_p).sum(-1)
-        return times(head, forward) + times(1 - head, reverse)
+    def points(self):
+        return Q, P, Point(student=0.5, given=True)  # whose coefficient is w
 
-    def _head_share(self, q: Tensor, p: Tensor) -> Tensor:
-        top, order = p.sort(-1, descending=True)
-        end = torch.searchsorted(-top, -top, right=True) - 1  # of those that are equal
-        head = (top.cumsum(-1).gather(-1, end) <= self.mu) | (top == top[:, :1])
-        gap = (p - q).abs().gather(-1, order)
-        all_of_it = gap.sum(-1)
-        share = (gap * head).sum(-1) / torch.where(all_of_it > 0, all_of_it, 1.0)
-        return torch.where(all_of_it > 0, share, 0.5)
+    def value(self, q, p, w):
+        return tape.times(w.student, kl(q, p)) + tape.times(1 - w.student, reverse_kl(q, p))
+
+    def _prepared(self, rows, num_items, temperature):
+        backend, operators, program, args, *rest = super()._prepared(rows, num_items, temperature)
+        if self.kd_weight:
+            weight, at = self._share(rows, args, operators is None), 3 + 2 * 2
+            args = args.to(weight.device).expand(len(weight), -1)
+            args = torch.cat((args[:, :at], weight, args[:, at + 1 :]), -1)
+        return backend, operators, program, args, *rest
+
+    @torch.no_grad()
+    def _share(self, rows: call.Rows, args: Tensor, double: bool) -> Tensor:
+        """w (N, 1) float64."""
+        found, scales = [], args[:, :2].to(rows.student.device)
+        assert rows.teacher is not None
+        memory = rows.student.numel() if torch.compiler.is_compiling() else CLASSES
+        for at, *pair in blocks(rows.student, rows.teacher, memory=memory):
+            wide = double or any(x.dtype == torch.float64 for x in pair)
+            logits = [x[:, : rows.vocab].to(torch.float64 if wide else torch.float32) for x in pair]
+            if rows.mask is not None:
+                logits = [torch.where(rows.mask, x, -math.inf) for x in logits]
+            scale = scales if len(scales) == 1 else scales[at]
+            q, p = ((x * scale[:, k, None].to(x.dtype)).softmax(-1) for k, x in enumerate(logits))
+            gap = (p - q).abs_()
+            total = gap.sum(-1, keepdim=True, dtype=torch.float64)
+            share = (gap * _head(p, self.mu)).sum(-1, keepdim=True, dtype=torch.float64) / total
+            found.append(torch.where(total > 0, share, 0.5))
+        return torch.cat(found) if found else args.new_zeros((0, 1), device=rows.student.device)
+
+
+def _head(p: Tensor, mu: float) -> Tensor:
+    """(N, V) whether a probability is one of the head's: sorts as few of the largest as show where it ends."""
+    few = p.is_cpu and not torch.compiler.is_compiling()  # elsewhere a look at it would wait
+    count = min(64, p.shape[-1]) if few else p.shape[-1]
+    while True:
+        top = p.topk(count).values
+        end = (top.cumsum(-1, dtype=torch.float64) <= mu).sum(-1, keepdim=True)
+        if count == p.shape[-1] or bool((end < count).all()):
+            break
+        count = min(8 * count, p.shape[-1])
+    outside = torch.where(end < count, top.gather(-1, end.clamp(max=count - 1)), -1.0)  # the largest of them
+    return (p > outside) | (p == top[:, :1])
 
 
 class ULDLoss(RowsLoss):
-    """sum_i |q_(i) - p_(i)|, both sorted from the largest: the universal logit distance. [Boizard et al. 2024, eq. 3]
+    """sum_i |q_(i) - p_(i)|, both sorted from the largest: the universal logit distance. [Boizard et al. 2024]
 
     For teachers with a vocabulary of their own: teacher_logits may be of another width than student_logits (the
     narrower row is filled up with probabilities of 0; vocab_size and vocab_mask are then refused). Rows belong together
     as they stand: align the positions of two tokenizers first. The authors add the cross-entropy, with this at 1.5.
+    Equal probabilities share their slopes.
     """
+
+    kernels = "ULD"
 
     def forward(self, student_logits, teacher_logits=None, labels=None, **call):
         s, t = self._filled(student_logits, teacher_logits, labels, call)
@@ -93,16 +140,23 @@ class ULDLoss(RowsLoss):
         return (x if x.shape[-1] == wide else torch.nn.functional.pad(x, (0, wide - x.shape[-1]), value=-math.inf)
                 for x in (s, t))  # fmt: skip
 
-    def distances(self, log_q, log_p, dead):
-        q, p = log_q.exp(), log_p.exp()
-        return (_descending(q, p) - _descending(p, q)).abs().sum(-1)
+    def distances(self, log_q, log_p, dead, labels=None):
+        q, p = (x.exp().sort(-1, descending=True).values for x in (log_q, log_p))
+        sign = (q - p).detach().sign()
+        return (_shared(sign, q) * q).sum(-1) - (_shared(sign, p) * p).sum(-1)
+
+    def _by_kernels(self, kernels, rows, args, weight, divisor):
+        scale = self.kd_weight * (args[:, 2] ** 2 if self.t_squared else torch.ones_like(args[:, 2]))
+        weight = scale if weight is None else weight * scale
+        return Compare.apply(rows.student, rows.teacher, args[:, :2].contiguous(), rows.labels, rows.mask, weight,
+                             divisor, 0, kernels, rows.vocab, self.ignore_index, self.reduction == "none")  # fmt: skip
 
 
-def _descending(x: Tensor, other: Tensor) -> Tensor:
-    """x sorted; equal entries in the order of the other row, not of the classes, which may be numbered at will."""
-    order = torch.sort(other.detach(), dim=-1, descending=True).indices
-    again = torch.sort(x.detach().gather(-1, order), dim=-1, descending=True, stable=True).indices
-    return x.gather(-1, order.gather(-1, again))
+def _shared(sign: Tensor, x: Tensor) -> Tensor:
+    """The mean sign of equal entries of the sorted x (N, V): which of them stands where is nobody's choice."""
+    new = torch.nn.functional.pad(x[:, 1:] != x[:, :-1], (1, 0)).long().cumsum(-1)
+    total, count = (torch.zeros_like(sign).scatter_add(-1, new, y) for y in (sign, torch.ones_like(sign)))
+    return (total / count.clamp(min=1)).gather(-1, new)
 
 
 class GroupedKLLoss(RowsLoss):
@@ -113,109 +167,111 @@ class GroupedKLLoss(RowsLoss):
     grouped KD has the student's top classes and the rest, LTKD classes by their frequency.
 
     Args:
-        groups: (V,) integers from 0, the group of each class; None: one group, and so KL(p || q) times `within`.
+        groups: the group of each class, integers from 0: (V,) for all rows; or, for groups of each row,
+            "label": the label's class is group 1 and the others are group 0, as in `DKDLoss`, which is this loss with
+            balanced=True, between=alpha, within=beta, and has kernels;
+            a function of the log-probabilities log q and log p, (n, V) float64 of some of the rows without a gradient,
+            that returns (n, V).
+            None: one group, and so KL(p || q) times `within`.
         between, within: weights.
         balanced: w_g = 1, so that a group counts whatever its mass.
     """
 
-    groups: Tensor | None
+    groups: Any
     _count: int
 
     def __init__(self, groups=None, between: float = 1.0, within: float = 1.0, balanced: bool = False, **options):
         super().__init__(**options)
         self.between, self.within, self.balanced = between, within, balanced
-        self.register_buffer("groups", groups if groups is None else torch.as_tensor(groups), persistent=False)
+        if groups is None or isinstance(groups, str) or callable(groups):
+            self.groups = groups
+        else:
+            self.register_buffer("groups", torch.as_tensor(groups), persistent=False)
+
+    @property
+    def kernels(self) -> str:  # type: ignore[override]
+        return "" if callable(self.groups) else "GROUPED"
+
+    @property
+    def needs_labels(self) -> bool:  # type: ignore[override]
+        return isinstance(self.groups, str)
 
     def check(self):
-        self.__dict__["_count"] = 1 if self.groups is None else _check_groups(self.groups)
+        if isinstance(self.groups, Tensor):
+            _check_groups("groups", self.groups)
+            if self.groups.dim() != 1:
+                raise ValueError(f"groups must have shape (V,), got {tuple(self.groups.shape)}")
+        elif isinstance(self.groups, str) and self.groups != "label":
+            raise ValueError(f"groups must be integers, a function or 'label', got {self.groups!r}")
         check_number("between", self.between)
         check_number("within", self.within)
         check_bool("balanced", self.balanced)
+        self.__dict__["_count"] = int(self.groups.max()) + 1 if isinstance(self.groups, Tensor) else 1
 
-    def distances(self, log_q, log_p, dead):
-        vocab = log_q.shape[-1]
-        groups = torch.zeros(vocab, dtype=torch.int64) if self.groups is None else self.groups.long()
-        if len(groups) < vocab:
-            raise ValueError(f"groups must have a group for each of {vocab} classes, got {len(groups)}")
-        at = groups[:vocab].to(log_q.device)
-        (mass_q, rest_q), (mass_p, rest_p) = (_grouped(x, at, self._count) for x in (log_q, log_p))
-        within = _kl(rest_p, rest_q)
-        if not self.balanced:
-            within = within * mass_p.exp()[:, at]
-        return self.between * _kl(mass_p, mass_q).sum(-1) + self.within * within.sum(-1)
+    def distances(self, log_q, log_p, dead, labels=None):
+        at = self._groups_of(log_q.detach(), log_p.detach(), labels)
+        count = int(at.max()) + 1 if at.numel() else 1
+        (mass_q, rest_q), (mass_p, rest_p) = (_grouped(x, at, count) for x in (log_q, log_p))
+        return self._of_groups(mass_q, mass_p, torch.zeros_like(mass_p).scatter_add(-1, at, _kl(rest_p, rest_q)))
+
+    def _of_groups(self, log_q: Tensor, log_p: Tensor, inner: Tensor) -> Tensor:
+        """(N,) from the log masses of the groups and the divergences within them, each (N, G)."""
+        mass = log_p.exp()
+        weighted = inner if self.balanced else mass * torch.where(mass == 0, 0.0, inner)
+        return self.between * _kl(log_p, log_q).sum(-1) + self.within * weighted.sum(-1)
+
+    def _by_kernels(self, kernels, rows, args, weight, divisor):
+        labels, ignore = rows.labels, self.ignore_index
+        if rows.weight is not None:  # a row that counts nothing passes nothing on, whatever it holds
+            kept = torch.zeros_like(rows.weight, dtype=torch.int64) if labels is None else labels
+            labels = torch.where(rows.weight == 0, ignore, kept if labels is not None or ignore else kept + 1)
+        groups, count = None, 2
+        if not self.needs_labels:
+            groups = self._groups_of(args.new_empty(1, rows.vocab), args.new_empty(1, rows.vocab), None)[0].contiguous()
+            count = self._count
+        moments = GroupMoments.apply(rows.student, rows.teacher, kernels, labels, rows.mask, args, groups, count,
+                                     rows.vocab, ignore)  # fmt: skip
+        log_q, log_p, mean = moments.unbind(-1)
+        empty = log_p == -math.inf
+        lost = torch.where(log_q == -math.inf, 0.0, log_q)  # where the mean is infinite, or there is nothing to lose
+        inner = torch.where(empty, 0.0, mean - torch.where(empty, 0.0, log_p) + lost)
+        log_q, log_p = (x - x.logsumexp(-1, keepdim=True) for x in (log_q, log_p))
+        value = self._of_groups(log_q, log_p, inner) * self.kd_weight
+        value = value * args[:, 2] ** 2 if self.t_squared else value
+        per_row = self.reduction == "none"
+        return call.reduced(value, rows.student, rows.labels, weight, divisor, ignore, per_row)
+
+    def _groups_of(self, log_q: Tensor, log_p: Tensor, labels: Tensor | None) -> Tensor:
+        """(n, V) int64."""
+        shape = log_q.shape
+        if self.groups is None:
+            return torch.zeros(1, dtype=torch.int64, device=log_q.device).expand(shape)
+        if labels is not None:
+            return (torch.arange(shape[-1], device=labels.device) == labels[:, None]).long()
+        if isinstance(self.groups, Tensor):
+            if len(self.groups) < shape[-1]:
+                raise ValueError(f"groups must have a group for each of {shape[-1]} classes, got {len(self.groups)}")
+            return self.groups[: shape[-1]].to(log_q.device, torch.int64).expand(shape)
+        found = self.groups(log_q, log_p)
+        if not isinstance(found, Tensor) or found.shape != shape:
+            raise ValueError(f"groups must return a tensor of shape {tuple(shape)}, "
+                             f"got {tuple(getattr(found, 'shape', ())) or type(found).__name__}")  # fmt: skip
+        if found.numel():
+            _check_groups("what groups returns", found)
+        return found.to(log_q.device, torch.int64)
 
 
-def _check_groups(groups: Tensor) -> int:
-    """The number of groups."""
+def _check_groups(name: str, groups: Tensor) -> None:
     if groups.is_floating_point() or groups.dtype == torch.bool or groups.is_complex():
-        raise TypeError(f"groups must be integers, got {groups.dtype}")
-    if groups.dim() != 1 or not len(groups) or int(groups.min()) < 0:
-        raise ValueError(f"groups must have shape (V,) and be >= 0, got shape {tuple(groups.shape)}")
-    return int(groups.max()) + 1
+        raise TypeError(f"{name} must be integers, got {groups.dtype}")
+    if not groups.numel() or int(groups.min()) < 0:
+        raise ValueError(f"{name} must be >= 0, got {'none' if not groups.numel() else int(groups.min())}")
 
 
 def _grouped(log_p: Tensor, at: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """log P_g (N, G), and the log of what is left of each class (N, V): log p - log P_g."""
-    index = at.expand_as(log_p)
-    top = log_p.new_full((len(log_p), count), -math.inf).scatter_reduce(-1, index, log_p.detach(), "amax")
+    top = log_p.new_full((len(log_p), count), -math.inf).scatter_reduce(-1, at, log_p.detach(), "amax")
     top = torch.where(top == -math.inf, 0.0, top)
-    total = torch.zeros_like(top).index_add(-1, at, (log_p - top[:, at]).exp())
+    total = torch.zeros_like(top).scatter_add(-1, at, (log_p - top.gather(-1, at)).exp())
     mass = torch.where(total > 0, torch.where(total > 0, total, 1.0).log() + top, -math.inf)
-    return mass, log_p - torch.where(mass == -math.inf, 0.0, mass)[:, at]
-
-
-class SinkhornLoss(RankLoss):
-    """sum_ij P_ij C_ij / N over the rows of a batch, C_ij = sum_k |q_ik - p_jk|. [Cui et al. 2024, SinKD, eq. 4-8]
-
-    P is exp(-C / epsilon), its rows and then its columns divided by their sums, `iterations` times. The gradient goes
-    through P, to the teacher as well. The whole batch is computed in float64 by torch, in memory of a few times the
-    logits' and N^2; row_weight is refused.
-
-    Args:
-        temperature: T > 0 of both softmaxes.
-        epsilon: > 0, entropic regularisation.
-        iterations: >= 1.
-        reduction: "mean", over the kept rows, or "sum".
-    """
-
-    teacher_gradient = True
-    rowwise = False
-
-    def __init__(self, temperature: float = 2.0, epsilon: float = 0.1, iterations: int = 20, **options):
-        super().__init__(temperature=temperature, **options)
-        self.epsilon, self.iterations = epsilon, iterations
-
-    def check(self):
-        check_number("epsilon", self.epsilon, above=0)
-        check_count("iterations", self.iterations)
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum' for a loss over whole batches, got {self.reduction!r}")
-
-    def minimizer(self, teacher_logits, labels=None):
-        raise NotImplementedError("SinkhornLoss is not 0 at the teacher's logits: P moves mass between rows")
-
-    def _term(self, rows, student_logits, num_items, temperature):
-        backends.definition(type(self).__name__)
-        if rows.weight is not None:
-            raise ValueError("row_weight is not for SinkhornLoss, whose rows are related to each other")
-        _, divisor = call.weighting(self, rows, num_items)
-        T = self.temperature if temperature is None else temperature
-        T = T.reshape(-1, 1) if isinstance(T, Tensor) and T.dim() else T
-        keep = None if rows.labels is None else rows.labels != self.ignore_index
-        q, p = ((_prepare(x, rows, keep) / T).softmax(-1) for x in (rows.student, rows.teacher))
-        some = torch.ones_like(q[:, 0]) if keep is None else keep.to(q.dtype)
-        value = transport(torch.cdist(q, p, p=1.0), some, self.epsilon, self.iterations)
-        if self.t_squared:
-            value = value * (T * T)
-        value = value * self.kd_weight / (divisor or some.sum().clamp(min=1))
-        return value.to(call.result_dtype(student_logits))
-
-
-def transport(cost: Tensor, some: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """sum_ij P_ij C_ij of the rows and columns with some = 1."""
-    plan = (-cost / epsilon).exp() * some[:, None] * some
-    for _ in range(iterations):
-        for dim in (1, 0):
-            total = plan.sum(dim, keepdim=True)
-            plan = plan / torch.where(total > 0, total, 1.0)
-    return (plan * cost).sum()
+    return mass, log_p - torch.where(mass == -math.inf, 0.0, mass).gather(-1, at)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import tape
 from .alphabeta import AlphaBetaLoss, P, Q, RenyiLoss
+from .base import BaseLoss
 from .loss import Label, Loss, Moment, Point
 from .options import check_bool, check_number
 
@@ -21,9 +22,14 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _kl(q: Moment, p: Moment, gamma: float = 1):
+def kl(q: Moment, p: Moment, gamma: float = 1):
     """KL(p || q), the Bregman divergence of the log-partition; p = softmax(gamma t)."""
     return q.lse - p.lse + gamma * p.t - p.s
+
+
+def reverse_kl(q: Moment, p: Moment):
+    """KL(q || p)."""
+    return p.lse - q.lse + q.s - q.t
 
 
 class ForwardKLLoss(Loss):
@@ -33,7 +39,13 @@ class ForwardKLLoss(Loss):
         return Q, P
 
     def value(self, q, p):
-        return _kl(q, p)
+        return kl(q, p)
+
+
+def cross_entropy_of(loss: BaseLoss) -> ForwardKLLoss:
+    """What is added to the distillation term of a loss, alone."""
+    names = ("ce_weight", "label_smoothing", "z_loss", "reduction", "ignore_index")
+    return ForwardKLLoss(kd_weight=0.0, **{name: getattr(loss, name) for name in names})
 
 
 class KDLoss(ForwardKLLoss):
@@ -75,7 +87,7 @@ class ReverseKLLoss(Loss):
         return Q, P
 
     def value(self, q, p):
-        return p.lse - q.lse + q.s - q.t
+        return reverse_kl(q, p)
 
 
 class TTMLoss(Loss):
@@ -98,7 +110,7 @@ class TTMLoss(Loss):
         return Q, Point(teacher=self.gamma)
 
     def value(self, q, h):
-        return _kl(q, h, self.gamma)
+        return kl(q, h, self.gamma)
 
     def minimizer(self, teacher_logits, labels=None):
         return self.gamma * super().minimizer(teacher_logits)
@@ -172,7 +184,7 @@ class DKDLoss(Loss):
         a, b = label.teacher - p.lse, label.student - q.lse  # log odds of the label
         target = tape.times(tape.sigmoid(a), tape.softplus(-b) - tape.softplus(-a))
         target = target + tape.times(tape.sigmoid(-a), tape.softplus(b) - tape.softplus(a))
-        others = tape.where(p.lse > -math.inf, _kl(q, p), 0.0)  # no other class, no such term
+        others = tape.where(p.lse > -math.inf, kl(q, p), 0.0)  # no other class, no such term
         return self.alpha * target + self.beta * others
 
 

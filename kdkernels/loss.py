@@ -19,7 +19,6 @@ from .base import BaseLoss
 from .ops import RowLoss, value_and_grad
 
 if TYPE_CHECKING:
-    from .compose import SumLoss
     from .observe import RowMetrics
 
 MOMENTS = 6  # lse, s, t, ss, st, tt
@@ -102,6 +101,8 @@ class Loss(BaseLoss):
     """
 
     unsharded: str | None = None
+    adds = True
+    """Whether it may be a term of a sum of losses that reads the logits once."""
     _version: int
     _double: Program
     _single: Program
@@ -147,14 +148,16 @@ class Loss(BaseLoss):
         if operators is None:
             value = backend.row_losses(self, rows, program, args)
             return call.reduced(value, student_logits, rows.labels, weight, divisor, ignore, per_row)
-        if rows.shards is not None:
-            operators = rows.shards.operators(operators)
+        operators = self._of_whole_rows(operators, rows)
         if not torch.is_grad_enabled():  # which an autograd Function does not look at: it would make a gradient
             rows, args = call.detached(rows), args.detach()
         return RowLoss.apply(
             rows.student, rows.teacher, args, rows.labels, rows.mask, weight, divisor, program.code,
             operators, rows.vocab, ignore, per_row,
         )  # fmt: skip
+
+    def _of_whole_rows(self, operators, rows):
+        return operators if rows.shards is None else rows.shards.operators(operators)
 
     def _prepared(self, rows, num_items, temperature):
         backend, operators = self._pick(rows.student, rows.teacher)
@@ -183,7 +186,7 @@ class Loss(BaseLoss):
 
         Args:
             agreement: top-1 agreement and acceptance as well, for which the logits are read once more, in float64.
-            given: the other keywords of a call, but for `group`.
+            given: the other keywords of a call. On vocabulary shards agreement costs one more all_gather.
 
         Raises:
             TypeError, ValueError: as in a call.
@@ -191,18 +194,6 @@ class Loss(BaseLoss):
         from .observe import with_metrics
 
         return with_metrics(self, student_logits, teacher_logits, labels, agreement, given)
-
-    def __mul__(self, weight: float) -> SumLoss:
-        return _sum((weight, self))
-
-    __rmul__ = __mul__
-
-    def __add__(self, other: Loss) -> SumLoss:
-        return _sum((1, self), (1, other))
-
-    def __radd__(self, other) -> Loss:
-        starts = isinstance(other, int) and other == 0  # as sum() does
-        return self if starts else _sum((1, other), (1, self))
 
     def _distance(self, moments: list[Moment], label: Label):
         """The distillation term of a row, from the moments at `all_points()`."""
@@ -270,9 +261,3 @@ def _traced(loss: Loss) -> Program:
     columns = torch.broadcast_tensors(*flat)
     header = [len(points), len(code.code), len(elements), out]
     return Program(torch.tensor([*header, *flags, *lines, *elements], dtype=torch.float64), torch.stack(columns, -1))
-
-
-def _sum(*terms) -> SumLoss:
-    from .compose import SumLoss
-
-    return SumLoss(terms)

@@ -62,23 +62,22 @@ class _Observed(SumLoss):
         return super().row_value(moments, label, raw_label, temperature)
 
     def _prepared(self, rows, num_items, temperature):
-        if rows.shards is not None:
-            raise ValueError("with_metrics needs whole rows: it takes no group and no DTensors")
-        backend, own, program, args, *rest = super()._prepared(rows, num_items, temperature)
-        self._sink.update(rows=rows, args=args.detach())
-        if own is None:
-            return backend, None, program, args, *rest
+        prepared = super()._prepared(rows, num_items, temperature)
+        self._sink.update(rows=rows, args=prepared[3].detach(), ignore=self.ignore_index)
+        return prepared
+
+    def _of_whole_rows(self, operators, rows):
+        own = super()._of_whole_rows(operators, rows)
 
         def reduce(*inputs):
             stats = own.reduce(*inputs)
-            more, scale = self._more(), args.detach().to(stats.device).T
+            more, scale = self._more(), self._sink["args"].to(stats.device).T
             means = [stats[:, k, 2 + side] * scale[side] for side, k in enumerate(more)]
             lse = [stats[:, k, 0] + stats[:, k, 1].log() for k in more]
             self._sink.update(lse=torch.stack(lse), mean=torch.stack(means), label=stats[:, -1, 0] * scale[0])
             return stats
 
-        operators = own._replace(reduce=reduce, step=None, step_out=None, step_add=None)
-        return backend, operators, program, args, *rest
+        return own._replace(reduce=reduce, step=None, step_out=None, step_add=None)
 
 
 def with_metrics(loss: Loss, student, teacher, labels, agreement: bool, given: dict) -> tuple[Tensor, RowMetrics]:
@@ -90,14 +89,14 @@ def with_metrics(loss: Loss, student, teacher, labels, agreement: bool, given: d
     observed._uses  # noqa: B018  (prepares it again if an option of the loss has changed)
     observed = copy.copy(observed)
     observed.__dict__.update(_sink={}, reduction=loss.reduction, ignore_index=loss.ignore_index,
-                             validate=loss.validate)  # fmt: skip
+                             validate=loss.validate, _exchanges=agreement)  # fmt: skip
     value = observed(student, teacher, labels, **given)
     with torch.no_grad():
-        return value, _metrics(observed._sink, observed.ignore_index, agreement)
+        return value, _metrics(observed._sink, agreement)
 
 
-def _metrics(sink: dict[str, Any], ignore: int, agreement: bool) -> RowMetrics:
-    rows, lse = sink["rows"], sink["lse"]
+def _metrics(sink: dict[str, Any], agreement: bool) -> RowMetrics:
+    rows, lse, ignore = sink["rows"], sink["lse"], sink["ignore"]
     shape, labels = rows.student.shape[:-1], rows.labels
 
     def of_rows(x):
@@ -121,13 +120,20 @@ def _read_again(rows: call.Rows, args: Tensor, lse: Tensor) -> tuple[Tensor, Ten
     """(N,) whether the first choices agree, and sum_i min(p_i, q_i), a chunk of rows at a time."""
     scales = args.to(lse.device)[:, :2].expand(lse.shape[1], 2)
     assert rows.teacher is not None
-    same, overlap = [], []
+    first, overlap = [], []
     for at, *pair in blocks(rows.student, rows.teacher, memory=ELEMENTS):
         logits = [x[:, : rows.vocab] for x in pair]
         if rows.mask is not None:
             logits = [torch.where(rows.mask, x, -math.inf) for x in logits]
-        first = [x.argmax(-1) for x in logits]
+        first.append(torch.stack([y.double() for x in logits for y in x.max(-1)], -1))
         q, p = ((x.double() * scales[at, k, None] - lse[k, at, None]).exp() for k, x in enumerate(logits))
-        same.append((first[0] == first[1]).double())
-        overlap.append(torch.minimum(q, p).sum(-1))
-    return torch.cat(same) if same else lse[0], torch.cat(overlap) if overlap else lse[0]
+        overlap.append(torch.minimum(q, p).sum(-1, keepdim=True))
+    if not overlap:
+        return lse[0], lse[0]
+    found = torch.cat((torch.cat(first), torch.cat(overlap)), -1)  # largest logit, its class, of both sides; sum
+    if rows.shards is None:
+        return (found[:, 1] == found[:, 3]).double(), found[:, 4]
+    parts = rows.shards.gather(found)
+    starts = parts.new_tensor([start for start, _ in rows.shards.spans])[:, None]
+    first_of_all = [(parts[..., k + 1] + starts).gather(0, parts[..., k].argmax(0)[None])[0] for k in (0, 2)]
+    return (first_of_all[0] == first_of_all[1]).double(), parts[..., 4].sum(0)

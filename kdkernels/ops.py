@@ -49,7 +49,9 @@ class Operators(NamedTuple):
     step_out: Callable | None = None
     step_add: Callable | None = None
     rescale: Callable | None = None
-    elements: bool = False  # the loss is separable: `spread` takes the program as well, behind coef
+    # The loss is separable: `spread` takes the program as well, behind coef. Its `reduce` in two steps, between which
+    # vocabulary shards meet: that of its points, and (..., program, stats, vocab, ignore) -> sums (N, 5 or 7).
+    elements: tuple[Callable, Callable] | None = None
 
 
 NOT_AGAIN = ("kdkernels: this gradient is not itself differentiable; for double backward run the loss under "
@@ -109,6 +111,28 @@ def rows_of_sums(rows: Callable) -> Callable:
         return value, coef
 
     return run
+
+
+def points_of(program: Tensor, args: Tensor) -> tuple[Tensor, Tensor]:
+    """The program and args of what of a separable loss is reduced first."""
+    K = int(program[0]) - 1
+    return torch.cat((program.new_tensor([K, 0, 0, 0]), program[4 : 4 + K])), args[:, : 3 + 2 * K].contiguous()
+
+
+def with_sums(stats: Tensor, sums: Tensor) -> Tensor:
+    """Statistics (N, K + 1, 7) of a separable loss, from those at its points (N, K, 7) and the sums over the classes:
+    of phi, of its slopes in log q and log p, and of those times log q and log p; and of q and p, where those do not add
+    up to 1."""
+    total, *slopes = sums.unbind(-1)
+    q, p, by_q, by_p = (torch.where(x.isfinite(), x, 0.0) for x in slopes[:4])
+    if mass := slopes[4:]:
+        q, p = (x / torch.where(z > 0, z, 1.0) for x, z in zip((q, p), mass, strict=True))
+    log_q, log_p = (stats[:, k, 0] + stats[:, k, 1].log() for k in (0, 1))
+    by_q, by_p = (y + torch.where(x == 0, 0.0, x * lse) for x, y, lse in ((q, by_q, log_q), (p, by_p, log_p)))
+    one, end = torch.ones_like(total), stats[:, -1].clone()
+    end[:, 6] = by_p
+    last = torch.stack((one * math.inf, one, q, p, total, by_q, total), -1)
+    return torch.cat((stats[:, :-1], last[:, None], end[:, None]), 1)
 
 
 def register_buckets(prefix: str = "") -> None:

@@ -1,7 +1,8 @@
 """Losses of logits cut into vocabulary shards: every rank of a process group holds some of the columns of all rows.
 
 Row statistics are a monoid: each rank reduces its columns, one all_gather brings the ranks' statistics together, every
-rank merges them in float64, and value and gradient follow as for whole rows. Another small all_gather goes ahead, of
+rank merges them in float64, and value and gradient follow as for whole rows. The sums over the classes of a separable
+loss, which need the log-partitions, are gathered after them. Another small all_gather goes ahead, of
 what has to be known first: that the ranks hold the same rows and make the same call, and how many columns each has.
 The backward needs none: a rank's gradient is a function of its own columns and the merged statistics.
 """
@@ -17,8 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import backends, call
-from .ops import Once
+from . import call
+from .dtensor import is_sharded as is_sharded  # of what a call is given
+from .dtensor import unwrapped
+from .ops import Once, points_of, with_sums
 from .options import ELSEWHERE, readable
 from .out import check_out
 
@@ -64,8 +67,13 @@ class Shards:
         """Those of a backend on this rank's columns, with statistics of the whole rows."""
 
         def reduce(student, teacher, labels, mask, args, program, vocab, ignore_index):
-            stats = base.reduce(student, teacher, labels, mask, args, program, vocab, ignore_index)
-            return self.merge_stats(stats, args)
+            rows, end = (student, teacher, labels, mask), (vocab, ignore_index)
+            if not base.elements:
+                return self.merge_stats(base.reduce(*rows, args, program, *end), args)
+            points, sums = base.elements
+            code, less = points_of(program, args)
+            stats = self.merge_stats(points(*rows, less, code, *end), less)
+            return with_sums(stats, self.gather(sums(*rows, args, program, stats, *end)).sum(0))
 
         return base._replace(reduce=reduce, step=None, step_out=None, step_add=None)
 
@@ -88,6 +96,18 @@ class Shards:
     def shared(self, args: Tensor) -> Tensor:
         """What the statistics of all ranks depend on, where autograd sees one's own: its gradient is summed."""
         return _Shared.apply(args, self.group) if args.requires_grad else args
+
+    def merge_sums(self, total: Tensor, slopes: list[Tensor], lse: list[Tensor]) -> Tensor:
+        """(N,) sums over this rank's classes -> over all, differentiable by this rank's part of them and of lse.
+
+        slopes: of this rank's sum, by each of the log-partitions lse.
+        """
+        parts = self.gather(torch.stack((total.detach(), *slopes), -1))
+        parts[self.rank] = 0.0
+        others, *slopes = parts.sum(0).unbind(-1)
+        for x, slope in zip(lse, slopes, strict=True):
+            total = total + torch.where(slope.isfinite(), slope, 0.0) * (x - x.detach())
+        return total + others
 
     def merge_moments(self, moments, empty, at):
         """The same for the reference, differentiable by this rank's part: K x (lse, s, t, ss, st, tt), K x whether the
@@ -119,11 +139,6 @@ def merge(m: Tensor, z: Tensor, s: Tensor, t: Tensor, ss: Tensor, st: Tensor, tt
     return top, total, mean_s, mean_t, *((f * x).sum(0) for x in (ss + d * d, st + d * e, tt + e * e))
 
 
-def is_sharded(x) -> bool:
-    """Whether it is a DTensor."""
-    return isinstance(x, Tensor) and hasattr(x, "device_mesh")
-
-
 def forward(loss, group, num_items, *given):
     """A call of the loss with `group` or DTensors. Under torch.compile a graph break."""
     run = torch.compiler.disable(_forward) if torch.compiler.is_compiling() else _forward
@@ -150,7 +165,8 @@ def split(loss, group, student, teacher, labels, row_weight, temperature, vocab_
             loss cannot be cut into shards; the ranks hold different rows or make different calls.
     """
     check_loss(loss)
-    group, student, teacher, labels = _unwrapped(group, student, teacher, labels)
+    group, student, teacher, labels = unwrapped(group, student, teacher, labels)
+    check_group(group)
     with refusing(group, student):
         width = student.shape[-1] if isinstance(student, Tensor) and student.dim() else 0
         given = (_padded(student), _padded(teacher), labels, row_weight, temperature, vocab_size, None)
@@ -195,13 +211,14 @@ def refusing(group, like):
 
 
 def _checksum(loss, rows: call.Rows) -> int:
-    backend = backends.pick(rows.student, rows.teacher).__name__
-    return checksum(loss, rows.labels is None, backend)
+    backend, _ = loss._pick(rows.student, rows.teacher)
+    return checksum(loss, rows.labels is None, backend.__name__)
 
 
 def checksum(loss, *kind) -> int:
     """Of what has to be the same on all ranks for what they exchange to fit together."""
-    kind = (type(loss).__name__, loss.reduction, loss.standardize, loss.ignore_index, *kind)
+    kind = (type(loss).__name__, loss.reduction, loss.standardize, loss.ignore_index,
+            vars(loss).get("_exchanges"), *kind)  # fmt: skip
     program = vars(loss).get("_double")
     return zlib.crc32(repr(kind).encode() + (b"" if program is None else program.code.numpy().tobytes()))
 
@@ -234,34 +251,6 @@ def _padded(x):
     """A rank without columns gets one that is padding."""
     empty = isinstance(x, Tensor) and x.dim() > 0 and x.shape[-1] == 0
     return torch.nn.functional.pad(x, (0, 1), value=-math.inf) if empty else x
-
-
-def _unwrapped(group, student, teacher, labels):
-    """The group, and local tensors in place of DTensors."""
-    if is_sharded(labels):
-        if not all(p.is_replicate() for p in labels.placements):
-            raise ValueError(f"labels must be the same on every rank, got a DTensor with {labels.placements}")
-        labels = labels.to_local()
-    if not is_sharded(student):
-        check_group(group)
-        if is_sharded(teacher):
-            raise TypeError("teacher_logits are a DTensor and student_logits are not; pass both in one form")
-        return group, student, teacher, labels
-    if group is not None:
-        raise TypeError("student_logits are a DTensor, whose device mesh is the group: pass no group")
-    placements, last = student.placements, student.dim() - 1
-    cut = [i for i, p in enumerate(placements) if p.is_shard(last) or p.is_shard(-1)]
-    if len(cut) != 1 or not all(p.is_replicate() for i, p in enumerate(placements) if i != cut[0]):
-        raise ValueError(f"student_logits must be cut along the last dimension in one dimension of their mesh and "
-                         f"replicated in the others, got {placements}")  # fmt: skip
-    if teacher is not None:
-        if not is_sharded(teacher):
-            raise TypeError("student_logits are a DTensor and teacher_logits are not; pass both in one form")
-        if teacher.device_mesh != student.device_mesh or teacher.placements != placements:
-            raise ValueError(f"teacher_logits must be placed like student_logits {placements}, "
-                             f"got {teacher.placements}")  # fmt: skip
-        teacher = teacher.to_local(grad_placements=placements)
-    return student.device_mesh.get_group(cut[0]), student.to_local(grad_placements=placements), teacher, labels
 
 
 class _Guard(torch.autograd.Function):

@@ -13,6 +13,8 @@ def reducing(loss: Any, reduction: str) -> Any:
     part = copy.copy(loss)
     if "_double" in vars(loss):  # a log-partition loss is traced for any reduction
         part.__dict__["reduction"] = reduction
+        if "_cross_entropy" in vars(loss):
+            part.__dict__["_cross_entropy"] = reducing(vars(loss)["_cross_entropy"], reduction)
     else:
         part.reduction = reduction
     if "_split" in vars(part):  # of a SparseTeacher's loss

@@ -5,6 +5,8 @@ Operators (`csrc/cpu/ranks.cpp`; `kdkernels.ranks` says what a kind's columns of
     compare(student (N, W) or (A, B, W), teacher, labels (N,)?, mask (V,)?, args (1 or N, 5 + shifts), kind, vocab,
             ignore_index) -> value (N,) float64
     compare_step(grad (N or 1,), ...the same..., side) -> value (N,), grad times the gradient of that side's logits
+    uld, uld_step: the same for the distance of sorted probabilities; args (1 or N, 2), no kind
+    together_step(...): see `kdkernels.together`
     rankdata(a (N, V)) -> ranks (N, V) float64;  spearman(a, b), kendall_tau(a, b) -> (N,) float64
 """
 
@@ -22,14 +24,16 @@ METRICS = ("rankdata", "spearman", "kendall_tau")
 def register() -> None:
     """Shape rules and a loud refusal of double backward."""
 
-    @torch.library.register_fake("kdkernels::compare")
-    def _(student, *rest):
-        return student.new_empty(student.shape[:-1].numel(), dtype=torch.float64)
+    for name in ("compare", "uld"):
 
-    @torch.library.register_fake("kdkernels::compare_step")
-    def _(grad, student, teacher, labels, mask, args, kind, vocab, ignore_index, side):
-        logits = teacher if side else student
-        return student.new_empty(student.shape[:-1].numel(), dtype=torch.float64), logits.new_empty(logits.shape)
+        @torch.library.register_fake(f"kdkernels::{name}")
+        def _(student, *rest):
+            return student.new_empty(student.shape[:-1].numel(), dtype=torch.float64)
+
+        @torch.library.register_fake(f"kdkernels::{name}_step")
+        def _(grad, student, teacher, labels, mask, args, kind, vocab, ignore_index, side):
+            logits = teacher if side else student
+            return student.new_empty(student.shape[:-1].numel(), dtype=torch.float64), logits.new_empty(logits.shape)
 
     @torch.library.register_fake("kdkernels::rankdata")
     def _(a):
@@ -41,7 +45,11 @@ def register() -> None:
         def _(a, b):
             return a.new_empty(a.shape[:-1].numel(), dtype=torch.float64)
 
-    for name in ("compare", "compare_step", *METRICS):
+    @torch.library.register_fake("kdkernels::together_step")
+    def _(student, *rest):
+        return student.new_empty((), dtype=result_dtype(student)), student.new_empty(student.shape)
+
+    for name in ("compare", "compare_step", "together_step", "uld", "uld_step", *METRICS):
         torch.library.register_autograd(f"kdkernels::{name}", refuse)
 
 

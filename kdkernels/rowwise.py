@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,19 +15,23 @@ from .loss import Loss, Moment, Point, Program
 
 # Where the moments of a point stand, at this one stand sums over the classes: s, t are those of the slopes of phi in
 # log q and log p (see separable.py), ss and tt both the distance.
-SUMS = Point(raw=True)
+SUMS = Point(raw=True, frozen=True)
 CLASSES = 1 << 20  # of a batch that are computed at a time
 
 
 class RowsLoss(Loss):
     """A loss that torch computes in float64 from the log-probabilities of whole rows, a few rows at a time.
 
-    Beside the gradient there is no memory that grows with the number of rows. There is a gradient for the teacher. No
-    backend has kernels for it: all run the definition, and `use_backend` of another than "reference" raises.
+    Beside the gradient there is no memory that grows with the number of rows. There is a gradient for the teacher. A
+    backend without `kernels` runs the definition, and `use_backend` of one raises.
     """
 
     merges = False
-    unsharded = "it sums over the classes what both log-partitions have to be known for"
+    adds = False
+    kernels = ""
+    """The attribute of a backend that has kernels of the distance, if any does."""
+    _cross_entropy: Loss
+    unsharded: str | None = "it sums over the classes what both log-partitions have to be known for"
 
     def points(self):
         return Q, P
@@ -35,12 +39,21 @@ class RowsLoss(Loss):
     def all_points(self):
         return super().all_points() + ((SUMS,) if self.kd_weight else ())
 
-    def distances(self, log_q: Tensor, log_p: Tensor, dead: Tensor) -> Tensor:
-        """(N,) distances of rows (N, V) in float64; a class that is dead is none, its logarithms are -inf."""
+    def distances(self, log_q: Tensor, log_p: Tensor, dead: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(N,) distances of rows (N, V) in float64; a class that is dead is none, its logarithms are -inf.
+
+        labels: (N,) where the loss needs them; of a row that is left out any class.
+        """
         raise NotImplementedError(f"{type(self).__name__} must declare distances()")
 
-    def _sums(self, log_q: Tensor, log_p: Tensor, dead: Tensor) -> Moment:
-        total, zero = self.distances(log_q, log_p, dead), log_q.new_zeros(len(log_q))
+    def _sums(self, log_q, log_p, dead, shards: Any, lse: list[Tensor], labels: Tensor | None) -> Moment:
+        total, zero = self.distances(log_q, log_p, dead, labels), log_q.new_zeros(len(log_q))
+        if shards is not None:  # the other ranks' sums depend on this rank's part of lse
+            leaves = [x.detach().requires_grad_() for x in (log_q, log_p)]
+            with torch.enable_grad():
+                own = self.distances(leaves[0], leaves[1], dead, labels).sum()
+                slopes = torch.autograd.grad(own, leaves, allow_unused=True) if own.requires_grad else (None, None)
+            total = shards.merge_sums(total, [zero if x is None else -x.sum(-1) for x in slopes], lse)
         spoilt = torch.where((log_q + log_p).isnan().any(-1) | total.isnan(), torch.nan, 0.0)[:, None]
         for x in (log_q, log_p):  # NaN for the gradients as well
             total = total + (x.clamp(min=-1e300) * spoilt).sum(-1)
@@ -52,10 +65,35 @@ class RowsLoss(Loss):
     def _pick(self, student, teacher):
         if not self.kd_weight:
             return super()._pick(student, teacher)
+        if self.kernels and hasattr(found := backends.pick(student, teacher), self.kernels):
+            return found, None
         return backends.definition(type(self).__name__), None
 
+    def _prepare(self):
+        super()._prepare()
+        if self.ce_weight:
+            from .logpartition import cross_entropy_of
+
+            self.__dict__["_cross_entropy"] = cross_entropy_of(self)
+
+    def _by_kernels(self, kernels, rows: call.Rows, args: Tensor, weight: Tensor | None, divisor: float) -> Tensor:
+        """The reduced (or per-row) distillation term."""
+        raise NotImplementedError
+
     def _evaluate(self, rows, student_logits, num_items, temperature):
-        _, operators, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
+        backend, operators, program, args, weight, divisor = self._prepared(rows, num_items, temperature)
+        kernels = getattr(backend, self.kernels, None) if self.kd_weight and self.kernels else None
+        if kernels is not None and args.requires_grad:  # through the deviations of its rows
+            with backends.use_backend("reference"):
+                return self._evaluate(rows, student_logits, num_items, temperature)
+        if kernels is not None:
+            if self.ce_weight and student_logits.dtype in (torch.bfloat16, torch.float16):
+                rows = rows._replace(student=rows.student.float())  # two gradients are summed: rounded once, at the end
+            total = self._by_kernels(kernels, rows, args, weight, divisor)
+            if not self.ce_weight:
+                return total
+            alone = rows._replace(teacher=None)
+            return total + self._cross_entropy._evaluate(alone, student_logits, num_items, None)
         few = rows.student.numel() <= CLASSES or args.requires_grad or torch.compiler.is_compiling()
         if operators is not None or few:
             return super()._evaluate(rows, student_logits, num_items, temperature)

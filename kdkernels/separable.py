@@ -32,6 +32,9 @@ class SeparableLoss(RowsLoss):
     `kdkernels.Loss`. The CUDA C++ backend has no kernels for these losses: on a GPU they run on Triton's.
     """
 
+    unsharded = None
+    adds = True
+
     def phi(self, log_q: Any, log_p: Any) -> Any:
         """The contribution of a class."""
         raise NotImplementedError(f"{type(self).__name__} must declare phi()")
@@ -40,7 +43,7 @@ class SeparableLoss(RowsLoss):
         """The loss of a row from the sum of its contributions: the sum itself unless it is overridden."""
         return total
 
-    def distances(self, log_q, log_p, dead):
+    def distances(self, log_q, log_p, dead, labels=None):
         alive = [torch.where(dead, 0.0, x) for x in (log_q, log_p)]
         return torch.where(dead, 0.0, torch.as_tensor(self.phi(*alive))).sum(-1)
 
@@ -67,6 +70,38 @@ class SeparableLoss(RowsLoss):
         return backend, getattr(backend, "SEPARABLE", None)
 
 
+class WeightedSum(SeparableLoss):
+    """sum_k w_k loss_k of losses that are the sum over the classes itself."""
+
+    def __init__(self, parts: list[tuple[float, SeparableLoss]], **options):
+        super().__init__(**options)
+        self.parts = parts
+
+    def phi(self, log_q, log_p):
+        total: Any = 0.0
+        for weight, part in self.parts:
+            total = total + weight * part.phi(log_q, log_p)
+        return total
+
+
+def in_one(terms) -> list[tuple[float, SeparableLoss]]:
+    """The separable distillation terms of pairs (weight, loss) as one, or none.
+
+    Raises:
+        ValueError: they are not one sum over the classes.
+    """
+    found = [(w * x.kd_weight, x) for w, x in terms if isinstance(x, SeparableLoss) and x.kd_weight]
+    if len(found) < 2:
+        return found
+    own = ("temperature", "teacher_temperature", "t_squared")
+    first, *others = ({name: getattr(x, name) for name in own} for _, x in found)
+    if any(x != first for x in others) or any(type(x).value is not SeparableLoss.value for _, x in found):
+        names = ", ".join(type(x).__name__ for _, x in found)
+        raise ValueError(f"separable losses share a sum if they have the same {', '.join(own)} and no value() of their "
+                         f"own: {names}")  # fmt: skip
+    return [(1.0, WeightedSum(found, **first))]
+
+
 def _gap(log_q, log_p):
     """p, q, d = log p - log q, min(p, q) / max(p, q) - 1, and q - p to full precision where they meet."""
     p, q, d = tape.exp(log_p), tape.exp(log_q), log_p - log_q
@@ -84,7 +119,7 @@ def _mixture(d, near, share: float):
     """log(m / p) and log(m / q), m = share p + (1 - share) q, as functions of d = log(p / q)."""
     other = tape.where(d > 0, 1 - share, share)  # of the smaller of p and q
     log_ratio = tape.log1p(other * near)
-    if not 0.25 < share < 0.75:  # log1p(x) is inexact where x is close to -1
+    if not 0.09 < share < 0.91:  # log1p(x) is inexact where x is close to -1
         far = tape.log(tape.where(d > 0, share, 1 - share) + other * tape.exp(tape.where(d > 0, -d, d)))
         log_ratio = tape.where(near > -0.5, log_ratio, far)
     return tape.where(d > 0, log_ratio, log_ratio - d), tape.where(d > 0, log_ratio + d, log_ratio)
@@ -102,7 +137,7 @@ def _skewed(p, log_p, q, log_q, of_p, gap, share: float, detached: bool = False)
 
 
 class JSDLoss(SeparableLoss):
-    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q. [Agarwal et al. 2024, GKD, eq. 1]
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q. [Agarwal et al. 2024, GKD]
 
     The mixture is one of probabilities, computed on the logarithms. At beta = 0 it is KL(p || q) and at 1 KL(q || p),
     as in GKD: the limits of JSD / beta and JSD / (1 - beta), not of JSD, which goes to 0 at both ends.
@@ -132,7 +167,7 @@ class JSDLoss(SeparableLoss):
 
 
 class SkewKLLoss(SeparableLoss):
-    """KL(p || m), m = alpha p + (1 - alpha) q. [Ko et al. 2024, DistiLLM, eq. 3]
+    """KL(p || m), m = alpha p + (1 - alpha) q. [Ko et al. 2024, DistiLLM]
 
     Args:
         alpha: share of the teacher in [0, 1); 0 is KL(p || q).
@@ -156,7 +191,7 @@ class SkewKLLoss(SeparableLoss):
 
 
 class SkewReverseKLLoss(SkewKLLoss):
-    """KL(q || m), m = alpha q + (1 - alpha) p. [Ko et al. 2024, DistiLLM, eq. 5; Ko et al. 2025, DistiLLM-2]
+    """KL(q || m), m = alpha q + (1 - alpha) p. [Ko et al. 2024, DistiLLM; Ko et al. 2025, DistiLLM-2]
 
     Args:
         alpha: share of the student in [0, 1); 0 is KL(q || p).
@@ -187,5 +222,7 @@ class TVDLoss(SeparableLoss):
     merges = True  # an f-divergence
 
     def phi(self, log_q, log_p):
-        *_, d, near, gap = _gap(log_q, log_p)
-        return tape.where(near < 0, tape.where(d > 0, -gap, gap), 0.0) / 2
+        p, q, d, near, _ = _gap(log_q, log_p)
+        half = tape.where(near < 0, 0.5, 0.0)
+        sign = tape.where(d > 0, half, -half)
+        return tape.with_slopes(-half * near * tape.where(d > 0, p, q), (log_q, -sign * q), (log_p, sign * p))

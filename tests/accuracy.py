@@ -25,6 +25,8 @@ def has_kernels(case: Case, backend: str) -> bool:
     loss = getattr(kd, case.name)
     if issubclass(loss, kd.SeparableLoss):
         return backend != "cuda"
+    if loss in (kd.GroupedKLLoss, kd.ULDLoss) and backend == "cpu":
+        return True
     return backend == "reference" or not issubclass(loss, RowsLoss)
 
 
@@ -50,6 +52,11 @@ def only(backend):
 def of_points(case: Case) -> bool:
     """Whether all of the loss is made at points of the log-partition."""
     return not issubclass(getattr(kd, case.name), RowsLoss)
+
+
+def can_shard(case: Case) -> bool:
+    """Whether it can be computed on vocabulary shards."""
+    return getattr(kd, case.name).unsharded is None
 
 
 def make(case: Case, **options):

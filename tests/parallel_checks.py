@@ -6,12 +6,13 @@ Inputs come from seeds, so that each rank knows all of them.
 import datetime
 import json
 import os
+import time
 import traceback
 
 import emulated
 import torch
 import torch.distributed as dist
-from accuracy import F32, F64, SAMPLE, Batch, make, of_points, only
+from accuracy import F32, F64, SAMPLE, Batch, can_shard, make, of_points, only
 from textbook import CASES
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -48,19 +49,22 @@ def run(rank, world, where):
     dist.destroy_process_group()
 
 
-def die(rank, world, where):
-    """The last rank is gone before the statistics are exchanged: the others get an error, in time."""
-    start(rank, world, where, seconds=10)
+def die(rank, world, where, hangs=False):
+    """The last rank is gone, or hangs, before the statistics are exchanged: the others get an error, in time."""
+    start(rank, world, where, seconds=5)
     s, t, _ = rows(4, 8)
     loss, group = kd.ForwardKLLoss(), dist.group.WORLD
     loss(s, t, group=group)
     if rank == world - 1:
+        while hangs and len(os.listdir(where)) < world:  # the store's file, and those of the others
+            time.sleep(0.1)
         os._exit(0)
     try:
         loss(s, t, group=group)
     except RuntimeError as error:
-        with open(f"{where}/{rank}.json", "w") as file:
+        with open(f"{where}/{rank}", "w") as file:
             json.dump(f"{type(error).__name__}: {error}", file)
+        os.rename(f"{where}/{rank}", f"{where}/{rank}.json")
     os._exit(0)  # not waiting for the dead
 
 
@@ -106,22 +110,41 @@ def both(loss, backend, batch, rank, widths, tolerance=1e-12, what="", call=None
 
 def every_loss(rank, world):
     for backend in ("cpu", "reference"):
-        for case in filter(of_points, CASES):
+        for case in filter(can_shard, CASES):
             loss = make(case)
             both(loss, backend, rows(5, 23), rank, WIDTHS[world], what=f"{backend} {case}")
+
+
+class Pearson(kd.SeparableLoss):
+    """1 - e^(-sum (q - p)^2): of one's own, with a function of the sum."""
+
+    def phi(self, log_q, log_p):
+        return (kd.tape.exp(log_q) - kd.tape.exp(log_p)) ** 2
+
+    def value(self, total):
+        return -kd.tape.expm1(-total)
+
+
+def a_loss_of_ones_own(rank, world):
+    for backend in ("cpu", "reference"):
+        for options in ({}, dict(standardize=True, temperature=2.0, ce_weight=0.2), dict(reduction="none")):
+            for call in ({}, dict(temperature=torch.linspace(0.5, 2.0, 5))):
+                what = f"{backend} {options} {call}"
+                both(Pearson(**options), backend, rows(5, 23), rank, WIDTHS[world], what=what, call=call)
 
 
 def wide_rows(rank, world):
     """Wider than a tile and than a segment of the CPU's kernels."""
     widths = [40000, *[700] * (world - 2), 3000]
-    for case in filter(of_points, SAMPLE):
+    for case in filter(can_shard, SAMPLE):
         both(make(case), "cpu", rows(3, sum(widths)), rank, widths, 1e-11, str(case))
 
 
 def kernels_in_single(rank, world):
     """Triton and CUDA C++ in float32: the merge adds no error to that of the kernels."""
-    interpreted = [case for case in SAMPLE if case.name in ("KDLoss", "DKDLoss", "WTTMLoss")] if world == 2 else []
-    for backend, cases in (("triton", interpreted), ("cuda", list(filter(of_points, SAMPLE)))):
+    names = ("KDLoss", "DKDLoss", "WTTMLoss", "JSDLoss")
+    interpreted = [case for case in SAMPLE if case.name in names] if world == 2 else []
+    for backend, cases in (("triton", interpreted), ("cuda", [case for case in SAMPLE if of_points(case)])):
         for case in cases:
             both(make(case), backend, rows(3, 23, F32), rank, WIDTHS[world], 2e-5, f"{backend} {case}")
 
@@ -146,7 +169,9 @@ def call_options(rank, world):
             for ignore in (-100, -1, 0, widths[0] + 1):
                 loss = kd.DKDLoss(reduction=reduction, ignore_index=ignore, **dkd)
                 both(loss, backend, rows(5, 23, ignore=ignore), rank, widths, what=f"{reduction} {ignore}")
-    both(kd.DKDLoss() + 0.5 * kd.KDLoss(), "cpu", rows(5, 23), rank, widths, what="a sum")
+    for loss in (kd.DKDLoss() + 0.5 * kd.KDLoss(), kd.KDLoss() + 0.5 * kd.JSDLoss(0.2, temperature=2.0)):
+        for backend in ("cpu", "reference"):
+            both(loss, backend, rows(5, 23), rank, widths, what="a sum")
     both(kd.ReverseKLLoss(), "cpu", rows(5, 23), rank, widths, labels=False, what="without labels")
     cube = Batch(*(x.view(2, 3, *x.shape[1:]) for x in rows(6, 23)))
     both(kd.KDLoss(), "cpu", cube, rank, widths, what="three dimensions")
@@ -161,7 +186,7 @@ def deleted_classes(rank, world):
     mask[-2:] = False
     y = torch.where(batch.y >= 0, batch.y % (21 - widths[0]) + widths[0], batch.y)
     for backend in ("cpu", "reference"):
-        for case in filter(of_points, SAMPLE):
+        for case in filter(can_shard, SAMPLE):
             for shift in (0.0, -1000.0):
                 x = Batch(*(z + shift for z in batch[:2]), y)
                 own_mask = dict(vocab_mask=own(mask, rank, widths))
@@ -194,13 +219,39 @@ def gradient_without_a_graph(rank, world):
 
 
 def few_collectives(rank, world):
-    """An all_gather of what has to be known first and one of the statistics; none in the backward."""
+    """An all_gather of what has to be known first and one of the statistics, and of a separable loss one of its sums;
+    none in the backward."""
     s, t = (own(x, rank, WIDTHS[world]).clone().requires_grad_() for x in rows(5, 23)[:2])
-    with CommDebugMode() as forward:
-        value = kd.DKDLoss(ce_weight=0.1)(s, t, rows(5, 23).y, group=dist.group.WORLD)
-    with CommDebugMode() as backward:
-        value.backward()
-    assert forward.get_total_counts() == 2 and backward.get_total_counts() == 0, forward.get_comm_counts()
+    for loss, count in ((kd.DKDLoss(ce_weight=0.1), 2), (kd.JSDLoss(ce_weight=0.1), 3)):
+        with CommDebugMode() as forward:
+            value = loss(s, t, rows(5, 23).y, group=dist.group.WORLD)
+        with CommDebugMode() as backward:
+            value.backward()
+        assert forward.get_total_counts() == count and backward.get_total_counts() == 0, forward.get_comm_counts()
+
+
+def metrics(rank, world):
+    """Those of whole rows, labels left out and equal logits on several ranks included, with one more all_gather."""
+    batch, widths = rows(5, 23), WIDTHS[world]
+    batch.s[3, [2, widths[0] + 1, 22]] = batch.t[3, [2, 22, 7]] = 9.0
+    batch.s[4, 1] = batch.t[4, 22] = 9.0
+    mask = torch.arange(23) != 5
+    cut = lambda x: own(x, rank, widths)  # noqa: E731
+    for backend in ("cpu", "reference"):
+        for loss in (kd.DKDLoss(ce_weight=0.3), kd.ReverseKLLoss(reduction="none", standardize=True), kd.JSDLoss()):
+            count = 5 if loss.standardize else 4 if isinstance(loss, kd.JSDLoss) else 3
+            y = torch.where(batch.y == 5, 6, batch.y)
+            with kd.use_backend(backend):
+                whole = loss.with_metrics(batch.s, batch.t, y, vocab_mask=mask)
+                with CommDebugMode() as seen:
+                    value, got = loss.with_metrics(cut(batch.s), cut(batch.t), y, vocab_mask=cut(mask),
+                                                   group=dist.group.WORLD)  # fmt: skip
+            assert seen.get_total_counts() == count, seen.get_comm_counts()
+            near(value, whole[0])
+            for name, a, b in zip(got._fields, got, whole[1], strict=True):
+                near(a, b, what=f"{backend} {name}")
+    with raises(ValueError, "must call the same loss"):
+        loss.with_metrics(cut(batch.s), cut(batch.t), agreement=rank == 0, group=dist.group.WORLD)
 
 
 def data_parallel(rank, world):
@@ -228,14 +279,15 @@ def data_parallel(rank, world):
 
 def dtensors(rank, world):
     mesh = init_device_mesh("cpu", (world,))
-    for v in (8, 23, world + 1):  # the last: on four ranks the last has no column
+    kl, jsd = kd.KDLoss(), kd.JSDLoss()
+    for v, loss in ((8, kl), (23, jsd), (world + 1, kl), (world + 1, jsd)):  # on four ranks the last has no column
         batch = rows(5, v)
         s, t = (x.clone().requires_grad_() for x in batch[:2])
-        value = kd.KDLoss()(s, t, batch.y)
+        value = loss(s, t, batch.y)
         value.backward()
         cut = [distributed(x, mesh).requires_grad_() for x in batch[:2]]
         labels = DTensor.from_local(batch.y, mesh, [Replicate()])
-        got = kd.KDLoss()(*cut, labels)
+        got = loss(*cut, labels)
         got.backward()
         near(got.detach(), value.detach(), what=f"DTensor {v}")
         for x, grad in zip(cut, (s.grad, t.grad), strict=True):
@@ -279,6 +331,8 @@ def fused_linear(rank, world):
         (kd.KDLoss(reduction="none"), {}),
         (kd.ForwardKLLoss(standardize=True, temperature=2.0), dict(temperature=2.0)),
         (kd.ReverseKLLoss() + 0.5 * kd.CrossEntropyLoss(), dict(num_items=7)),
+        (kd.SkewKLLoss(ce_weight=0.3, temperature=2.0), {}),
+        (kd.TVDLoss(standardize=True, reduction="none"), {}),
     ]
     for backend in ("cpu", "reference"):
         for loss, call in cases:
@@ -329,6 +383,10 @@ def refusals(rank, world):
         kd.ForwardKLLoss()(s, t, torch.full((4,), 5), group=group, vocab_size=5)
     with raises(ValueError, "SpearmanLoss cannot be computed on vocabulary shards: it looks at whole rows"):
         kd.SpearmanLoss()(s, t, group=group)
+    with raises(ValueError, "AKLLoss cannot be computed on vocabulary shards"):
+        kd.AKLLoss()(s, t, group=group)
+    with raises(ValueError, "must call the same loss"):
+        kd.JSDLoss(0.3 + 0.1 * rank)(s, t, group=group)
     with raises(TypeError, "group must be a process group"):
         kd.ForwardKLLoss()(s, t, group="world")
     with raises(ValueError, "teacher_logits"):
@@ -341,6 +399,6 @@ def refusals(rank, world):
                 slope.sum().backward()
 
 
-CHECKS = {f.__name__: f for f in (every_loss, wide_rows, kernels_in_single, call_options, deleted_classes,
-                                  few_collectives, gradient_without_a_graph, data_parallel, dtensors,
-                                  fused_linear, refusals)}  # fmt: skip
+CHECKS = {f.__name__: f for f in (every_loss, a_loss_of_ones_own, wide_rows, kernels_in_single, call_options,
+                                  deleted_classes, few_collectives, metrics, gradient_without_a_graph, data_parallel,
+                                  dtensors, fused_linear, refusals)}  # fmt: skip

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import BACKENDS, F32, F64, batch, only
+from hypothesis import given
+from hypothesis import strategies as st
 
 import kdkernels as kd
 
-on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 SUMS = {
     "shared points": [(0.7, kd.ForwardKLLoss()), (0.3, kd.ReverseKLLoss()), (1, kd.CrossEntropyLoss(0.1, 0.01))],
     "one temperature": [(2.0, kd.KDLoss(temperature=3.0)), (-0.5, kd.HellingerLoss(temperature=3.0))],
@@ -21,6 +22,16 @@ SUMS = {
     "z-scores": [(1, kd.ForwardKLLoss(standardize=True)), (0.5, kd.TAIDLoss(standardize=True, temperature=2.0)),
                  (0.5, kd.CrossEntropyLoss())],
 }  # fmt: skip
+SEPARABLE = {
+    "jsd and kl": [(0.7, kd.ForwardKLLoss()), (0.3, kd.JSDLoss()), (1, kd.CrossEntropyLoss(label_smoothing=0.1))],
+    "several": [(1, kd.JSDLoss(ce_weight=0.5)), (0.5, kd.TVDLoss(kd_weight=2.0)), (1, kd.SkewKLLoss()),
+                (0.1, kd.DKDLoss())],
+    "temperatures of separable": [(1, kd.ForwardKLLoss(temperature=3.0)),
+                                  (2, kd.JSDLoss(temperature=2.0, teacher_temperature=0.5, t_squared=True)),
+                                  (1, kd.SkewReverseKLLoss(temperature=2.0, teacher_temperature=0.5, t_squared=True))],
+    "z-scores of separable": [(1, kd.TVDLoss(standardize=True)), (0.5, kd.TAIDLoss(standardize=True))],
+}  # fmt: skip
+SUMS |= SEPARABLE
 
 
 def total(terms):
@@ -39,8 +50,9 @@ def results(loss, rows, backend, **call):
     return value.detach(), s.grad, t.grad
 
 
-@on_every_backend
-@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize(
+    ("backend", "name"), [(b, n) for b in BACKENDS for n in SUMS if b != "cuda" or n not in SEPARABLE]
+)
 def test_a_sum_is_the_sum_of_its_terms(name, backend):
     dtype = F64 if backend in ("cpu", "reference") else F32
     rows, terms = left_out(batch(4, 23, 2.0, seed=1, s_dtype=dtype)), SUMS[name]
@@ -61,6 +73,10 @@ def test_one_read_of_the_logits_and_each_point_once():
     with only("cpu"):
         loss(rows.s.clone().requires_grad_(), rows.t, rows.y).backward()
     assert kd.backends.calls - before == {("cpu", "step"): 1}
+    with only("cpu"):
+        total(SEPARABLE["several"])(rows.s.clone().requires_grad_(), rows.t, rows.y).backward()
+    assert (kd.backends.calls - before)["cpu", "separable_step"] == 1
+    assert sum((kd.backends.calls - before).values()) == 2
     assert len((kd.ForwardKLLoss(temperature=2.0) + kd.KDLoss(temperature=1.0)).all_points()) == 4  # q at 1 serves CE
 
 
@@ -94,6 +110,46 @@ def test_terms_may_change():
     torch.testing.assert_close(loss(*rows) / 4, 0.5 * kd.TAIDLoss(tau=0.2)(*rows) + taid(*rows))
 
 
+def test_separable_terms_that_are_not_one_sum_are_computed_one_by_one():
+    class Squared(kd.SeparableLoss):
+        def phi(self, log_q, log_p):
+            return (kd.tape.exp(log_q) - kd.tape.exp(log_p)) ** 2
+
+        def value(self, total):
+            return kd.tape.sqrt(total)
+
+    rows, jsd = batch(4, 23), kd.JSDLoss()
+    for others in ([kd.TVDLoss(temperature=2.0)], [Squared(), kd.ForwardKLLoss()], [kd.AKLLoss()]):
+        terms = [(0.5, jsd), *((1, x) for x in others)]
+        assert isinstance(total(terms), kd.MixedSumLoss)
+        torch.testing.assert_close(total(terms)(*rows), sum(w * x(*rows) for w, x in terms))
+    alone = 0.5 * Squared() + kd.ForwardKLLoss()
+    assert isinstance(alone, kd.SumLoss)
+    torch.testing.assert_close(alone(*rows), 0.5 * Squared()(*rows) + kd.ForwardKLLoss()(*rows))
+    loss = jsd + (tvd := kd.TVDLoss())
+    tvd.temperature = 2.0
+    with pytest.raises(ValueError, match="separable losses share a sum if they have the same temperature"):
+        loss(*rows)
+    with pytest.raises(ValueError, match="separable losses share a sum"):
+        kd.SumLoss([(1, jsd), (1, tvd)])
+
+
+@given(st.data())
+def test_any_sum_with_separable_terms(data):
+    draw = data.draw
+    catalogue = [kd.JSDLoss(0.3), kd.TVDLoss(), kd.SkewKLLoss(0.2), kd.ForwardKLLoss(), kd.HellingerLoss(),
+                 kd.DKDLoss(), kd.ReverseKLLoss(temperature=2.0), kd.CrossEntropyLoss(),
+                 kd.SkewReverseKLLoss(0.3, ce_weight=0.2)]  # fmt: skip
+    weight = st.floats(-2, 2).map(lambda x: round(x, 3))
+    terms = draw(st.lists(st.tuples(weight, st.sampled_from(catalogue)), min_size=1, max_size=5))
+    rows = left_out(batch(draw(st.integers(2, 4)), draw(st.integers(2, 40)), 2.0, seed=draw(st.integers(0, 99))))
+    got = results(kd.SumLoss(terms), rows, "cpu")
+    parts = [[0.0 if x is None else weight * x for x in results(loss, rows, "cpu")] for weight, loss in terms]
+    for actual, *own in zip(got, *parts, strict=True):
+        if actual is not None:
+            torch.testing.assert_close(actual, sum(own) + torch.zeros_like(actual), rtol=1e-11, atol=1e-12)
+
+
 def test_sums_of_sums():
     a, b, c = kd.ForwardKLLoss(), kd.ReverseKLLoss(), kd.CrossEntropyLoss()
     loss = 0.5 * (2 * a + (b + c) * 3) + a
@@ -124,9 +180,8 @@ def test_cross_entropy_is_that_of_torch():
 def test_what_makes_no_sum():
     a, b = kd.ForwardKLLoss(), kd.PearsonLoss()
     for make, kind, message in (
-        (lambda: a + 1.0, TypeError, "takes losses of the log-partition .*, got float"),
-        (lambda: a + b, TypeError, "got PearsonLoss; add the values"),
-        (lambda: b + a, TypeError, "got PearsonLoss; add the values"),
+        (lambda: a + 1.0, TypeError, "a sum takes losses, got float"),
+        (lambda: kd.SumLoss([(1, b)]), TypeError, "takes losses of the log-partition .*, got PearsonLoss"),
         (lambda: a * torch.tensor(2.0), TypeError, "multiplied by a number, got Tensor"),
         (lambda: a * True, TypeError, "multiplied by a number, got bool"),
         (lambda: a * a, TypeError, "multiplied by a number, got ForwardKLLoss"),

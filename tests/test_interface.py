@@ -438,7 +438,7 @@ def test_a_loss_is_a_plain_module(case):
     teacher = rows.t if case.needs_teacher else None
     assert torch.equal(loss(rows.s, teacher, rows.y), twin(rows.s, teacher, rows.y))
     for option, value in case.options.items():
-        assert f"{option}={value}" in repr(loss), repr(loss)
+        assert f"{option}={value!r}" in repr(loss), repr(loss)
     torch.nn.Sequential(loss).to(torch.bfloat16).eval()
 
 

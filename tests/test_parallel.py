@@ -9,12 +9,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import parallel_checks
 import pytest
 import torch
-from accuracy import make, of_points
+from accuracy import can_shard, make
 from hypothesis import given
 from hypothesis import strategies as st
 from textbook import CASES
@@ -51,9 +52,10 @@ def test_sharded_is_whole(group, name):
     assert [found[name] for found in group] == [""] * len(group)
 
 
-def test_a_rank_that_dies_is_an_error_for_the_others(tmp_path):
+@pytest.mark.parametrize("hangs", [False, True], ids=["dies", "hangs"])
+def test_a_rank_that_dies_or_hangs_is_an_error_for_the_others(tmp_path, hangs):
     start = time.monotonic()
-    *others, last = launch(parallel_checks.die, 3, tmp_path)
+    *others, last = launch(partial(parallel_checks.die, hangs=hangs), 3, tmp_path)
     assert last is None and all("Error" in error for error in others)
     assert time.monotonic() - start < 60
 
@@ -88,7 +90,7 @@ class Threads(parallel.Shards):
 def test_any_cut_is_whole(backend, data):
     n, widths = data.draw(st.integers(1, 4)), data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
     seed, scale = data.draw(st.integers(0, 2**20)), data.draw(st.sampled_from([0.25, 1.0, 30.0]))
-    case = data.draw(st.sampled_from([c for c in CASES if of_points(c) and not c.setting("standardize", False)]))
+    case = data.draw(st.sampled_from([c for c in CASES if can_shard(c) and not c.setting("standardize", False)]))
     g = torch.Generator().manual_seed(seed)
     s, t = scale * torch.randn(2, n, sum(widths), generator=g, dtype=torch.float64)
     dead = torch.rand(n, sum(widths), generator=g) < 0.2

@@ -47,7 +47,8 @@ def _variants():
         for loss in (JSDLoss(), SkewKLLoss()):
             phi, tile = compiled(_elements(loss._single.code).tolist()), dict(ALIGN=16, HAS_MASK=False, BLOCK=1024)
             name = type(loss).__name__
-            yield f"sums {dtype} {name}", sums_kernel, dtype, dict(PHI=phi, **tile), 4
+            for whole in (True, False):
+                yield f"sums {dtype} {name} whole={whole}", sums_kernel, dtype, dict(PHI=phi, WHOLE=whole, **tile), 4
             yield f"spread {dtype} {name}", spread_kernel, dtype, dict(PHI=phi, SIDE=0, ALIGN=16, **some), 8
         tile = dict(TAIL=True, LABEL=True, HAS_MASK=True, ALIGN=16, BLOCK=2048)
         yield f"bucket {dtype}", bucket_kernel, dtype, dict(KP=64, **tile), 8

@@ -91,13 +91,18 @@ def without(lp: Tensor, y: Tensor) -> Tensor:
     return lp[others].view(len(lp), lp.shape[-1] - 1)
 
 
-def dkd(s, t, y, alpha, beta):
-    """alpha KL between the coins (p_y, 1 - p_y), (q_y, 1 - q_y) + beta KL of the renormalised other classes."""
-    lp, lq = logp(t), logp(s)
+def decoupled(lp, lq, y):
+    """KL between the coins (p_y, 1 - p_y), (q_y, 1 - q_y); KL of the renormalised other classes; 1 - p_y."""
     other_p, other_q = without(lp, y), without(lq, y)
     coin_p = torch.stack((lp.gather(-1, y[:, None])[:, 0], other_p.logsumexp(-1)), -1)
     coin_q = torch.stack((lq.gather(-1, y[:, None])[:, 0], other_q.logsumexp(-1)), -1)
-    return alpha * kl(coin_p, coin_q) + beta * kl(logp(other_p), logp(other_q))
+    return kl(coin_p, coin_q), kl(logp(other_p), logp(other_q)), coin_p[:, 1].exp()
+
+
+def dkd(s, t, y, alpha, beta):
+    """alpha KL of target or not + beta KL of the others."""
+    target, others, _ = decoupled(logp(t), logp(s), y)
+    return alpha * target + beta * others
 
 
 def brier(s, t, y):
@@ -191,6 +196,12 @@ def grouped_kl(s, t, y, groups=None, between=1.0, within=1.0, balanced=False):
     return total
 
 
+def by_label(s, t, y, groups, between, within):
+    """The same where the groups of a row are its label and the other classes."""
+    target, others, mass = decoupled(logp(t), logp(s), y)
+    return between * target + within * mass * others
+
+
 def sinkhorn(q, p, epsilon=0.1, iterations=20):
     """sum_ij P_ij |q_i - p_j| / N, P by alternating normalisation; q, p (N, V) probabilities."""
     cost = (q[:, None] - p).abs().sum(-1)
@@ -241,7 +252,7 @@ class Case:
 
     @property
     def needs_labels(self):
-        return self.formula in (brier, logit_mse, dkd) or self.setting("ce_weight", 0.0) != 0
+        return self.formula in (brier, logit_mse, dkd, by_label) or self.setting("ce_weight", 0.0) != 0
 
     def rows(self, s, t=None, y=None, temperature=None, vocab_mask=None) -> Tensor:
         """(N, V), (N, V), (N,) -> (N,): the loss of every row; classes impossible on both sides are deleted."""
@@ -354,5 +365,7 @@ CASES = [
     Case("AKLLoss", akl),
     Case("AKLLoss", akl, dict(mu=0.8, temperature=2.0, ce_weight=0.5)),
     Case("GroupedKLLoss", grouped_kl, dict(between=2.0, within=0.5)),
+    Case("GroupedKLLoss", by_label, dict(groups="label", between=0.5, within=3.0, temperature=2.0, t_squared=True,
+                                         ce_weight=0.4)),
     Case("TAIDLoss", taid, dict(tau=0.8, temperature=2.0, standardize=True)),
 ]

@@ -16,7 +16,8 @@ template <typename R> size_t work_of(const Elements& e) {
 inline LogWeights log_weights(const double* args, const double* stats, int points) {
   const Moments* x = reinterpret_cast<const Moments*>(stats);
   const double* last = stats + points * kStats;
-  return {args[0], args[0] * last[2] - lse(x[0]), args[1], args[1] * last[3] - lse(x[1])};
+  const double b = args[0] * args[3], a = args[1] * args[6];  // the student's coefficient at q, the teacher's at p
+  return {b, b * last[2] - lse(x[0]), a, a * last[3] - lse(x[1])};
 }
 inline LogWeights log_weights(const double* coef) {
   return {coef[1], coef[0], coef[kCoefs + 2], coef[kCoefs]};
@@ -39,11 +40,11 @@ ElementSums element_sums(const Tiles<R>& isa, const Batch& x, int64_t n, int64_t
 }
 
 // stats: `points` points and the last row -> one point more, whose place the sums take.
-inline void put_sums(const ElementSums& sum, const LogWeights& w, int points, const double* args, double* stats) {
+inline void put_sums(const ElementSums& sum, const LogWeights& w, int points, double* stats) {
   double *at = stats + points * kStats, *last = at + kStats;
   std::copy_n(at, kStats, last);
   const auto finite = [](double x) { return std::isfinite(x) ? x : 0; };  // else there is no slope
-  const double lse_q = args[0] * last[2] - w.log_q, lse_p = args[1] * last[3] - w.log_p;
+  const double lse_q = w.b * last[2] - w.log_q, lse_p = w.a * last[3] - w.log_p;
   const double q = finite(sum.q), p = finite(sum.p);
   const double to[kStats] = {INFINITY, 1, q, p, sum.total, finite(sum.xq) + q * lse_q, sum.total};
   std::copy_n(to, kStats, at);

@@ -124,27 +124,54 @@ struct RowOut {
   const Gradient* to;  // null: nobody wants one
   Type type;
   int64_t row, vocab, width;
+  const char* base = nullptr;  // a row of the same type that it is added to, which may be where it goes
+
+  RowOut none() const { return {nullptr, type, row, vocab, width}; }
 
   // slope(i) of entry i, 0 elsewhere.
   template <typename R, typename T, typename F> void write(const Pair<T>& z, std::vector<R>& whole, F slope) const {
     if (!z.at) return put<R>([&](int64_t i) { return R(slope(i)); });
+    if (in_place() && z.n * kFew < vocab) {
+      for (int64_t i = 0; i < z.n; ++i) {
+        R d = R(slope(i));
+        put_some(&d, z.at[i], 1, 1);
+      }
+      return;
+    }
     whole.assign(vocab, R(0));
     for (int64_t i = 0; i < z.n; ++i) whole[z.at[i]] = R(slope(i));
     put<R>([&](int64_t i) { return whole[i]; });
   }
-  void fill(float x) const { put<float>([&](int64_t) { return x; }); }
+  void fill(float x) const {
+    if (!in_place() || x != 0) put<float>([&](int64_t) { return x; });
+  }
+
+  static constexpr int64_t kFew = 32;  // one of so many classes: each is written by itself
 
  private:
+  char* begin() const { return to->data + row * to->row; }
+  bool in_place() const { return base && base == begin(); }
+
   template <typename R, typename F> void put(F entry) const {
     alignas(64) R d[kTile];
-    const int size = type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2;
     for (int64_t first = 0; first < width; first += kTile) {
       const int count = int(std::min<int64_t>(kTile, width - first));
       const int live = int(std::clamp<int64_t>(vocab - first, 0, count));
       for (int i = 0; i < live; ++i) d[i] = entry(first + i);
-      std::fill(d + live, d + count, R(0));
-      tiles<R>().store(type, d, count, to->data + row * to->row + first * size, to->stream);
+      put_some(d, first, live, count);
     }
+  }
+  // d (count), the first `live` of them classes.
+  template <typename R> void put_some(R* d, int64_t first, int live, int count) const {
+    const int size = type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2;
+    if (base && live) {
+      alignas(64) R there[kTile];
+      R max;
+      tiles<R>().widen(type, base + first * size, live, there, &max);
+      for (int i = 0; i < live; ++i) d[i] += there[i];
+    }
+    std::fill(d + live, d + count, R(0));
+    tiles<R>().store(type, d, count, begin() + first * size, to->stream);
   }
 };
 

@@ -136,8 +136,33 @@ inline void spread_all(const Batch& x, const Shape& z, const double* coef, const
   });
 }
 
-// reduce, rows and spread to the student in one go: a row's gradient is written while the row is in cache. coef: room
-// for all rows if they are split.
+// reduce, rows and spread to the student of one row after the other: its gradient is written while it is in cache.
+class RowSteps {
+ public:
+  RowSteps(const Batch& x, const Shape& z, const Program& p, const Args& args)
+      : x_(x), z_(z), p_(p), args_(args), room_(2 * p.registers() + z.stats() + z.coefs()) {}
+
+  double operator()(int64_t n, double g, bool stream, char* out) {
+    return z_.wide ? run(tiles<double>(), n, g, stream, out) : run(tiles<float>(), n, g, stream, out);
+  }
+
+ private:
+  template <typename R> double run(const Tiles<R>& isa, int64_t n, double g, bool stream, char* out) {
+    double *stats = room_.data() + 2 * p_.registers(), *coef = stats + z_.stats();
+    reduce_row(isa, x_, n, p_, args_[n], stats, w_);
+    const double value = value_and_coefs(p_, args_[n], stats, 1, 0, room_.data(), coef);
+    spread_part(isa, x_, n, int(z_.K), coef, g, 0, 0, z_.width, stream, out);
+    return value;
+  }
+  const Batch& x_;
+  const Shape& z_;
+  const Program& p_;
+  const Args& args_;
+  Scratch w_;
+  std::vector<double> room_;
+};
+
+// The same of a batch. coef: room for all rows if they are split.
 inline void step_rows(const Batch& x, const Shape& z, const Program& p, const Args& args, const double* g,
                       double* value, double* coef, const Gradient& to) {
   if (z.split) {
@@ -149,17 +174,8 @@ inline void step_rows(const Batch& x, const Shape& z, const Program& p, const Ar
     return spread_all(x, z, coef, g, 1, 0, to);
   }
   torch::stable::parallel_for(0, x.rows, grain(x.vocab), [&](int64_t lo, int64_t hi) {
-    Scratch w;
-    std::vector<double> scratch(2 * p.registers() + z.stats() + z.coefs());
-    double *stats = scratch.data() + 2 * p.registers(), *c = stats + z.stats();
-    for (int64_t n = lo; n < hi; ++n) {
-      auto row = [&](const auto& isa) {
-        reduce_row(isa, x, n, p, args[n], stats, w);
-        value[n] = value_and_coefs(p, args[n], stats, 1, 0, scratch.data(), c);
-        spread_part(isa, x, n, int(z.K), c, g[n], 0, 0, z.width, to.stream, to.data + n * to.row);
-      };
-      z.wide ? row(tiles<double>()) : row(tiles<float>());
-    }
+    RowSteps step(x, z, p, args);
+    for (int64_t n = lo; n < hi; ++n) value[n] = step(n, g[n], to.stream, to.data + n * to.row);
   });
 }
 

@@ -2,42 +2,11 @@
 #include <tuple>
 
 #include "arguments.h"
-#include "correlation.h"
-#include "grid.h"
-#include "pairs.h"
-#include "plackett.h"
+#include "compare.h"
 
 namespace {
 
 using namespace kd;
-
-enum Kind : int64_t { PEARSON, SPEARMAN, PLACKETT_LUCE, KENDALL };
-// Columns of args: 1/T of the student, 1/T of the teacher, tau, top_k (0: all), the kind's switch, shifts.
-enum Column { STUDENT_T, TEACHER_T, TAU, TOP, SWITCH, SHIFTS };
-
-template <typename R>
-double row_value(const Batch& x, int64_t n, int64_t kind, const double* a, int64_t shifts, int side, double g,
-                 const RowOut& out) {
-  const bool on = a[SWITCH] != 0;
-  const auto finish = [&](const Pair<R>& z, auto compute) {
-    if (!z.nan) return double(compute());
-    if (out.to) out.fill(NAN);
-    return double(NAN);
-  };
-  if (kind == PEARSON) {
-    auto& w = kept_by_thread<PearsonScratch<R>>();
-    const Pair<R> z = w.live.find(x, n, 0, on);
-    return finish(z, [&] { return pearson(z, on, a[STUDENT_T], a[TEACHER_T], side, g, out, w); });
-  }
-  if (kind == PLACKETT_LUCE) {
-    auto& w = kept_by_thread<PlackettScratch<R>>();
-    const Pair<R> z = w.live.find(x, n, int64_t(a[TOP]));
-    return finish(z, [&] { return plackett_luce(z, on, a[STUDENT_T], a[TEACHER_T], g, out, w); });
-  }
-  auto& w = kept_by_thread<PairsScratch<R>>();
-  const Pair<R> z = w.live.find(x, n, int64_t(a[TOP]));
-  return finish(z, [&] { return kendall(z, a[TAU], a + SHIFTS, shifts, g, out, w); });
-}
 
 struct Call {
   Batch x;
@@ -66,16 +35,11 @@ struct Call {
 
  private:
   double row(int64_t n, double g, int side, const Gradient* to) const {
-    const RowOut out{to, type, n, x.vocab, width}, none{nullptr, type, n, x.vocab, width};
+    const RowOut out{to, type, n, x.vocab, width};
     const bool counts = x.kept(n) && g != 0;
     if (to && !counts) out.fill(0);
     if (!x.kept(n)) return 0;
-    const RowOut& wanted = counts ? out : none;
-    const double* a = args + n * stride;
-    if (kind == SPEARMAN)
-      return spearman_row(x, n, {a[TAU], int64_t(a[TOP]), a[SWITCH] != 0}, g, wanted);
-    return wide ? row_value<double>(x, n, kind, a, columns - SHIFTS, side, g, wanted)
-                : row_value<float>(x, n, kind, a, columns - SHIFTS, side, g, wanted);
+    return compare_row(x, n, kind, args + n * stride, columns - SHIFTS, wide, side, g, counts ? out : out.none());
   }
 };
 

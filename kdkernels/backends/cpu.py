@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .. import rankops
+from .. import groups, rankops
 from ..ops import Operators, register, register_buckets, rescale, rows_of_sums
 from . import calls
 
@@ -27,6 +27,7 @@ def _load() -> str | None:
     register("separable_", elements=True)
     register_buckets()
     rankops.register()
+    groups.register()
     return None
 
 
@@ -73,8 +74,12 @@ OPERATORS = Operators(_checked(_counted("reduce")), _counted("rows"), _counted("
                       _checked(_counted("step_out")), rescale=rescale)  # fmt: skip
 SEPARABLE = Operators(
     _checked(_counted("separable_reduce")), rows_of_sums(_counted("rows")), _counted("separable_spread"),
-    _checked(_counted("separable_step")), _checked(_counted("separable_step_out")), rescale=rescale, elements=True,
+    _checked(_counted("separable_step")), _checked(_counted("separable_step_out")), rescale=rescale,
+    elements=(OPERATORS.reduce, _counted("separable_sums")),
 )  # fmt: skip
 COMPARE = (_checked(_counted("compare")), _checked(_counted("compare_step")))
+TOGETHER = _checked(_counted("together_step"))
+GROUPED = (_checked(_counted("group_moments")), _counted("group_spread"))
+ULD = (_checked(_counted("uld")), _checked(_counted("uld_step")))
 BUCKET = (_counted("bucket"), _counted("bucket_spread"))
 METRICS = {name: _counted(name) for name in ("rankdata", "spearman", "kendall_tau")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class _Finite(torch.autograd.Function):
 def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor:
     """(N,) float64 losses; 0 at rows that are not kept."""
     from ..loss import MOMENTS, Label, Moment
-    from ..rowwise import SUMS, RowsLoss
+    from ..rowwise import SUMS
 
     if not torch.compiler.is_compiling():
         calls["reference", "row_losses"] += 1
@@ -62,11 +62,9 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
         args = rows.shards.shared(args)
     moments: list = []
     empty, apart = [], []
-    for k, point in enumerate(loss.all_points()):
-        if point is SUMS and isinstance(loss, RowsLoss):
-            log_q, log_p = _log_probabilities((s, t), (gone_s, gone_t), args, moments)
-            moments.append(loss._sums(log_q, log_p, dead))
-            continue
+    points = loss.all_points()
+    with_sums = bool(points) and points[-1] == SUMS
+    for k, point in enumerate(points[:-1] if with_sums else points):
         scale_s, scale_t = (1.0, 1.0) if point.raw else (args[:, :1], args[:, 1:2])
         b, a = args[:, 3 + 2 * k : 4 + 2 * k], args[:, 4 + 2 * k : 5 + 2 * k]
         out = dead | (gone_s & (b != 0)) | (gone_t & (a != 0))
@@ -79,11 +77,16 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
     at = [_at(x, gone, y, here) for x, gone in own]
     if rows.shards is not None:
         moments, empty, at = rows.shards.merge_moments(moments, empty, at)
+    if with_sums:
+        summed: Any = loss
+        log_q, log_p = _log_probabilities((s, t), (gone_s, gone_t), args, moments)
+        given = y[:, 0] if loss.needs_labels else None
+        moments.append(summed._sums(log_q, log_p, dead, rows.shards, [m[0] for m in moments[:2]], given))
     nothing = torch.zeros(s.shape[0], dtype=torch.bool, device=s.device)
     for no_class, mixture in zip(empty, apart, strict=True):
         nothing = nothing | (no_class & ~mixture)
     moments = [Moment(*m) for m in moments]
-    for k in (k for k, point in enumerate(loss.all_points()) if point.given):
+    for k in (k for k, point in enumerate(points) if point.given):
         moments[k] = moments[k]._replace(ss=args[:, 3 + 2 * k], st=args[:, 4 + 2 * k])
     value = loss.row_value(moments, Label(*at[:2]), at[2], args[:, 2])
     value = torch.as_tensor(value, dtype=torch.float64, device=s.device).expand(s.shape[0])
@@ -110,7 +113,8 @@ def _log_probabilities(logits, gone, args, moments):
     """log q and log p (N, V), from the log-partitions at the first two points."""
     for k in (0, 1):
         lse = torch.where(moments[k][0] == -math.inf, 0.0, moments[k][0])
-        yield logits[k] * args[:, k, None] - lse[:, None] + torch.where(gone[k], -math.inf, 0.0)
+        scale = args[:, k] * args[:, 3 + 3 * k]  # the student's coefficient at q, the teacher's at p
+        yield logits[k] * scale[:, None] - lse[:, None] + torch.where(gone[k], -math.inf, 0.0)
 
 
 def _moments(s, t, b, a, out, gone_s, gone_t, point, wanted):

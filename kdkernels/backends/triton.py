@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from ..elements import HEADER
-from ..ops import COEFS, STATS, Operators, register, rows_of_sums
+from ..ops import COEFS, STATS, Operators, points_of, register, rows_of_sums
 from . import calls
 from .triton_elements import reduce_kernel, spread_kernel
 from .triton_rows import rows_kernel
@@ -211,21 +211,31 @@ def _phi(elements: Tensor, device: torch.device):
 def separable_reduce(student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None, args: Tensor,
                      program: Tensor, vocab: int, ignore_index: int) -> Tensor:  # fmt: skip
     """Statistics (N, K + 1, 7), the sums over the classes in the place of the last point."""
+    head, less = points_of(program, args)
+    stats = reduce(student, teacher, labels, mask, less, head, vocab, ignore_index)
+    sums = _sums(student, teacher, mask, args, program, stats, vocab, True)
+    last = torch.cat((stats[:, -1, : STATS - 1], sums[:, STATS:]), 1)
+    return torch.cat((stats[:, :-1], sums[:, None, :STATS], last[:, None]), 1)
+
+
+def _sums(student, teacher, mask, args, program, stats, vocab, whole):
     (s, s_a, s_b), (t, t_a, t_b) = _rows(student, student), _rows(teacher, student)
     B, K, N = s.shape[-2], int(program[0]) - 1, s.shape[:-1].numel()
-    head = torch.cat((program.new_tensor([K, 0, 0, 0]), program[4 : 4 + K]))
-    args = _there(args, s.device)
-    stats = reduce(student, teacher, labels, mask, args[:, : 3 + 2 * K].contiguous(), head, vocab, ignore_index)
-    sums = stats.new_zeros((N, STATS + 1))
+    args, sums = _there(args, s.device), stats.new_zeros((N, STATS + 1))
     if N:
         phi, constants = _phi(_elements(program), s.device)
         with _launch("sums", s.device):
             sums_kernel[(N,)](
                 s, t, s if mask is None else mask.view(torch.uint8), args, stats, constants, sums, s_a, s_b, t_a, t_b,
-                args.shape[1] * (len(args) > 1), B, vocab, K, phi, mask is not None, **_config(min(vocab, 1024), vocab),
+                args.shape[1] * (len(args) > 1), B, vocab, K, phi, whole, mask is not None,
+                **_config(min(vocab, 1024), vocab),
             )  # fmt: skip
-    last = torch.cat((stats[:, -1, : STATS - 1], sums[:, STATS:]), 1)
-    return torch.cat((stats[:, :-1], sums[:, None, :STATS], last[:, None]), 1)
+    return sums
+
+
+def separable_sums(student, teacher, labels, mask, args, program, stats, vocab, ignore_index):
+    """(N, 7) sums over these classes, from the statistics of the whole rows (`kdkernels.ops.with_sums`)."""
+    return _sums(student, teacher, mask, args, program, stats.contiguous(), vocab, False)[:, :STATS]
 
 
 @torch.library.custom_op("kdkernels::triton_separable_spread", mutates_args=())
@@ -242,7 +252,7 @@ def _elements(program: Tensor) -> Tensor:
 register("triton_")
 register("triton_separable_", elements=True)
 OPERATORS = Operators(reduce, rows, spread, step, _step_to, _step_add, _rescaled)
-SEPARABLE = Operators(separable_reduce, rows_of_sums(rows), separable_spread, elements=True)
+SEPARABLE = Operators(separable_reduce, rows_of_sums(rows), separable_spread, elements=(reduce, separable_sums))
 
 from . import triton_buckets  # noqa: E402  (which is made of the above)
 

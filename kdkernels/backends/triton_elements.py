@@ -176,12 +176,13 @@ def reduce_kernel(
 
 
 @triton.jit
-def _slope(c, u, v, use):
-    """exp(b u + a v + lam) (c0 + c1 u + c2 v + c3 u^2 + c4 u v + c5 v^2), exponent and sum in the dtype of u."""
+def _slope(c, u, v, use, folded: tl.constexpr):
+    """exp(b u + a v + lam) (c0 + c1 u + c2 v + c3 u^2 + c4 u v + c5 v^2), exponent and sum in the dtype of u; c0 is
+    left out if it is `folded` into something else."""
     lam, b, a = tl.load(c).to(u.dtype), tl.load(c + 1).to(u.dtype), tl.load(c + 2).to(u.dtype)
     c0, c1, c2 = tl.load(c + 3).to(u.dtype), tl.load(c + 4).to(u.dtype), tl.load(c + 5).to(u.dtype)
     c3, c4, c5 = tl.load(c + 6).to(u.dtype), tl.load(c + 7).to(u.dtype), tl.load(c + 8).to(u.dtype)
-    h = c0 + _times(c1, u) + _times(c2, v)
+    h = _times(c1, u) + _times(c2, v) if folded else c0 + _times(c1, u) + _times(c2, v)
     if (c3 != 0) | (c4 != 0) | (c5 != 0):
         h += _times(c3, u * u) + _times(c4, u * v) + _times(c5, v * v)
     pi = tl.where(use, tl.exp((_times(b, u) + _times(a, v) + lam).to(tl.float32)), 0.0)
@@ -219,15 +220,21 @@ def slopes(
     start, points = 0, K
     if PHI is not None:
         start, points = 2, K - 1
+        for k in tl.static_range(2):  # of a sum with other losses; of the own side's point c0 is in `heavy`
+            c, more = coef + k * COEFS, tl.load(last + 3) < 0
+            for j in tl.static_range(3 + (k == SIDE), 9):
+                more = more | (tl.load(c + j) != 0)
+            if more:
+                d += _slope(c, u, v, live, k == SIDE)
         d += _phi_slope(u, v, live, coef, last, constants, PHI, SIDE)
     for k in range(start, points):
         c = coef + k * COEFS
         use = live & ((cols != y) | (tl.load(c + 9).to(tl.int32) == 0))
         if (tl.load(c) > 4) | (tl.load(c + 1) < 0) | (tl.load(c + 2) < 0):  # exponents are large: see _weights
             u2, v2 = s.to(tl.float64) - tl.load(last + 1), t.to(tl.float64) - tl.load(last + 2)
-            d += _slope(c, tl.where(use, u2, 0.0), tl.where(use, v2, 0.0), use).to(tl.float32)
+            d += _slope(c, tl.where(use, u2, 0.0), tl.where(use, v2, 0.0), use, False).to(tl.float32)
         else:
-            d += _slope(c, u, v, use)
+            d += _slope(c, u, v, use, False)
     d = tl.where(live, d * grad, 0.0)
     d = tl.where(cols < limit, d + tl.where(slope != slope, float("nan"), 0.0), d)
     return tl.where(grad == 0, 0.0, d)  # a row that counts nothing

@@ -1,0 +1,1 @@
+"""Pages whose figures and numbers a script makes."""

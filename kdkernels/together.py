@@ -1,0 +1,194 @@
+"""Sums of losses that compare rows and of others: where a backend can, all of a row while it is in cache.
+
+Operator (`csrc/cpu/together.cpp`):
+
+    together_step(student (N, W) or (A, B, W), teacher, labels (N,)?, mask (V,)?, args, program, weight (N or 1,)?,
+                  divisor, comparisons (R, 1 or N, 3 + columns), vocab, ignore_index, alone)
+        -> sum of all weighted values (), gradient of the student's logits
+
+`args`, `program`, `weight` and `divisor` are those of `step` (`kdkernels.ops`); a comparison is its kind, the number of
+its shifts, what a row's value is multiplied with, and its args (`kdkernels.rankops`). `alone`: the program is not told
+of the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import call
+from .base import BaseLoss
+from .compare import Comparison
+from .compose import SumLoss, checked_weight
+from .loss import Loss
+from .ops import rescale
+from .options import Uses
+from .out import handed_over
+from .parts import reducing
+from .rowwise import RowsLoss
+
+
+class MixedSumLoss(BaseLoss):
+    """sum_k w_k loss_k of losses of any family, made by `ForwardKLLoss() + 0.5 * SpearmanLoss(top_k=128)`.
+
+    Value and gradients are those of the losses one by one. On the C++ backend losses of the log-partition and losses
+    that compare rows (`SpearmanLoss`, `KendallLoss`, `PlackettLuceLoss`, `PearsonLoss`) take turns row by row, so that
+    the logits are read from memory once and one gradient is written: for a reduced loss, when only the student wants a
+    gradient, neither in float16 nor under torch.compile. All others, and all losses on other backends, are computed one
+    after the other. The terms keep options of their own, which may change; reduction and ignore_index are those of
+    the sum, which the terms have to agree on.
+
+    Args:
+        terms: pairs (weight, loss).
+
+    Raises:
+        TypeError, ValueError: a weight is no finite number; a term is no loss; the terms differ in reduction or
+            ignore_index.
+    """
+
+    merges = False
+    temperature, t_squared, kd_weight, ce_weight, label_smoothing, z_loss = 1.0, False, 1.0, 0.0, 0.0, 0.0
+    terms: Any  # nn.ModuleList of them
+    weights: tuple[float, ...]
+
+    def __init__(self, terms: Sequence[tuple[float, BaseLoss]]):
+        super().__init__()
+        flat = [pair for weight, term in terms for pair in _pairs(weight, term)]
+        if not flat:
+            raise ValueError("a sum of losses needs a term")
+        for name in ("reduction", "ignore_index"):
+            found = list(dict.fromkeys(getattr(term, name) for _, term in flat))
+            if len(found) > 1:
+                raise ValueError(f"the terms of a sum must have the same {name}, got {found}")
+            setattr(self, name, found[0])
+        self.validate = any(term.validate for _, term in flat)
+        self.rowwise = all(term.rowwise for _, term in flat)
+        self.weights = tuple(weight for weight, _ in flat)
+        self.terms = nn.ModuleList(term for _, term in flat)
+
+    @property
+    def _uses(self) -> Uses:  # type: ignore[override]  # options of the terms may change
+        each = [term._uses for term in self.terms]
+        return Uses(any(one.teacher for one in each), any(one.labels for one in each), False)
+
+    @property
+    def standardize(self) -> bool:  # type: ignore[override]
+        return any(term.standardize for term in self.terms)
+
+    def _prepare(self) -> None:
+        single = [(w, term) for w, term in zip(self.weights, self.terms, strict=True) if of_log_partition(term)]
+        self.__dict__["_first"] = SumLoss(single) if single else None
+        self.__dict__["_others"] = [(w, term) for w, term in zip(self.weights, self.terms, strict=True)
+                                    if not of_log_partition(term)]  # fmt: skip
+        self.__dict__.pop("_split", None)
+
+    def minimizer(self, teacher_logits, labels=None):
+        raise NotImplementedError("a sum of losses is least at a compromise of its terms, of which there is no formula")
+
+    def _evaluate(self, rows, student_logits, num_items, temperature):
+        first, later = self._plan(rows, num_items, temperature)
+        total = 0.0 if first is None else Together.apply(rows.student, rows.teacher, first)
+        for weight, term in later:
+            own = rows if term._uses.teacher else rows._replace(teacher=None)
+            value = self._reducing(term)._evaluate(own, student_logits, num_items, temperature)
+            total = total + weight * value
+        return total
+
+    def _reducing(self, term):
+        return term if term.reduction == self.reduction else reducing(term, self.reduction)
+
+    def _plan(self, rows: call.Rows, num_items, temperature):
+        """What is done in one go (or None), and pairs (weight, loss) that follow one by one."""
+        single: Any = vars(self)["_first"]
+        others = vars(self)["_others"]
+        every = ([] if single is None else [(1, single)]) + others
+        together = [(w, x) for w, x in others if isinstance(x, Comparison) and x._uses.teacher and not x._uses.labels]
+        wanted = rows.student.requires_grad and torch.is_grad_enabled()
+        if single is None or not together or not wanted or rows.teacher is None or rows.teacher.requires_grad:
+            return None, every
+        if self.reduction == "none" or rows.student.dtype == torch.float16 or torch.compiler.is_compiling():
+            return None, every
+        single = self._reducing(single)
+        alone = rows if single._uses.teacher else rows._replace(teacher=None)
+        backend, operators, program, args, weight, divisor = single._prepared(alone, num_items, temperature)
+        if not hasattr(backend, "TOGETHER") or operators.elements or args.requires_grad:
+            return None, every
+        comparisons = [_columns(self._reducing(x), w, rows, num_items, temperature) for w, x in together]
+        inputs = (rows.labels, rows.mask, args, program.code, weight, divisor, _stacked(comparisons), rows.vocab,
+                  self.ignore_index, alone.teacher is None)  # fmt: skip
+        return (backend.TOGETHER, inputs), [pair for pair in others if pair not in together]
+
+    def _value_and_grad(self, rows, student_logits, num_items, temperature, out, accumulate):
+        with torch.enable_grad():
+            wanted = rows._replace(student=rows.student.detach().requires_grad_())
+            first, later = self._plan(wanted, num_items, temperature)
+        if first is None or later:
+            return super()._value_and_grad(rows, student_logits, num_items, temperature, out, accumulate)
+        step, inputs = first
+        value, gradient = step(call.dense(rows.student), call.dense(rows.teacher), *inputs)
+        return value, handed_over(gradient.view(rows.student.shape), out, accumulate)
+
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
+
+
+def of_log_partition(term) -> bool:
+    """Whether all of it is made at points of the log-partition."""
+    return isinstance(term, Loss) and term.adds and not isinstance(term, RowsLoss)
+
+
+def _pairs(weight, term) -> list:
+    checked_weight(weight)
+    if isinstance(term, (SumLoss, MixedSumLoss)):
+        return [(weight * w, x) for w, x in zip(term.weights, term.terms, strict=True)]
+    if not isinstance(term, BaseLoss):
+        raise TypeError(f"a sum takes losses, got {type(term).__name__}")
+    return [(weight, term)]
+
+
+def _columns(loss: Comparison, weight: float, rows: call.Rows, num_items, temperature) -> Tensor:
+    """(1 or N, 3 + columns) of the operator's `comparisons`."""
+    args, scale = loss._arguments(rows, temperature)
+    weights, divisor = call.weighting(loss, rows, num_items)
+    scale = weight * (scale if weights is None else scale * weights)
+    factor = call.factor(scale, divisor, rows.labels, loss.ignore_index, rows.student)
+    head = torch.tensor([loss.kind, args.shape[1] - 5], dtype=torch.float64)
+    count = max(len(factor), len(args))
+    return torch.cat((head.expand(count, 2), factor[:, None].expand(count, 1), args.expand(count, -1)), -1)
+
+
+def _stacked(comparisons: list[Tensor]) -> Tensor:
+    rows, columns = (max(x.shape[k] for x in comparisons) for k in (0, 1))
+    padded = [nn.functional.pad(x, (0, columns - x.shape[1])).expand(rows, -1) for x in comparisons]
+    return torch.stack(padded)
+
+
+class Together(torch.autograd.Function):
+    """The weighted sum of all values; the gradient is made with it and handed over once."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, plan):
+        ctx.step, inputs = plan
+        value, ctx.gradient = ctx.step(call.dense(student), call.dense(teacher), *inputs)
+        ctx.save_for_backward(student, teacher, *(x for x in inputs if isinstance(x, Tensor)))
+        ctx.inputs = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+        return value
+
+    @staticmethod
+    def backward(ctx, grad):
+        ready, ctx.gradient = ctx.gradient, None  # it is the caller's from here on, who may write to it
+        student, teacher, *tensors = ctx.saved_tensors
+        if ready is not None and not torch.is_grad_enabled() and (scaled := rescale(ready, grad)) is not None:
+            return scaled.view(student.shape), None, None
+        rest = iter(tensors)
+        labels, mask, args, code, weight, divisor, comparisons, *last = (next(rest) if x is None else x[0]
+                                                                         for x in ctx.inputs)  # fmt: skip
+        by = grad.reshape(-1).to(torch.float64)
+        weight = call.factor(weight, divisor, labels, last[1], student) * by
+        comparisons = torch.cat((comparisons[..., :2], comparisons[..., 2:3] * by, comparisons[..., 3:]), -1)
+        inputs = (labels, mask, args, code, weight, 1.0, comparisons, *last)
+        gradient = ctx.step(call.dense(student), call.dense(teacher), *inputs)[1]
+        return gradient.view(student.shape), None, None

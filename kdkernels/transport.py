@@ -1,0 +1,101 @@
+"""A loss that relates the rows of a batch to each other by transport."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from . import backends, call
+from .compare import RankLoss
+from .options import check_count, check_number
+from .rowwise import CLASSES
+
+
+class SinkhornLoss(RankLoss):
+    """sum_ij P_ij C_ij / N over the rows of a batch, C_ij = sum_k |q_ik - p_jk|. [Cui et al. 2024, SinKD]
+
+    P is exp(-C / epsilon), its rows and then its columns divided by their sums, `iterations` times. The gradient goes
+    through P, to the teacher as well. Torch computes it, in float32 for logits of 32 bits or less (sums and P in
+    float64), some of the classes at a time and once more in the backward: in memory of N^2; row_weight is refused.
+
+    Args:
+        temperature: T > 0 of both softmaxes.
+        epsilon: > 0, entropic regularisation.
+        iterations: >= 1.
+        reduction: "mean", over the kept rows, or "sum".
+    """
+
+    teacher_gradient = True
+    rowwise = False
+
+    def __init__(self, temperature: float = 2.0, epsilon: float = 0.1, iterations: int = 20, **options):
+        super().__init__(temperature=temperature, **options)
+        self.epsilon, self.iterations = epsilon, iterations
+
+    def check(self):
+        check_number("epsilon", self.epsilon, above=0)
+        check_count("iterations", self.iterations)
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum' for a loss over whole batches, got {self.reduction!r}")
+
+    def minimizer(self, teacher_logits, labels=None):
+        raise NotImplementedError("SinkhornLoss is not 0 at the teacher's logits: P moves mass between rows")
+
+    def _term(self, rows, student_logits, num_items, temperature):
+        backends.definition(type(self).__name__)
+        if rows.weight is not None:
+            raise ValueError("row_weight is not for SinkhornLoss, whose rows are related to each other")
+        _, divisor = call.weighting(self, rows, num_items)
+        T = self.temperature if temperature is None else temperature
+        T = T.reshape(-1, 1) if isinstance(T, Tensor) and T.dim() else T
+        keep = None if rows.labels is None else rows.labels != self.ignore_index
+        cost = _cost(rows, keep, T)
+        some = torch.ones_like(cost[:, 0]) if keep is None else keep.to(cost.dtype)
+        value = transport(cost, some, self.epsilon, self.iterations)
+        if self.t_squared:
+            value = value * (T * T)
+        value = value * self.kd_weight / (divisor or some.sum().clamp(min=1))
+        return value.to(call.result_dtype(student_logits))
+
+
+def _cost(rows: call.Rows, keep: Tensor | None, T) -> Tensor:
+    """(N, N) float64: sum_k |q_ik - p_jk|. Rows that are not kept count as zeros."""
+    assert rows.teacher is not None
+    pair = [x.reshape(-1, x.shape[-1])[:, : rows.vocab] for x in (rows.student, rows.teacher)]
+    double = any(x.dtype == torch.float64 for x in pair) or backends.pick(*pair).__name__.endswith("reference")
+    step = max(4 * CLASSES // max(len(pair[0]), 1), 1)
+    pieces = list(zip(*(x.split(step, -1) for x in pair), strict=True))
+    masks = [None] * len(pieces) if rows.mask is None else rows.mask.split(step)
+
+    def scaled(x, mask):
+        x = x.to(torch.float64 if double else torch.float32)
+        x = x if mask is None else torch.where(mask, x, -math.inf)
+        return (x if keep is None else torch.where(keep[:, None], x, 0.0)) / T
+
+    def mass(x, top, mask):
+        return (scaled(x, mask) - top).exp().sum(-1, keepdim=True, dtype=torch.float64)
+
+    def distance(s, t, tops, totals, mask):
+        q, p = ((scaled(x, mask) - top).exp() / z.to(top.dtype) for x, top, z in zip((s, t), tops, totals, strict=True))
+        return torch.cdist(q, p, p=1.0).double()
+
+    with torch.no_grad():
+        tops = [torch.stack([scaled(x[side], m).amax(-1, keepdim=True) for x, m in zip(pieces, masks, strict=True)])
+                .amax(0) for side in (0, 1)]  # fmt: skip
+    again = partial(checkpoint, use_reentrant=False) if len(pieces) > 1 else lambda function, *inputs: function(*inputs)
+    totals = [sum(again(mass, x[side], tops[side], m) for x, m in zip(pieces, masks, strict=True)) for side in (0, 1)]
+    return sum(again(distance, *x, tops, totals, m) for x, m in zip(pieces, masks, strict=True))
+
+
+def transport(cost: Tensor, some: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """sum_ij P_ij C_ij of the rows and columns with some = 1."""
+    plan = (-cost / epsilon).exp() * some[:, None] * some
+    for _ in range(iterations):
+        for dim in (1, 0):
+            total = plan.sum(dim, keepdim=True)
+            plan = plan / torch.where(total > 0, total, 1.0)
+    return (plan * cost).sum()
