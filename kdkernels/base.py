@@ -197,7 +197,7 @@ _MODULE = {"training", "resolution"} | set(vars(nn.Module()))
 
 def total(*terms) -> BaseLoss:
     """The sum of pairs (weight, loss)."""
-    from .compose import SumLoss
-    from .together import MixedSumLoss, of_log_partition
+    from .compose import SumLoss, joins
+    from .together import MixedSumLoss
 
-    return (SumLoss if all(of_log_partition(term) for _, term in terms) else MixedSumLoss)(terms)
+    return (SumLoss if all(joins(term) for _, term in terms) else MixedSumLoss)(terms)

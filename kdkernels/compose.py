@@ -129,9 +129,14 @@ def checked_weight(weight) -> float:
     return check_number("the weight of a loss", weight)
 
 
+def joins(term) -> bool:
+    """Whether a `SumLoss` takes it."""
+    return isinstance(term, Loss) and not isinstance(term, RowsLoss)
+
+
 def _pairs(weight, term):
     checked_weight(weight)
-    if not isinstance(term, Loss) or isinstance(term, RowsLoss):
+    if not joins(term):
         raise TypeError(f"a sum takes losses of the log-partition (kdkernels.Loss), got {type(term).__name__}; a sum "
                         "with others is a MixedSumLoss")  # fmt: skip
     if isinstance(term, SumLoss):

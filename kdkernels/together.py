@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from . import call
 from .base import BaseLoss
 from .compare import Comparison
-from .compose import SumLoss, checked_weight
-from .loss import Loss
+from .compose import SumLoss, checked_weight, joins
 from .ops import rescale
 from .options import Uses
 from .out import handed_over
 from .parts import reducing
-from .rowwise import RowsLoss
 
 
 class MixedSumLoss(BaseLoss):
@@ -79,10 +77,10 @@ class MixedSumLoss(BaseLoss):
         return any(term.standardize for term in self.terms)
 
     def _prepare(self) -> None:
-        single = [(w, term) for w, term in zip(self.weights, self.terms, strict=True) if of_log_partition(term)]
+        single = [(w, term) for w, term in zip(self.weights, self.terms, strict=True) if joins(term)]
         self.__dict__["_first"] = SumLoss(single) if single else None
         self.__dict__["_others"] = [(w, term) for w, term in zip(self.weights, self.terms, strict=True)
-                                    if not of_log_partition(term)]  # fmt: skip
+                                    if not joins(term)]  # fmt: skip
         self.__dict__.pop("_split", None)
 
     def minimizer(self, teacher_logits, labels=None):
@@ -133,11 +131,6 @@ class MixedSumLoss(BaseLoss):
 
     def extra_repr(self) -> str:
         return f"weights={self.weights}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
-
-
-def of_log_partition(term) -> bool:
-    """Whether it is one that `SumLoss` takes."""
-    return isinstance(term, Loss) and not isinstance(term, RowsLoss)
 
 
 def _pairs(weight, term) -> list:
