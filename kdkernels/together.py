@@ -149,11 +149,15 @@ def _columns(loss: Comparison, weight: float, rows: call.Rows, num_items, temper
     scale = weight * (scale if weights is None else scale * weights)
     factor = call.factor(scale, divisor, rows.labels, loss.ignore_index, rows.student)
     head = torch.tensor([loss.kind, args.shape[1] - 5], dtype=torch.float64)
+    if len(factor) == len(args) == 1:
+        return torch.cat((head, factor, args[0]))[None]
     count = max(len(factor), len(args))
     return torch.cat((head.expand(count, 2), factor[:, None].expand(count, 1), args.expand(count, -1)), -1)
 
 
 def _stacked(comparisons: list[Tensor]) -> Tensor:
+    if len(comparisons) == 1:
+        return comparisons[0][None]
     rows, columns = (max(x.shape[k] for x in comparisons) for k in (0, 1))
     padded = [nn.functional.pad(x, (0, columns - x.shape[1])).expand(rows, -1) for x in comparisons]
     return torch.stack(padded)
