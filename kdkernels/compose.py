@@ -155,9 +155,14 @@ def checked_weight(weight) -> float:
     return check_number("the weight of a loss", weight)
 
 
+def joins(term) -> bool:
+    """Whether a `SumLoss` takes it."""
+    return isinstance(term, Loss) and term.adds
+
+
 def _pairs(weight, term):
     checked_weight(weight)
-    if not isinstance(term, Loss) or not term.adds:
+    if not joins(term):
         raise TypeError(f"a sum takes losses of the log-partition (kdkernels.Loss), got {type(term).__name__}; a sum "
                         "with others is a MixedSumLoss")  # fmt: skip
     if isinstance(term, SumLoss):
@@ -167,7 +172,7 @@ def _pairs(weight, term):
 
 def fits(terms) -> bool:
     """Whether a `SumLoss` takes these pairs (weight, loss); wrong ones are its business, too."""
-    if not all(isinstance(term, Loss) and term.adds for _, term in terms):
+    if not all(joins(term) for _, term in terms):
         return False
     try:
         in_one(pair for weight, term in terms for pair in _pairs(weight, term))
