@@ -2,42 +2,92 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
 from . import triton as base
 from .triton_ranks import CELLS, spearman_kernel
+from .triton_sorted import spearman_sorted_kernel, top_kernel
 
 SCRATCH = 1 << 29  # bytes, of all programs of a launch
+SORTED = 4096  # live classes at most, of rows that are sorted
+MOST = 1 << 20  # classes: sums of ranks are packed with counts
+LEAST_TAU = 0.02  # of wide rows that are not sorted: cells are 1/4096 deviation and more
 
 
-def programs(device: torch.device, rows: int, bytes_each: int) -> int:
-    """How many programs share the rows: what the device holds at once, and the scratch allows."""
-    held = 2 if device.type == "cpu" else 2 * torch.get_device_module(device).get_device_properties(device).multi_processor_count
+class Rows(NamedTuple):
+    """What kernels are told of a call: pointers, strides and flags in the order of their arguments."""
+
+    pointers: tuple
+    strides: tuple
+    grad_row: int
+    shape: tuple  # B, N, vocab, width, ignore
+    flags: tuple
+    value: Tensor
+    out: Tensor
+    top: Tensor | None
+
+
+def _programs(rows: int, device: torch.device, bytes_each: int) -> int:
+    """How many programs share the rows: what the device holds at once and the scratch allows."""
+    held = 2
+    if device.type != "cpu":
+        held *= torch.get_device_module(device).get_device_properties(device).multi_processor_count
     return max(1, min(rows, held, SCRATCH // bytes_each))
 
 
-def spearman(grad, student, teacher, labels, mask, top, tau, vocab, ignore):
-    """value (N,) and, where grad is a tensor, the gradient."""
+def _top(s, t, mask, strides, B, N, vocab, k):
+    """(N, 2) of `top_kernel`."""
+    out = torch.empty((N, 2), dtype=torch.int64, device=s.device)
+    lowest = {torch.bfloat16: 16, torch.float16: 12}.get(t.dtype, 0)
+    with base._launch("top", s.device):
+        top_kernel[(N,)](s, t, s if mask is None else mask.view(torch.uint8), out, *strides, B, vocab, k, lowest,
+                         mask is not None, min(1024, triton.next_power_of_2(vocab)), num_warps=8)  # fmt: skip
+    return out
+
+
+def _rows(grad, student, teacher, labels, mask, vocab, ignore, side, k) -> Rows:
     (s, s_a, s_b), (t, t_a, t_b) = base._rows(student, student), base._rows(teacher, student)
-    N, cells = s.shape[:-1].numel(), CELLS.value
+    own, B, N = t if side else s, s.shape[-2], s.shape[:-1].numel()
     value = s.new_empty(N, dtype=torch.float64)
-    out = torch.empty(s.shape, dtype=torch.float32 if base.INTERPRETED else s.dtype, device=s.device)
+    # The interpreter truncates when it stores bfloat16, where hardware rounds.
+    shape = own.shape if grad is not None else (0,)
+    out = torch.empty(shape, dtype=torch.float32 if base.INTERPRETED else own.dtype, device=s.device)
+    top = None
+    if 0 < k < vocab and N:
+        top = _top(s, t, mask, (s_a, s_b, t_a, t_b), B, N, vocab, k)
+    pointers = (s, t, s if labels is None else labels.contiguous(), s if mask is None else mask.view(torch.uint8),
+                s if top is None else top, value if grad is None else grad)  # fmt: skip
+    return Rows(pointers, (s_a, s_b, t_a, t_b), 0 if grad is None else grad.stride(0) * (len(grad) > 1),
+                (B, N, vocab, own.shape[-1], ignore), (labels is not None, top is not None, mask is not None,
+                                                       grad is not None), value, out, top)  # fmt: skip
+
+
+def spearman(grad, student, teacher, labels, mask, args, vocab, ignore, side):
+    tau, k, exact = args[0, 2:5].tolist()
+    room = min(vocab, int(k) or vocab)
+    x = _rows(grad, student, teacher, labels, mask, vocab, ignore, side, int(k))
+    by_bits = student.element_size() == 2 and teacher.element_size() == 2
+    N, device, empty = len(x.value), student.device, student.new_empty
     if not N:
-        return value, out
-    by_bits = s.element_size() == 2 and t.element_size() == 2
-    some = programs(s.device, N, 44 * cells)
-    tables = s.new_zeros((some, 2, cells), dtype=torch.int64)
-    packed, floats = s.new_empty((some, cells), dtype=torch.int64), s.new_empty((some, 4, cells), dtype=torch.float32)
-    places = s.new_empty((some, cells), dtype=torch.int32)
-    with base._launch("spearman", s.device):
-        spearman_kernel[(some,)](
-            s, t, s if labels is None else labels.contiguous(), s if mask is None else mask.view(torch.uint8),
-            s if top is None else top, value if grad is None else grad, tables, packed, floats, places, value, out, s_a,
-            s_b, t_a, t_b, 0 if grad is None else grad.stride(0) * (len(grad) > 1), s.shape[-2], N, vocab, s.shape[-1],
-            ignore, tau, by_bits, (s.dtype == torch.float16, t.dtype == torch.float16), labels is not None,
-            top is not None, mask is not None, grad is not None, min(2048, triton.next_power_of_2(vocab)), 1024,
-            num_warps=8,
-        )  # fmt: skip
-    return value, out.to(s.dtype)
+        return x
+    if room <= SORTED or (not by_bits and (exact or tau < LEAST_TAU)):
+        some, block = _programs(N, device, 52 * room), min(1024, triton.next_power_of_2(room))
+        scratch = (empty((some, 3, room), dtype=torch.int64), empty((some, 4, room), dtype=torch.float32),
+                   empty((some, 3, room), dtype=torch.int32))  # fmt: skip
+        with base._launch("spearman_sorted", device):
+            spearman_sorted_kernel[(some,)](*x.pointers, *scratch, x.value, x.out, *x.strides, x.grad_row, *x.shape,
+                                            room, tau, *x.flags, block, num_warps=max(1, block // 128))  # fmt: skip
+        return x
+    cells = CELLS.value
+    some, block = _programs(N, device, 44 * cells), min(2048, triton.next_power_of_2(vocab))
+    scratch = (student.new_zeros((some, 2, cells), dtype=torch.int64), empty((some, cells), dtype=torch.int64),
+               empty((some, 4, cells), dtype=torch.float32), empty((some, cells), dtype=torch.int32))  # fmt: skip
+    half = (student.dtype == torch.float16, teacher.dtype == torch.float16)
+    with base._launch("spearman", device):
+        spearman_kernel[(some,)](*x.pointers, *scratch, x.value, x.out, *x.strides, x.grad_row, *x.shape, tau, by_bits,
+                                 half, *x.flags, block, 1024, num_warps=8)  # fmt: skip
+    return x

@@ -15,8 +15,8 @@ from .triton_elements import ELSEWHERE, INF, NAN
 COUNT = tl.constexpr(21)  # low bits of a packed sum, which count; 2^20 classes at most
 COUNTED = tl.constexpr((1 << 21) - 1)
 CELLS = tl.constexpr(1 << 16)
-NODE = tl.constexpr(12)  # bits of a float32 below a cell of wide rows: 2048 cells from 0 to 1, from 1 to 3, from 3 to 7
-PLACES, ONE = tl.constexpr(1 << 12), tl.constexpr(0x3F800000)
+NODE = tl.constexpr(11)  # bits of a float32 below a cell of wide rows: 4096 cells from 0 to 1, from 1 to 3, ..., to 255
+PLACES, ONE = tl.constexpr(1 << 11), tl.constexpr(0x3F800000)
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def _cell(x, mean, scale, BY_BITS: tl.constexpr, HALF: tl.constexpr):
             bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True) >> 16
         return (bits ^ ((bits >> 31) & 0x7FFF)) + 32768, bits * 0
     y = ((x.to(tl.float64) - mean) * scale).to(tl.float32)
-    bits = (1.0 + tl.abs(y)).to(tl.int32, bitcast=True) - ONE
+    bits = (1.0 + tl.minimum(tl.abs(y), 253.0)).to(tl.int32, bitcast=True) - ONE
     bits = tl.where(y < 0, -bits, bits)
     return (bits >> NODE) + 32768, bits & (PLACES - 1)
 
@@ -67,7 +67,7 @@ def _number(cell, BY_BITS: tl.constexpr, HALF: tl.constexpr):
         if HALF:
             return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         return (bits << 16).to(tl.float32, bitcast=True)
-    bits = (at << NODE) + 2048
+    bits = (at << NODE) + 1024
     y = (tl.abs(bits) + ONE).to(tl.float32, bitcast=True) - 1.0
     return tl.where(bits < 0, -y, y)
 
