@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from . import triton as base
+from .triton_pearson import pearson_kernel
 from .triton_ranks import CELLS, spearman_kernel
 from .triton_sorted import spearman_sorted_kernel, top_kernel
 
@@ -16,6 +17,8 @@ SCRATCH = 1 << 29  # bytes, of all programs of a launch
 SORTED = 4096  # live classes at most, of rows that are sorted
 MOST = 1 << 20  # classes: sums of ranks are packed with counts
 LEAST_TAU = 0.02  # of wide rows that are not sorted: cells are 1/4096 deviation and more
+# Tiles of sorts and of scans; the interpreter takes as long for a small one as for a large one.
+SORT, BINS = (1024, 1024) if base.INTERPRETED else (256, 512)
 
 
 class Rows(NamedTuple):
@@ -45,7 +48,7 @@ def _top(s, t, mask, strides, B, N, vocab, k):
     lowest = {torch.bfloat16: 16, torch.float16: 12}.get(t.dtype, 0)
     with base._launch("top", s.device):
         top_kernel[(N,)](s, t, s if mask is None else mask.view(torch.uint8), out, *strides, B, vocab, k, lowest,
-                         mask is not None, min(1024, triton.next_power_of_2(vocab)), num_warps=8)  # fmt: skip
+                         mask is not None, min(2 * SORT, triton.next_power_of_2(vocab)), num_warps=8)  # fmt: skip
     return out
 
 
@@ -75,12 +78,12 @@ def spearman(grad, student, teacher, labels, mask, args, vocab, ignore, side):
     if not N:
         return x
     if room <= SORTED or (not by_bits and (exact or tau < LEAST_TAU)):
-        some, block = _programs(N, device, 52 * room), min(1024, triton.next_power_of_2(room))
+        some, block = _programs(N, device, 52 * room), min(SORT, triton.next_power_of_2(room))
         scratch = (empty((some, 3, room), dtype=torch.int64), empty((some, 4, room), dtype=torch.float32),
                    empty((some, 3, room), dtype=torch.int32))  # fmt: skip
         with base._launch("spearman_sorted", device):
             spearman_sorted_kernel[(some,)](*x.pointers, *scratch, x.value, x.out, *x.strides, x.grad_row, *x.shape,
-                                            room, tau, *x.flags, block, num_warps=max(1, block // 128))  # fmt: skip
+                                            room, tau, *x.flags, block, num_warps=8)  # fmt: skip
         return x
     cells = CELLS.value
     some, block = _programs(N, device, 44 * cells), min(2048, triton.next_power_of_2(vocab))
@@ -89,5 +92,18 @@ def spearman(grad, student, teacher, labels, mask, args, vocab, ignore, side):
     half = (student.dtype == torch.float16, teacher.dtype == torch.float16)
     with base._launch("spearman", device):
         spearman_kernel[(some,)](*x.pointers, *scratch, x.value, x.out, *x.strides, x.grad_row, *x.shape, tau, by_bits,
-                                 half, *x.flags, block, 1024, num_warps=8)  # fmt: skip
+                                 half, *x.flags, block, BINS, num_warps=8)  # fmt: skip
+    return x
+
+
+def pearson(grad, student, teacher, labels, mask, args, vocab, ignore, side):
+    x = _rows(grad, student, teacher, labels, mask, vocab, ignore, side, 0)
+    probs, (B, N, *rest) = bool(args[0, 4]), x.shape
+    there, block = base._there(args, student.device), min(2048, triton.next_power_of_2(vocab))
+    if N:
+        s, t, label, masked, _top, g = x.pointers
+        with base._launch("pearson", student.device):
+            pearson_kernel[(N,)](s, t, label, masked, g, there, x.value, x.out, *x.strides, x.grad_row,
+                                 args.shape[1] * (len(args) > 1), B, *rest, probs, side, labels is not None,
+                                 mask is not None, grad is not None, block, num_warps=max(1, block // 256))  # fmt: skip
     return x

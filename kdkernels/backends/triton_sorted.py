@@ -79,7 +79,7 @@ def sort(keys, spare, n, BLOCK: tl.constexpr):
     lane = tl.arange(0, 16)
     for step in range(8):
         shift = 32 + 4 * step
-        counts = tl.zeros((16,), tl.int64)
+        counts = tl.zeros((16,), tl.int32)
         for first in range(0, n, BLOCK):
             m = first + tl.arange(0, BLOCK)
             digit = ((tl.load(keys + m, mask=m < n, other=0) >> shift) & 15).to(tl.int32)
