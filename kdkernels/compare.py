@@ -11,9 +11,9 @@ from torch import Tensor
 from . import backends, call
 from .base import BaseLoss
 from .logpartition import ForwardKLLoss
-from .rankops import Compare
+from .rankops import KENDALL, PEARSON, PLACKETT_LUCE, SPEARMAN, Compare
 
-PEARSON, SPEARMAN, PLACKETT_LUCE, KENDALL = range(4)  # csrc/cpu/ranks.cpp reads the same numbers
+__all__ = ["KENDALL", "PEARSON", "PLACKETT_LUCE", "SPEARMAN", "Comparison", "RankLoss"]
 
 
 class RankLoss(BaseLoss):
@@ -95,6 +95,8 @@ class Comparison(RankLoss):
     """Whether only classes at -inf in both rows are dead."""
     needs_spread = True
     """Whether a row of equal logits has no value."""
+    scale_free = True
+    """Whether it is the same at every temperature."""
     _args: Tensor
     _factor: Tensor
 
@@ -123,26 +125,28 @@ class Comparison(RankLoss):
         weight, divisor = call.weighting(self, rows, num_items)
         weight = scale if weight is None else weight * scale
         per_row, ignore = self.reduction == "none", self.ignore_index
-        backend: Any = backends.pick_with("COMPARE", rows.student, rows.teacher)
+        backend: Any = backends.pick_with("COMPARE", rows.student, rows.teacher, self.kind)
         if hasattr(backend, "COMPARE"):
             return Compare.apply(rows.student, rows.teacher, args, rows.labels, rows.mask, weight, divisor, self.kind,
-                                 backend.COMPARE, rows.vocab, ignore, per_row)  # fmt: skip
+                                 backend.COMPARE[self.kind], rows.vocab, ignore, per_row)  # fmt: skip
         value = self._by_definition(rows, args)
         return call.reduced(value, student_logits, rows.labels, weight, divisor, ignore, per_row)
 
     def _arguments(self, rows: call.Rows, temperature) -> tuple[Tensor, Tensor]:
-        """args (1 or N, 5 + shifts) of the kernels and the factor (1 or N,) of the rows."""
-        device = rows.student.device
-        args = self._args.to(device)
+        """args (1 or N, 5 + shifts) of the kernels, on the host where all rows share them, and the rows' factor."""
+        args, device = self._args, rows.student.device
+        scale = args[:, 0].to(device)
         if temperature is not None:
             if not isinstance(temperature, Tensor):  # torch.compile would hold a number in as_tensor constant
                 temperature = torch.full((1,), float(temperature), dtype=torch.float64)
-            scale = 1 / temperature.reshape(-1, 1).to(device, torch.float64)
-            args = torch.cat((scale, scale, args[:, 2:].expand(len(scale), -1)), -1)
+            scale = 1 / temperature.reshape(-1).to(device, torch.float64)
+            if not self.scale_free:
+                both = scale[:, None].expand(-1, 2)
+                args = torch.cat((both, args[:, 2:].to(device).expand(len(scale), -1)), -1)
         if (more := self.columns()) is not None:
-            args = torch.cat((args, more.to(device).expand(len(args), -1)), -1)
+            args = torch.cat((args, more.to(args.device).expand(len(args), -1)), -1)
         factor = self._factor.to(device)
-        return args.contiguous(), factor / args[:, 0] ** 2 if self.t_squared else factor
+        return args.contiguous(), factor / scale**2 if self.t_squared else factor
 
     def _by_definition(self, rows: call.Rows, args: Tensor) -> Tensor:
         """`definition` on the live classes, and what it is not asked about: constant, spoilt and left-out rows."""
@@ -154,6 +158,7 @@ class Comparison(RankLoss):
         keep = None if rows.labels is None else rows.labels != self.ignore_index
         if rows.weight is not None:
             keep = rows.weight != 0 if keep is None else keep & (rows.weight != 0)
+        args = args.to(rows.student.device)
         s, t = _prepare(rows.student, rows, keep), _prepare(rows.teacher, rows, keep)
         if not len(s):
             return s.sum(-1)

@@ -1,6 +1,7 @@
 """The autograd function behind the losses that compare orders, and the shape rules of their operators.
 
-Operators (`csrc/cpu/ranks.cpp`; `kdkernels.ranks` says what a kind's columns of `args` are):
+Operators (`csrc/cpu/ranks.cpp`, `backends/triton_compare.py`; `kdkernels.ranks` says what a kind's columns of `args`
+are, which are on the host unless rows have temperatures of their own):
 
     compare(student (N, W) or (A, B, W), teacher, labels (N,)?, mask (V,)?, args (1 or N, 5 + shifts), kind, vocab,
             ignore_index) -> value (N,) float64
@@ -16,20 +17,26 @@ from torch import Tensor
 from .call import apply_factor, dense, factor, result_dtype
 from .ops import refuse, rescale
 
+PEARSON, SPEARMAN, PLACKETT_LUCE, KENDALL = range(4)  # csrc/cpu/ranks.cpp reads the same numbers
 METRICS = ("rankdata", "spearman", "kendall_tau")
 
 
-def register() -> None:
+def register(prefix: str = "", metrics: bool = True) -> None:
     """Shape rules and a loud refusal of double backward."""
 
-    @torch.library.register_fake("kdkernels::compare")
+    @torch.library.register_fake(f"kdkernels::{prefix}compare")
     def _(student, *rest):
         return student.new_empty(student.shape[:-1].numel(), dtype=torch.float64)
 
-    @torch.library.register_fake("kdkernels::compare_step")
+    @torch.library.register_fake(f"kdkernels::{prefix}compare_step")
     def _(grad, student, teacher, labels, mask, args, kind, vocab, ignore_index, side):
         logits = teacher if side else student
         return student.new_empty(student.shape[:-1].numel(), dtype=torch.float64), logits.new_empty(logits.shape)
+
+    for name in ("compare", "compare_step"):
+        torch.library.register_autograd(f"kdkernels::{prefix}{name}", refuse)
+    if not metrics:
+        return
 
     @torch.library.register_fake("kdkernels::rankdata")
     def _(a):
@@ -41,7 +48,7 @@ def register() -> None:
         def _(a, b):
             return a.new_empty(a.shape[:-1].numel(), dtype=torch.float64)
 
-    for name in ("compare", "compare_step", *METRICS):
+    for name in METRICS:
         torch.library.register_autograd(f"kdkernels::{name}", refuse)
 
 

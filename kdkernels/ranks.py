@@ -82,7 +82,7 @@ class PlackettLuceLoss(Comparison):
     """
 
     kind = PLACKETT_LUCE
-    needs_spread = False
+    needs_spread = scale_free = False
 
     def __init__(self, weights: str = "teacher", top_k: int | None = None, **options):
         super().__init__(**options)

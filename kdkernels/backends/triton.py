@@ -27,7 +27,7 @@ from .triton_elements import reduce_kernel, spread_kernel
 from .triton_rows import rows_kernel
 from .triton_separable import compiled, sums_kernel
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICES = ("cuda", "xpu", "cpu") if INTERPRETED else ("cuda", "xpu")
 FLOAT64 = False
 MAX_BLOCK, ROWS = 2048, 32
@@ -176,3 +176,5 @@ register("triton_")
 register("triton_separable_", elements=True)
 OPERATORS = Operators(reduce, rows, spread)
 SEPARABLE = Operators(separable_reduce, rows_of_sums(rows), separable_spread, elements=True)
+
+from .triton_compare import COMPARE  # noqa: E402, F401  (which is made of the above)

@@ -8,7 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import rankops
+from ..rankops import KENDALL, PEARSON, PLACKETT_LUCE, SPEARMAN
 from . import triton as base
+from .triton_orders import kendall_kernel, plackett_kernel
 from .triton_pearson import pearson_kernel
 from .triton_ranks import CELLS, spearman_kernel
 from .triton_sorted import spearman_sorted_kernel, top_kernel
@@ -69,41 +72,81 @@ def _rows(grad, student, teacher, labels, mask, vocab, ignore, side, k) -> Rows:
                                                        grad is not None), value, out, top)  # fmt: skip
 
 
-def spearman(grad, student, teacher, labels, mask, args, vocab, ignore, side):
-    tau, k, exact = args[0, 2:5].tolist()
-    room = min(vocab, int(k) or vocab)
-    x = _rows(grad, student, teacher, labels, mask, vocab, ignore, side, int(k))
-    by_bits = student.element_size() == 2 and teacher.element_size() == 2
-    N, device, empty = len(x.value), student.device, student.new_empty
-    if not N:
-        return x
+def _gathered(name, kernel, x: Rows, room: int, longs: int, floats: int, ints: int, *more) -> Rows:
+    """Launches a kernel whose programs have room for so many live classes of a row, in so many arrays."""
+    device, block = x.value.device, min(SORT, triton.next_power_of_2(room))
+    some = _programs(len(x.value), device, (8 * longs + 4 * floats + 4 * ints) * room)
+    new = lambda count, dtype: torch.empty((some, count, room), dtype=dtype, device=device)  # noqa: E731
+    scratch = new(longs, torch.int64), new(floats, torch.float32), new(ints, torch.int32)
+    with base._launch(name, device):
+        kernel[(some,)](*x.pointers, *scratch, x.value, x.out, *x.strides, x.grad_row, *x.shape, room, *more, *x.flags,
+                        block, num_warps=8)  # fmt: skip
+    return x
+
+
+def _spearman(x: Rows, s: Tensor, t: Tensor, args: Tensor, room: int) -> Rows:
+    tau, _k, exact = args[0, 2:5].tolist()
+    by_bits = s.element_size() == 2 and t.element_size() == 2
     if room <= SORTED or (not by_bits and (exact or tau < LEAST_TAU)):
-        some, block = _programs(N, device, 52 * room), min(SORT, triton.next_power_of_2(room))
-        scratch = (empty((some, 3, room), dtype=torch.int64), empty((some, 4, room), dtype=torch.float32),
-                   empty((some, 3, room), dtype=torch.int32))  # fmt: skip
-        with base._launch("spearman_sorted", device):
-            spearman_sorted_kernel[(some,)](*x.pointers, *scratch, x.value, x.out, *x.strides, x.grad_row, *x.shape,
-                                            room, tau, *x.flags, block, num_warps=8)  # fmt: skip
-        return x
-    cells = CELLS.value
-    some, block = _programs(N, device, 44 * cells), min(2048, triton.next_power_of_2(vocab))
-    scratch = (student.new_zeros((some, 2, cells), dtype=torch.int64), empty((some, cells), dtype=torch.int64),
-               empty((some, 4, cells), dtype=torch.float32), empty((some, cells), dtype=torch.int32))  # fmt: skip
-    half = (student.dtype == torch.float16, teacher.dtype == torch.float16)
-    with base._launch("spearman", device):
+        return _gathered("spearman_sorted", spearman_sorted_kernel, x, room, 3, 4, 3, tau)
+    cells, block = CELLS.value, min(2048, triton.next_power_of_2(x.shape[2]))
+    some = _programs(len(x.value), s.device, 44 * cells)
+    new, shape = s.new_empty, (some, cells)
+    scratch = (s.new_zeros((some, 2, cells), dtype=torch.int64), new(shape, dtype=torch.int64),
+               new((some, 4, cells), dtype=torch.float32), new(shape, dtype=torch.int32))  # fmt: skip
+    half = (s.dtype == torch.float16, t.dtype == torch.float16)
+    with base._launch("spearman", s.device):
         spearman_kernel[(some,)](*x.pointers, *scratch, x.value, x.out, *x.strides, x.grad_row, *x.shape, tau, by_bits,
                                  half, *x.flags, block, BINS, num_warps=8)  # fmt: skip
     return x
 
 
-def pearson(grad, student, teacher, labels, mask, args, vocab, ignore, side):
-    x = _rows(grad, student, teacher, labels, mask, vocab, ignore, side, 0)
-    probs, (B, N, *rest) = bool(args[0, 4]), x.shape
-    there, block = base._there(args, student.device), min(2048, triton.next_power_of_2(vocab))
-    if N:
-        s, t, label, masked, _top, g = x.pointers
-        with base._launch("pearson", student.device):
-            pearson_kernel[(N,)](s, t, label, masked, g, there, x.value, x.out, *x.strides, x.grad_row,
-                                 args.shape[1] * (len(args) > 1), B, *rest, probs, side, labels is not None,
-                                 mask is not None, grad is not None, block, num_warps=max(1, block // 256))  # fmt: skip
+def _pearson(x: Rows, s: Tensor, t: Tensor, args: Tensor, side: int) -> Rows:
+    B, N, vocab, *rest = x.shape
+    (s, t, label, masked, _top, g), there = x.pointers, base._there(args, s.device)
+    has_label, _has_top, has_mask, gradient = x.flags
+    block = min(2048, triton.next_power_of_2(vocab))
+    with base._launch("pearson", s.device):
+        pearson_kernel[(N,)](s, t, label, masked, g, there, x.value, x.out, *x.strides, x.grad_row,
+                             args.shape[1] * (len(args) > 1), B, vocab, *rest, bool(args[0, 4]), side, has_label,
+                             has_mask, gradient, block, num_warps=max(1, block // 256))  # fmt: skip
     return x
+
+
+def _run(grad, student, teacher, labels, mask, args, kind, vocab, ignore, side) -> Rows:
+    if vocab > MOST:
+        raise ValueError(f"vocab_size must be <= {MOST} for a rank loss on backend 'triton', got {vocab}")
+    tau, k, switch = args[0, 2:5].tolist()
+    x = _rows(grad, student, teacher, labels, mask, vocab, ignore, side, 0 if kind == PEARSON else int(k))
+    room = min(vocab, int(k) or vocab)
+    if not len(x.value):
+        return x
+    if kind == PEARSON:
+        return _pearson(x, student, teacher, args, side)
+    if kind == SPEARMAN:
+        return _spearman(x, student, teacher, args, room)
+    there, stride = base._there(args, student.device), args.shape[1] * (len(args) > 1)
+    if kind == PLACKETT_LUCE:
+        return _gathered("plackett", plackett_kernel, x, room, 2, 4, 2, there, stride, bool(switch))
+    shifts = args.shape[1] - 5
+    return _gathered("kendall", kendall_kernel, x, room, 1, 3, 1, tau, there[0, 5:], shifts, not shifts)
+
+
+@torch.library.custom_op("kdkernels::triton_compare", mutates_args=())
+def compare(student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None, args: Tensor, kind: int,
+            vocab: int, ignore_index: int) -> Tensor:  # fmt: skip
+    """The losses (N,) of the rows."""
+    return _run(None, student, teacher, labels, mask, args, kind, vocab, ignore_index, 0).value
+
+
+@torch.library.custom_op("kdkernels::triton_compare_step", mutates_args=())
+def compare_step(grad: Tensor, student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None,
+                 args: Tensor, kind: int, vocab: int, ignore_index: int,
+                 side: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The losses, and grad times the gradient of the side's logits."""
+    x = _run(grad, student, teacher, labels, mask, args, kind, vocab, ignore_index, side)
+    return x.value, x.out.to((teacher if side else student).dtype)
+
+
+rankops.register("triton_", metrics=False)
+COMPARE = dict.fromkeys((PEARSON, SPEARMAN, PLACKETT_LUCE, KENDALL), (compare, compare_step))

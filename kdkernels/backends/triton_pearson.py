@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from .triton_elements import INF, NAN
+from .triton_lapsum import live_pair, row_at
 from .triton_math import expm1
-from .triton_ranks import live_pair, row_at
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _mean(x, live, c):
 
 @triton.jit
 def _partitions(s_ptr, t_ptr, mask_ptr, vocab, r, rt, HAS_MASK: tl.constexpr, PROBS: tl.constexpr, BLOCK: tl.constexpr):
-    """Live classes, both maxima, log(V e^max / partition) of both, whether both rows vary, whether one is spoilt."""
+    """Both maxima, log(V e^max / partition) of both, whether both rows vary, whether one is spoilt."""
     n, low = r * 0, r * 0 + INF
     m, z, mt, zt, low_t = n - INF, n, n - INF, n, low
     spoilt = tl.zeros((BLOCK,), tl.int32)
@@ -60,7 +60,7 @@ def _partitions(s_ptr, t_ptr, mask_ptr, vocab, r, rt, HAS_MASK: tl.constexpr, PR
             mt = tl.maximum(mt, tl.max(tl.where(live, t, -INF), 0).to(tl.float64))
     log_n = tl.log(tl.maximum(n, 1.0))
     shift, shift_t = log_n - tl.log(tl.where(z > 0, z, 1.0)), log_n - tl.log(tl.where(zt > 0, zt, 1.0))
-    return n, m, mt, shift, shift_t, (m > low) & (mt > low_t), tl.max(spoilt, 0) > 0
+    return m, mt, shift, shift_t, (m > low) & (mt > low_t), tl.max(spoilt, 0) > 0
 
 
 @triton.jit
@@ -102,11 +102,14 @@ def pearson_kernel(
 ):  # fmt: skip
     """value[n] and g times the gradient of the student (SIDE 0) or the teacher."""
     n = tl.program_id(0).to(tl.int64)
-    s_ptr, t_ptr, limit, nan, keep, g, edge, last = row_at(
-        s_ptr, t_ptr, label_ptr, label_ptr, grad_ptr, n, s_a, s_b, t_a, t_b, grad_row, B, vocab, ignore, HAS_LABEL, False
-    )
+    s_ptr, t_ptr, limit, nan, keep, g, _edge, _last = row_at(
+        s_ptr, t_ptr, label_ptr, label_ptr, grad_ptr, n, s_a, s_b, t_a, t_b, grad_row, B, vocab, ignore, HAS_LABEL,
+        False,
+    )  # fmt: skip
     r, rt = tl.load(args_ptr + n * args_row), tl.load(args_ptr + n * args_row + 1)
-    _n, m, mt, shift, shift_t, varied, spoilt = _partitions(s_ptr, t_ptr, mask_ptr, limit, r, rt, HAS_MASK, PROBS, BLOCK)
+    m, mt, shift, shift_t, varied, spoilt = _partitions(
+        s_ptr, t_ptr, mask_ptr, limit, r, rt, HAS_MASK, PROBS, BLOCK
+    )  # fmt: skip
     sums = tl.where(spoilt, 0, limit)
     a, b, aa, ab, bb = _products(
         s_ptr, t_ptr, mask_ptr, sums, m, mt, shift, shift_t, r, rt, HAS_MASK, PROBS, BLOCK

@@ -10,37 +10,12 @@ their order and all others have one, so that a call repeats to the bit.
 import triton
 import triton.language as tl
 
-from .triton_elements import ELSEWHERE, INF, NAN
+from .triton_elements import NAN
+from .triton_lapsum import COUNT, count_of, lapsum, live_pair, row_at
 
-COUNT = tl.constexpr(21)  # low bits of a packed sum, which count; 2^20 classes at most
-COUNTED = tl.constexpr((1 << 21) - 1)
 CELLS = tl.constexpr(1 << 16)
 NODE = tl.constexpr(11)  # bits of a float32 below a cell of wide rows: 4096 cells from 0 to 1, from 1 to 3, ..., to 255
 PLACES, ONE = tl.constexpr(1 << 11), tl.constexpr(0x3F800000)
-
-
-@triton.jit
-def order_key(x):
-    """float32 -> int64 in [0, 2^32) in the order of the numbers; both zeros the same."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
-
-
-@triton.jit
-def live_pair(s_ptr, t_ptr, mask_ptr, cols, vocab, edge, last, HAS_MASK: tl.constexpr, BOTH: tl.constexpr):
-    """Logits in float32, which classes live, and which spoil their row.
-
-    Of the live ones only those whose teacher key is above `edge`, or is that and the class not beyond `last`.
-    """
-    use = cols < vocab
-    if HAS_MASK:
-        use = use & (tl.load(mask_ptr + cols, mask=use, other=0) != 0)
-    s = tl.load(s_ptr + cols, mask=use, other=0.0).to(tl.float32)
-    t = tl.load(t_ptr + cols, mask=use, other=0.0).to(tl.float32)
-    fine = (s < INF) & (t < INF)
-    some = ((s != -INF) | (t != -INF)) if BOTH else ((s != -INF) & (t != -INF))
-    key = order_key(t)
-    return s, t, use & fine & some & ((key > edge) | ((key == edge) & (cols <= last))), use & (fine == 0)
 
 
 @triton.jit
@@ -82,124 +57,6 @@ def pack(a, b):
 @triton.jit
 def unpack(x):
     return (x >> 32).to(tl.int32).to(tl.float32, bitcast=True), x.to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def count_of(packed):
-    return packed & COUNTED
-
-
-@triton.jit
-def _chain(d, x, d2, x2):
-    return d * d2, x * d2 + x2
-
-
-@triton.jit
-def _decayed(x_ptr, m, M, other, a, mass, carry):
-    """Scan of `mass` along m, each step towards it from its neighbour `other` multiplied by e^(-distance / a)."""
-    use = (m >= 0) & (m < M)
-    beside = use & (other >= 0) & (other < M)
-    x, y = tl.load(x_ptr + m, mask=beside, other=0.0), tl.load(x_ptr + other, mask=beside, other=0.0)
-    decay = tl.exp(-tl.abs(x.to(tl.float64) - y.to(tl.float64)) / a)
-    decay = tl.where(use, tl.where(beside, decay, 0.0), 1.0)
-    d, total = tl.associative_scan((decay, tl.where(use, mass, 0.0)), 0, _chain)
-    total += d * carry
-    lane = tl.arange(0, total.shape[0])
-    return total, tl.sum(tl.where(lane == total.shape[0] - 1, total, 0.0), 0)
-
-
-@triton.jit
-def _moments(x_ptr, sums, M, n, BLOCK: tl.constexpr):
-    total, squares = n * 0.0, n * 0.0
-    for first in range(0, M, BLOCK):
-        m = first + tl.arange(0, BLOCK)
-        c = count_of(tl.load(sums + m, mask=m < M, other=0)).to(tl.float64)
-        total += tl.sum(c * tl.load(x_ptr + m, mask=m < M, other=0.0).to(tl.float64), 0)
-    mean = total / tl.maximum(n, 1.0)
-    for first in range(0, M, BLOCK):
-        m = first + tl.arange(0, BLOCK)
-        c = count_of(tl.load(sums + m, mask=m < M, other=0)).to(tl.float64)
-        d = tl.load(x_ptr + m, mask=m < M, other=0.0).to(tl.float64) - mean
-        squares += tl.sum(c * d * d, 0)
-    return mean, squares / tl.maximum(n, 1.0)
-
-
-@triton.jit
-def lapsum(x_ptr, sums, R, K, G, M, n, tau, squares, g, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Loss of M ascending bins x with packed sums (ranks' sum, count): `LapSum` of csrc/lapsum.h, in the same units.
-
-    The gradient is A rank + B in each bin, A going to K and B to R; both times g.
-    """
-    mean, variance = _moments(x_ptr, sums, M, n, BLOCK)
-    spread = tl.load(x_ptr + M - 1, mask=M > 0, other=0.0) > tl.load(x_ptr, mask=M > 0, other=0.0)
-    fine = spread & (variance > 0) & (squares > 0)
-    bins = tl.where(fine, M, 0)
-    a = tau * tl.sqrt(tl.where(fine, variance, 1.0))
-    carry, count = n * 0.0, n * 0.0
-    for first in range(0, bins, BLOCK):
-        m = first + tl.arange(0, BLOCK)
-        c = count_of(tl.load(sums + m, mask=m < M, other=0)).to(tl.float64)
-        total, carry = _decayed(x_ptr, m, M, m - 1, a, c / n, carry)
-        low = total - c / n
-        below = count + tl.cumsum(c, 0) - c
-        count += tl.sum(c, 0)
-        tl.store(R + m, (below / n - low / 2 - 0.5).to(tl.float32), mask=m < M)
-        tl.store(K + m, low.to(tl.float32), mask=m < M)
-    tl.debug_barrier()
-    carry, own, joint = n * 0.0, n * 0.0, n * 0.0
-    for first in range(0, bins, BLOCK):
-        m = bins - 1 - first - tl.arange(0, BLOCK)
-        packed = tl.load(sums + m, mask=m >= 0, other=0)
-        c, S = count_of(packed).to(tl.float64) / n, (packed >> COUNT).to(tl.float64) / (2 * n * n)
-        total, carry = _decayed(x_ptr, m, M, m + 1, a, c, carry)
-        r = tl.load(R + m, mask=m >= 0, other=0.0).to(tl.float64) + total / 2
-        own += tl.sum(c * r * r, 0)
-        joint += tl.sum(r * S, 0)
-        tl.store(R + m, r.to(tl.float32), mask=m >= 0)
-        tl.store(K + m, (tl.load(K + m, mask=m >= 0, other=0.0) + total).to(tl.float32), mask=m >= 0)
-    fine = fine & (own > 0)
-    own = tl.where(fine, own, 1.0)
-    root = tl.sqrt(own) * tl.sqrt(tl.where(fine, squares / (4 * n * n * n), 1.0))
-    rho = tl.where(fine, joint / root, 0.0)
-    if GRADIENT:
-        _lines(x_ptr, sums, R, K, G, tl.where(fine, M, 0), n, a, mean, variance, -1 / root, rho / own, g, BLOCK)
-    return 1 - rho, fine
-
-
-@triton.jit
-def _lines(x_ptr, sums, R, K, G, M, n, a, mean, variance, ct, cr, g, BLOCK: tl.constexpr):
-    """The loss's slope by R_i is (ct T_i + cr R_i) / n; through the kernel, and through a, which follows the deviation."""
-    tl.debug_barrier()
-    carry = n * 0.0
-    for first in range(0, M, BLOCK):
-        m = first + tl.arange(0, BLOCK)
-        packed = tl.load(sums + m, mask=m < M, other=0)
-        c, S = count_of(packed).to(tl.float64) / n, (packed >> COUNT).to(tl.float64) / (2 * n * n)
-        slope = ct * S + cr * c * tl.load(R + m, mask=m < M, other=0.0).to(tl.float64)
-        total, carry = _decayed(x_ptr, m, M, m - 1, a, slope, carry)
-        tl.store(G + m, (total - slope).to(tl.float32), mask=m < M)
-    tl.debug_barrier()
-    carry, radial, scale = n * 0.0, n * 0.0, 1 / (2 * a * n)
-    for first in range(0, M, BLOCK):
-        m = M - 1 - first - tl.arange(0, BLOCK)
-        packed = tl.load(sums + m, mask=m >= 0, other=0)
-        c, S = count_of(packed).to(tl.float64) / n, (packed >> COUNT).to(tl.float64) / (2 * n * n)
-        r = tl.load(R + m, mask=m >= 0, other=0.0).to(tl.float64)
-        k = tl.load(K + m, mask=m >= 0, other=0.0).to(tl.float64)
-        total, carry = _decayed(x_ptr, m, M, m + 1, a, ct * S + cr * c * r, carry)
-        A = scale * ct * k
-        B = scale * (cr * r * k - total - tl.load(G + m, mask=m >= 0, other=0.0).to(tl.float64))
-        d = tl.load(x_ptr + m, mask=m >= 0, other=0.0).to(tl.float64) - mean
-        radial += tl.sum(tl.where(m >= 0, d * (A * S + c * B), 0.0), 0)
-        tl.store(K + m, (A * g / (2 * n)).to(tl.float32), mask=m >= 0)
-        tl.store(R + m, B.to(tl.float32), mask=m >= 0)
-    tl.debug_barrier()
-    radial /= tl.where(variance > 0, variance, 1.0)
-    for first in range(0, M, BLOCK):
-        m = first + tl.arange(0, BLOCK)
-        d = tl.load(x_ptr + m, mask=m < M, other=0.0).to(tl.float64) - mean
-        B = tl.load(R + m, mask=m < M, other=0.0).to(tl.float64)
-        tl.store(R + m, (g * (B - radial * d)).to(tl.float32), mask=m < M)
 
 
 @triton.jit
@@ -272,7 +129,7 @@ def _sum_ranks(
     s_ptr, t_ptr, mask_ptr, table, vocab, edge, last, mean_s, scale_s, mean_t, scale_t,
     BY_BITS: tl.constexpr, HALF: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Per cell of the student (in the second table) its count and the sum of the teacher's ranks; sum of their squares."""
+    """Counts of the student's cells and sums of the ranks there, in the second table; the sum of their squares."""
     squares = edge * 0
     for first in range(0, vocab, BLOCK):
         cols = first + tl.arange(0, BLOCK)
@@ -326,25 +183,6 @@ def _write(
         tl.store(out_ptr + cols, d.to(out_ptr.dtype.element_ty), mask=cols < width)
 
 
-@triton.jit
-def row_at(s_ptr, t_ptr, label_ptr, top_ptr, grad_ptr, n, s_a, s_b, t_a, t_b, grad_row, B, vocab, ignore,
-           HAS_LABEL: tl.constexpr, HAS_TOP: tl.constexpr):  # fmt: skip
-    """The row's logits, its classes (0 where they are not asked for), NaN for a strange label, g, and the top's edge."""
-    keep, strange = n >= 0, n < 0
-    if HAS_LABEL:
-        y = tl.load(label_ptr + n)
-        keep = y != ignore
-        strange = keep & ((y < 0) | (y >= vocab)) & (y != ELSEWHERE)
-    edge, last = n * 0 - 1, n * 0
-    if HAS_TOP:
-        edge, last = tl.load(top_ptr + 2 * n), tl.load(top_ptr + 2 * n + 1)
-    g = tl.where(keep & (strange == 0), tl.load(grad_ptr + n * grad_row), 0.0)
-    limit = tl.where(keep & (strange == 0), vocab + n * 0, 0)
-    s_ptr += (n // B) * s_a + (n % B) * s_b
-    t_ptr += (n // B) * t_a + (n % B) * t_b
-    return s_ptr, t_ptr, limit, tl.where(strange, NAN, 0.0).to(tl.float64), keep, g, edge, last
-
-
 @triton.jit(do_not_specialize=["grad_row", "B", "N", "vocab", "width", "ignore"])
 def spearman_kernel(
     s_ptr, t_ptr, label_ptr, mask_ptr, top_ptr, grad_ptr, tables, packed_ptr, floats, cells, value_ptr, out_ptr, s_a,
@@ -356,7 +194,7 @@ def spearman_kernel(
     me, all = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     here = me * CELLS
     tables, packed_ptr, cells, x = tables + 2 * here, packed_ptr + here, cells + here, floats + 4 * here
-    for round in range(0, tl.cdiv(N - me, all)):
+    for round in range(tl.cdiv(N - me, all)):
         n = me + round * all
         s_row, t_row, limit, nan, keep, g, edge, last = row_at(
             s_ptr, t_ptr, label_ptr, top_ptr, grad_ptr, n, s_a, s_b, t_a, t_b, grad_row, B, vocab, ignore, HAS_LABEL,

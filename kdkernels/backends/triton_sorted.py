@@ -1,7 +1,7 @@
 """Triton kernels of the rank losses that sort: short rows, few classes of a row, exact float32 ranks.
 
     top       the teacher's largest classes as a threshold: 4 bits of the key at a time, one read of both rows each
-    spearman  a radix sort of both rows in L2, 4 bits at a time, then the scans of `triton_ranks.lapsum`
+    spearman  a radix sort of both rows in L2, 4 bits at a time, then the scans of `triton_lapsum.lapsum`
 
 Programs stay for several rows. A row of n live classes is read once from memory, and 8 n bytes move twice for each 4
 bits of the keys that differ. A call repeats to the bit.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .triton_elements import NAN
-from .triton_ranks import COUNT, lapsum, live_pair, order_key, row_at
+from .triton_lapsum import COUNT, lapsum, live_pair, order_key, row_at
 
 
 @triton.jit(do_not_specialize=["B", "vocab", "k"])
@@ -58,7 +58,7 @@ def top_kernel(
 def gather_live(
     s_ptr, t_ptr, mask_ptr, classes, keys, vocab, edge, last, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The live classes in order, and the teacher's keys, each with its place below. Their number; whether one is bad."""
+    """The live classes, and the teacher's keys with their places below. How many; whether the row is spoilt."""
     count, spoilt = edge * 0, tl.zeros((BLOCK,), tl.int32)
     for first in range(0, vocab, BLOCK):
         cols = first + tl.arange(0, BLOCK)
@@ -201,7 +201,7 @@ def spearman_sorted_kernel(
     longs, x, classes = longs + me * 3 * room, floats + me * 4 * room, ints + me * 3 * room
     sums, ranks, starts = longs + 2 * room, classes + room, classes + 2 * room
     R, K, G = x + room, x + 2 * room, x + 3 * room
-    for round in range(0, tl.cdiv(N - me, all)):
+    for round in range(tl.cdiv(N - me, all)):
         n = me + round * all
         s_row, t_row, limit, nan, keep, g, edge, last = row_at(
             s_ptr, t_ptr, label_ptr, top_ptr, grad_ptr, n, s_a, s_b, t_a, t_b, grad_row, B, vocab, ignore, HAS_LABEL,
