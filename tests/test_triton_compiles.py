@@ -13,14 +13,46 @@ from pathlib import Path
 import pytest
 
 CAPABILITIES = (80, 90, 100)
-ROW = "n s_a s_b t_a t_b args_row B vocab ignore width grad_row N K R out".split()
+ROW = "n s_a s_b t_a t_b args_row B vocab ignore width grad_row N K R out room k".split()
+POINTERS = {"label_ptr": "i64", "mask_ptr": "u8", "cells": "i32", "ints": "i32", "floats": "fp32"} | dict.fromkeys(
+    ("top_ptr", "tables", "packed_ptr", "longs"), "i64"
+)
 
 
 def _signature(kernel, dtype, constants):
-    pointers = {"s_ptr": dtype, "t_ptr": dtype, "label_ptr": "i64", "mask_ptr": "u8"}
-    pointers["out_ptr"] = dtype if "grad_ptr" in kernel.arg_names else "fp64"
-    kind = lambda n: "constexpr" if n in constants else "i32" if n in ROW else "*" + pointers.get(n, "fp64")  # noqa: E731
+    pointers = POINTERS | {"s_ptr": dtype, "t_ptr": dtype}
+    pointers["out_ptr"] = dtype if "grad_ptr" in kernel.arg_names else "i64" if "k" in kernel.arg_names else "fp64"
+
+    def kind(name):
+        plain = "constexpr" if name in constants else "i32" if name in ROW else "fp32" if name == "tau" else None
+        return plain or "*" + pointers.get(name, "fp64")
+
     return {name: kind(name) for name in kernel.arg_names}
+
+
+def _rank_variants():
+    from kdkernels.backends.triton_compare import TILES
+    from kdkernels.backends.triton_orders import kendall_kernel, plackett_kernel
+    from kdkernels.backends.triton_pearson import pearson_kernel
+    from kdkernels.backends.triton_ranks import spearman_kernel
+    from kdkernels.backends.triton_sorted import spearman_sorted_kernel, top_kernel
+
+    row = dict(HAS_LABEL=True, HAS_MASK=True, GRADIENT=True)
+    some = dict(HAS_TOP=True, **row)
+    for dtype in ("bf16", "fp32"):
+        bins, warps = TILES["spearman"]
+        tile = dict(BY_BITS=dtype == "bf16", HALF=(False, False), BLOCK=2048, BINS=bins)
+        yield f"spearman {dtype}", spearman_kernel, dtype, dict(**tile, **some), warps
+    yield "pearson", pearson_kernel, "bf16", dict(PROBS=True, SIDE=0, BLOCK=2048, **row), 8
+    for name, kernel, dtype, constants in (
+        ("spearman_sorted", spearman_sorted_kernel, "fp32", some),
+        ("top", top_kernel, "bf16", dict(LOWEST=16, HAS_MASK=True)),
+        ("plackett", plackett_kernel, "bf16", dict(TEACHER=True, **some)),
+        ("kendall", kendall_kernel, "bf16", dict(ALL=True, **some)),
+        ("kendall", kendall_kernel, "bf16", dict(ALL=False, **some)),
+    ):
+        block, warps = TILES[name]
+        yield name, kernel, dtype, dict(BLOCK=block, **constants), warps
 
 
 def _variants():
@@ -44,6 +76,7 @@ def _variants():
             name = type(loss).__name__
             yield f"sums {dtype} {name}", sums_kernel, dtype, dict(PHI=phi, **tile), 4
             yield f"spread {dtype} {name}", spread_kernel, dtype, dict(PHI=phi, SIDE=0, ALIGN=16, **some), 8
+    yield from _rank_variants()
     for sides in (1, 2):
         yield f"rows sides={sides}", rows_kernel, "fp64", dict(SIDES=sides, ROWS=32), 1
 
@@ -83,7 +116,7 @@ def test_every_kernel_compiles_without_spills(capability):
     done = subprocess.run([sys.executable, __file__, str(capability)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == len(list(_variants()))
+    assert len(lines) == 29
     assert all(line.endswith(" 0 bytes spilled") for line in lines), done.stdout
 
 

@@ -177,4 +177,6 @@ register("triton_separable_", elements=True)
 OPERATORS = Operators(reduce, rows, spread)
 SEPARABLE = Operators(separable_reduce, rows_of_sums(rows), separable_spread, elements=True)
 
-from .triton_compare import COMPARE  # noqa: E402, F401  (which is made of the above)
+from . import triton_compare  # noqa: E402  (which is made of the above)
+
+COMPARE = triton_compare.COMPARE

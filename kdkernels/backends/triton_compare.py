@@ -20,8 +20,10 @@ SCRATCH = 1 << 29  # bytes, of all programs of a launch
 SORTED = 4096  # live classes at most, of rows that are sorted
 MOST = 1 << 20  # classes: sums of ranks are packed with counts
 LEAST_TAU = 0.02  # of wide rows that are not sorted: cells are 1/4096 deviation and more
-# Tiles of sorts and of scans; the interpreter takes as long for a small one as for a large one.
-SORT, BINS = (1024, 1024) if base.INTERPRETED else (256, 512)
+# Tiles, with so many warps without spills; the interpreter takes as long for a small tile as for a large one.
+TILES = {"spearman": (512, 8), "spearman_sorted": (256, 8), "plackett": (256, 4), "kendall": (128, 2), "top": (512, 4)}
+if base.INTERPRETED:
+    TILES = dict.fromkeys(TILES, (1024, 8))
 
 
 class Rows(NamedTuple):
@@ -35,6 +37,11 @@ class Rows(NamedTuple):
     value: Tensor
     out: Tensor
     top: Tensor | None
+
+
+def _tile(name: str, width: int) -> dict:
+    block, warps = TILES[name]
+    return {"BLOCK": min(block, triton.next_power_of_2(width)), "num_warps": warps}
 
 
 def _programs(rows: int, device: torch.device, bytes_each: int) -> int:
@@ -51,7 +58,7 @@ def _top(s, t, mask, strides, B, N, vocab, k):
     lowest = {torch.bfloat16: 16, torch.float16: 12}.get(t.dtype, 0)
     with base._launch("top", s.device):
         top_kernel[(N,)](s, t, s if mask is None else mask.view(torch.uint8), out, *strides, B, vocab, k, lowest,
-                         mask is not None, min(2 * SORT, triton.next_power_of_2(vocab)), num_warps=8)  # fmt: skip
+                         mask is not None, **_tile("top", vocab))  # fmt: skip
     return out
 
 
@@ -74,13 +81,13 @@ def _rows(grad, student, teacher, labels, mask, vocab, ignore, side, k) -> Rows:
 
 def _gathered(name, kernel, x: Rows, room: int, longs: int, floats: int, ints: int, *more) -> Rows:
     """Launches a kernel whose programs have room for so many live classes of a row, in so many arrays."""
-    device, block = x.value.device, min(SORT, triton.next_power_of_2(room))
+    device = x.value.device
     some = _programs(len(x.value), device, (8 * longs + 4 * floats + 4 * ints) * room)
     new = lambda count, dtype: torch.empty((some, count, room), dtype=dtype, device=device)  # noqa: E731
     scratch = new(longs, torch.int64), new(floats, torch.float32), new(ints, torch.int32)
     with base._launch(name, device):
         kernel[(some,)](*x.pointers, *scratch, x.value, x.out, *x.strides, x.grad_row, *x.shape, room, *more, *x.flags,
-                        block, num_warps=8)  # fmt: skip
+                        **_tile(name, room))  # fmt: skip
     return x
 
 
@@ -89,7 +96,7 @@ def _spearman(x: Rows, s: Tensor, t: Tensor, args: Tensor, room: int) -> Rows:
     by_bits = s.element_size() == 2 and t.element_size() == 2
     if room <= SORTED or (not by_bits and (exact or tau < LEAST_TAU)):
         return _gathered("spearman_sorted", spearman_sorted_kernel, x, room, 3, 4, 3, tau)
-    cells, block = CELLS.value, min(2048, triton.next_power_of_2(x.shape[2]))
+    cells, block, (bins, warps) = CELLS.value, min(2048, triton.next_power_of_2(x.shape[2])), TILES["spearman"]
     some = _programs(len(x.value), s.device, 44 * cells)
     new, shape = s.new_empty, (some, cells)
     scratch = (s.new_zeros((some, 2, cells), dtype=torch.int64), new(shape, dtype=torch.int64),
@@ -97,7 +104,7 @@ def _spearman(x: Rows, s: Tensor, t: Tensor, args: Tensor, room: int) -> Rows:
     half = (s.dtype == torch.float16, t.dtype == torch.float16)
     with base._launch("spearman", s.device):
         spearman_kernel[(some,)](*x.pointers, *scratch, x.value, x.out, *x.strides, x.grad_row, *x.shape, tau, by_bits,
-                                 half, *x.flags, block, BINS, num_warps=8)  # fmt: skip
+                                 half, *x.flags, block, bins, num_warps=warps)  # fmt: skip
     return x
 
 

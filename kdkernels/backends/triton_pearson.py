@@ -31,9 +31,9 @@ def _deviation(x, live, m, shift, scale, PROBS: tl.constexpr):
 
 
 @triton.jit
-def _mean(x, live, c):
+def _mean(x, live, c, PROBS: tl.constexpr):
     """Mean of a tile's live entries, and what they are off it."""
-    pivot = tl.max(tl.where(live, x, -INF), 0)
+    pivot = tl.sum(x, 0) * 0 if PROBS else tl.max(tl.where(live, x, -INF), 0)
     u = tl.where(live, x - pivot, 0.0)
     off = tl.sum(u, 0) / c
     return pivot.to(tl.float64) + off.to(tl.float64), tl.where(live, u - off, 0.0)
@@ -75,8 +75,8 @@ def _products(
         s, t, live, _bad = live_pair(s_ptr, t_ptr, mask_ptr, cols, vocab, -1, 0, HAS_MASK, PROBS)
         c = tl.sum(live.to(tl.float32), 0)
         some = tl.maximum(c, 1.0)
-        u, du = _mean(_deviation(s, live, m, shift, r, PROBS), live, some)
-        v, dv = _mean(_deviation(t, live, mt, shift_t, rt, PROBS), live, some)
+        u, du = _mean(_deviation(s, live, m, shift, r, PROBS), live, some, PROBS)
+        v, dv = _mean(_deviation(t, live, mt, shift_t, rt, PROBS), live, some, PROBS)
         c = c.to(tl.float64)
         f = c / tl.maximum(n + c, 1.0)
         u, v = tl.where(c > 0, u - a, 0.0), tl.where(c > 0, v - b, 0.0)
