@@ -9,6 +9,7 @@ from textbook_ranks import CASES
 
 import kdkernels as kd
 from kdkernels.backends.triton import triton_compare
+from kdkernels.rankops import SPEARMAN
 
 REGIMES = {
     "odd": (dict(V=37), F32), "two": (dict(V=2), F32), "ties": (dict(V=50, kind="ties"), BF16),
@@ -16,7 +17,7 @@ REGIMES = {
     "heavy": (dict(V=101, kind="heavy"), F32),
 }  # fmt: skip
 WIDE = triton_compare.SORTED + 403
-every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda x: f"{type(x).__name__}")
+every_loss = pytest.mark.parametrize("loss", LOSSES[:-1], ids=lambda x: f"{type(x).__name__}")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name != "CMKDLoss"], ids=str)
@@ -38,19 +39,19 @@ def wide(loss, s, t):
 
 
 @pytest.mark.parametrize("dtype, kind, tau, bound", [
-    (BF16, "random", 0.1, 1e-9), (BF16, "holes", 0.01, 1e-9), (F16, "ties", 1.0, 1e-9), (F16, "heavy", 0.1, 1e-9),
-    (F32, "random", 0.1, 1e-3), (F32, "holes", 0.03, 1e-3), (F32, "heavy", 1.0, 1e-3), (F32, "ties", 0.1, 1e-3),
+    (BF16, "random", 0.1, 1e-6), (BF16, "holes", 0.01, 1e-6), (F16, "ties", 1.0, 1e-6), (F16, "heavy", 0.1, 1e-6),
+    (F32, "random", 0.1, 1e-3), (F32, "holes", 0.03, 1e-3), (F32, "heavy", 0.1, 1e-3), (F32, "ties", 0.1, 1e-3),
     (F32, "random", 0.01, 1e-6),
 ], ids=str)  # fmt: skip
 def test_wide_rows_of_spearman(dtype, kind, tau, bound):
-    """By histograms: 16-bit rows exactly, but for the one rounding of the result; small taus are sorted."""
+    """By histograms, 16-bit rows exactly; small taus are sorted. The gradient before it is rounded."""
     s, t = batch(2, WIDE, dtype, kind=kind, seed=5)
-    (value, gradient), exact = wide(kd.SpearmanLoss(tau=tau, kd_weight=2.0**12), s, t)
-    assert distance(value, exact[0]) <= max(bound, 1e-6)
-    rounded = exact[1].to(dtype).double()
-    assert (gradient.double() - rounded).norm() <= max(bound, 2e-6) * rounded.norm() + (dtype == F16) * 1e-4
-    alike = (gradient == exact[1].to(dtype)).float().mean()
-    assert dtype == F32 or alike > 0.999
+    args = torch.tensor([[1.0, 1.0, tau, 0.0, 0.0]], dtype=torch.float64)
+    found = triton_compare._run(torch.ones(1, dtype=torch.float64), s, t, None, None, args, SPEARMAN, WIDE, -100, 0)
+    with kd.use_backend("reference"):
+        exact = run(kd.SpearmanLoss(tau=tau, reduction="none"), s.double(), t.double())
+    assert found.out.dtype == F32
+    assert distance(found.value, exact[0]) <= bound and distance(found.out, exact[1]) <= bound
 
 
 def test_wide_rows_of_two_dtypes_and_the_exact_option():
@@ -126,10 +127,11 @@ def test_ties_at_the_edge_of_top_k_go_to_the_first():
 
 
 def test_repeats_to_the_bit_however_many_programs(monkeypatch):
-    for dtype, loss in ((BF16, kd.SpearmanLoss()), (F32, kd.SpearmanLoss()), (F32, kd.SpearmanLoss(top_k=99))):
-        s, t = batch(3, WIDE, dtype)
+    top = kd.PlackettLuceLoss(top_k=50)
+    for dtype, V, loss in ((BF16, WIDE, kd.SpearmanLoss()), (F32, WIDE, kd.SpearmanLoss()), (F32, 99, top)):
+        s, t = batch(2, V, dtype)
         results = []
-        for scratch in (1 << 29, 1 << 29, 1):
+        for scratch in (1 << 29, 1):
             monkeypatch.setattr(triton_compare, "SCRATCH", scratch)
             with kd.use_backend("triton"):
                 results.append(run(loss, s, t))
@@ -143,7 +145,7 @@ def test_calls():
     T = torch.tensor([[0.5, 1.0], [2.0, 3.0], [4.0, 5.0]])
     losses = [kd.SpearmanLoss(), kd.PlackettLuceLoss(), kd.PearsonLoss("probs"), kd.KendallLoss(top_k=9)]
     for loss in losses:
-        for options in ({}, dict(reduction="none"), dict(t_squared=True)):
+        for options in ({}, dict(reduction="none", t_squared=True)):
             for name, value in options.items():
                 setattr(loss, name, value)
             call = dict(labels=labels, row_weight=weight, temperature=T)
@@ -152,8 +154,9 @@ def test_calls():
             with only("triton"):
                 found = run(loss, s, t, **call)
                 alone = loss(s, t, **call)
-            torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-7)
-            torch.testing.assert_close(alone, want[0], rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(found[0], want[0], rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(alone, want[0], rtol=1e-5, atol=1e-7)
+            assert distance(found[1], want[1]) <= 1e-5
     u = t.clone().requires_grad_()
     with only("triton"):
         kd.PearsonLoss("probs")(s, u).backward()

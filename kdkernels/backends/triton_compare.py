@@ -19,7 +19,7 @@ from .triton_sorted import spearman_sorted_kernel, top_kernel
 SCRATCH = 1 << 29  # bytes, of all programs of a launch
 SORTED = 4096  # live classes at most, of rows that are sorted
 MOST = 1 << 20  # classes: sums of ranks are packed with counts
-LEAST_TAU = 0.02  # of wide rows that are not sorted: cells are 1/4096 deviation and more
+LEAST_TAU = 0.02  # of wide rows that are not sorted: cells are 1/2048 deviation there where most classes are
 # Tiles, with so many warps without spills; the interpreter takes as long for a small tile as for a large one.
 TILES = {"spearman": (512, 8), "spearman_sorted": (256, 8), "plackett": (256, 4), "kendall": (128, 2), "top": (512, 4)}
 if base.INTERPRETED:

@@ -14,13 +14,14 @@ from .triton_elements import NAN
 from .triton_lapsum import COUNT, count_of, lapsum, live_pair, row_at
 
 CELLS = tl.constexpr(1 << 16)
-NODE = tl.constexpr(11)  # bits of a float32 below a cell of wide rows: 4096 cells from 0 to 1, from 1 to 3, ..., to 255
-PLACES, ONE = tl.constexpr(1 << 11), tl.constexpr(0x3F800000)
+# Cells of wide rows are those of a float32 of 11 bits, 1/128 + |x - mean| / deviation: 1/2^18 deviation at the mean and
+# 1/2048 one deviation from it, to 511 of them.
+NODE, PLACES, SMALL = tl.constexpr(12), tl.constexpr(1 << 12), tl.constexpr(0x3C000000)
 
 
 @triton.jit
 def _cell(x, mean, scale, BY_BITS: tl.constexpr, HALF: tl.constexpr):
-    """Cell of a number and its place within it: the bits of a 16-bit one, else those of 1 + |x - mean| / deviation."""
+    """Cell of a number and its place in it: bits of a 16-bit one, else of 1/128 + |x - mean| / deviation."""
     if BY_BITS:
         if HALF:
             bits = tl.where(x == 0, 0.0, x).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
@@ -28,7 +29,7 @@ def _cell(x, mean, scale, BY_BITS: tl.constexpr, HALF: tl.constexpr):
             bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True) >> 16
         return (bits ^ ((bits >> 31) & 0x7FFF)) + 32768, bits * 0
     y = ((x.to(tl.float64) - mean) * scale).to(tl.float32)
-    bits = (1.0 + tl.minimum(tl.abs(y), 253.0)).to(tl.int32, bitcast=True) - ONE
+    bits = (0.0078125 + tl.minimum(tl.abs(y), 511.0)).to(tl.int32, bitcast=True) - SMALL
     bits = tl.where(y < 0, -bits, bits)
     return (bits >> NODE) + 32768, bits & (PLACES - 1)
 
@@ -42,8 +43,8 @@ def _number(cell, BY_BITS: tl.constexpr, HALF: tl.constexpr):
         if HALF:
             return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         return (bits << 16).to(tl.float32, bitcast=True)
-    bits = (at << NODE) + 1024
-    y = (tl.abs(bits) + ONE).to(tl.float32, bitcast=True) - 1.0
+    bits = (at << NODE) + 2048
+    y = (tl.abs(bits) + SMALL).to(tl.float32, bitcast=True) - 0.0078125
     return tl.where(bits < 0, -y, y)
 
 
