@@ -31,7 +31,7 @@ def _signature(kernel, dtype, constants):
 
 
 def _rank_variants():
-    from kdkernels.backends.triton_compare import TILES
+    from kdkernels.backends.triton import triton_compare
     from kdkernels.backends.triton_orders import kendall_kernel, plackett_kernel
     from kdkernels.backends.triton_pearson import pearson_kernel
     from kdkernels.backends.triton_ranks import spearman_kernel
@@ -40,7 +40,7 @@ def _rank_variants():
     row = dict(HAS_LABEL=True, HAS_MASK=True, GRADIENT=True)
     some = dict(HAS_TOP=True, **row)
     for dtype in ("bf16", "fp32"):
-        bins, warps = TILES["spearman"]
+        bins, warps = triton_compare.TILES["spearman"]
         tile = dict(BY_BITS=dtype == "bf16", HALF=(False, False), BLOCK=2048, BINS=bins)
         yield f"spearman {dtype}", spearman_kernel, dtype, dict(**tile, **some), warps
     yield "pearson", pearson_kernel, "bf16", dict(PROBS=True, SIDE=0, BLOCK=2048, **row), 8
@@ -51,7 +51,7 @@ def _rank_variants():
         ("kendall", kendall_kernel, "bf16", dict(ALL=True, **some)),
         ("kendall", kendall_kernel, "bf16", dict(ALL=False, **some)),
     ):
-        block, warps = TILES[name]
+        block, warps = triton_compare.TILES[name]
         yield name, kernel, dtype, dict(BLOCK=block, **constants), warps
 
 

@@ -14,14 +14,14 @@ from .triton_elements import NAN
 from .triton_lapsum import COUNT, count_of, lapsum, live_pair, row_at
 
 CELLS = tl.constexpr(1 << 16)
-# Cells of wide rows are those of a float32 of 11 bits, 1/128 + |x - mean| / deviation: 1/2^18 deviation at the mean and
-# 1/2048 one deviation from it, to 511 of them.
-NODE, PLACES, SMALL = tl.constexpr(12), tl.constexpr(1 << 12), tl.constexpr(0x3C000000)
+# Cells of wide rows are those of floats of few bits, e + |x - c| / deviation up to 511, c the mean or, if that is near,
+# 0. Of the student e is 2^-7 and a cell 2^-11 of a deviation there where most classes are; of the teacher, whose ranks
+# rise within a cell, e is 2^-22.
 
 
 @triton.jit
-def _cell(x, mean, scale, BY_BITS: tl.constexpr, HALF: tl.constexpr):
-    """Cell of a number and its place in it: bits of a 16-bit one, else of 1/128 + |x - mean| / deviation."""
+def _cell(x, mean, scale, BY_BITS: tl.constexpr, HALF: tl.constexpr, TEACHER: tl.constexpr):
+    """Cell of a number and its place in it: bits of a 16-bit one, else of e + |x - c| / deviation."""
     if BY_BITS:
         if HALF:
             bits = tl.where(x == 0, 0.0, x).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
@@ -29,22 +29,23 @@ def _cell(x, mean, scale, BY_BITS: tl.constexpr, HALF: tl.constexpr):
             bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True) >> 16
         return (bits ^ ((bits >> 31) & 0x7FFF)) + 32768, bits * 0
     y = ((x.to(tl.float64) - mean) * scale).to(tl.float32)
-    bits = (0.0078125 + tl.minimum(tl.abs(y), 511.0)).to(tl.int32, bitcast=True) - SMALL
+    e = 2.384185791015625e-07 if TEACHER else 0.0078125
+    bits = (e + tl.minimum(tl.abs(y), 511.0)).to(tl.int32, bitcast=True) - (0x34800000 if TEACHER else 0x3C000000)
     bits = tl.where(y < 0, -bits, bits)
-    return (bits >> NODE) + 32768, bits & (PLACES - 1)
+    return ((bits >> 13) + 32768, bits & 8191) if TEACHER else ((bits >> 12) + 32768, bits & 4095)
 
 
 @triton.jit
 def _number(cell, BY_BITS: tl.constexpr, HALF: tl.constexpr):
-    """The number that stands for a cell: itself, or in deviations from the mean the cell's middle."""
+    """The number that stands for a cell of the student: itself, or in deviations from c the cell's middle."""
     at = cell - 32768
     if BY_BITS:
         bits = at ^ ((at >> 31) & 0x7FFF)
         if HALF:
             return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         return (bits << 16).to(tl.float32, bitcast=True)
-    bits = (at << NODE) + 2048
-    y = (tl.abs(bits) + SMALL).to(tl.float32, bitcast=True) - 0.0078125
+    bits = (at << 12) + 2048
+    y = (tl.abs(bits) + 0x3C000000).to(tl.float32, bitcast=True) - 0.0078125
     return tl.where(bits < 0, -y, y)
 
 
@@ -62,7 +63,7 @@ def unpack(x):
 
 @triton.jit
 def _row_moments(s_ptr, t_ptr, mask_ptr, vocab, edge, last, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
-    """Means and inverse deviations of the live classes of both rows."""
+    """Where cells are centred, the mean unless 0 is near, and inverse deviations of the live classes of both rows."""
     zero = edge.to(tl.float64) * 0.0
     n, a, b, aa, bb = zero, zero, zero, zero, zero
     for first in range(0, vocab, BLOCK):
@@ -77,6 +78,7 @@ def _row_moments(s_ptr, t_ptr, mask_ptr, vocab, edge, last, HAS_MASK: tl.constex
         bb += tl.sum(tl.where(live, (t - v) * (t - v), 0.0), 0) + n * f * (v - b) * (v - b)
         a, b, n = a + f * (u - a), b + f * (v - b), n + c
     some_a, some_b = tl.where(aa > 0, n, 0.0), tl.where(bb > 0, n, 0.0)
+    a, b = tl.where(a * a * n < 4 * aa, 0.0, a), tl.where(b * b * n < 4 * bb, 0.0, b)
     return a, tl.sqrt(some_a / tl.where(aa > 0, aa, 1.0)), b, tl.sqrt(some_b / tl.where(bb > 0, bb, 1.0))
 
 
@@ -92,8 +94,8 @@ def _count_teacher(
         cols = first + tl.arange(0, BLOCK)
         s, t, live, bad = live_pair(s_ptr, t_ptr, mask_ptr, cols, vocab, edge, last, HAS_MASK, False)
         spoilt = spoilt | bad.to(tl.int32)
-        cell, rest = _cell(t, mean_t, scale_t, BY_BITS, HALF[1])
-        own, _rest = _cell(s, mean_s, scale_s, BY_BITS, HALF[0])
+        cell, rest = _cell(t, mean_t, scale_t, BY_BITS, HALF[1], True)
+        own, _rest = _cell(s, mean_s, scale_s, BY_BITS, HALF[0], False)
         tl.atomic_add(table + cell, (rest.to(tl.int64) << COUNT) + 1, mask=live, sem="relaxed")
         count += tl.sum(live.to(tl.int64), 0)
         low = tl.minimum(low, tl.min(tl.where(live, tl.minimum(cell, own), CELLS), 0))
@@ -114,7 +116,7 @@ def _rank_lines(table, low, high, n, BLOCK: tl.constexpr):
         c = count_of(packed)
         middle = (below + 2 * tl.cumsum(c, 0) - c).to(tl.float32)
         below += 2 * tl.sum(c, 0)
-        slope = 2 * c.to(tl.float32) / PLACES
+        slope = 2 * c.to(tl.float32) / 8192
         place = (packed >> COUNT).to(tl.float32) / tl.maximum(c, 1).to(tl.float32)
         tl.store(table + m, pack(middle - slope * place, slope), mask=m < high)
 
@@ -135,10 +137,10 @@ def _sum_ranks(
     for first in range(0, vocab, BLOCK):
         cols = first + tl.arange(0, BLOCK)
         s, t, live, _bad = live_pair(s_ptr, t_ptr, mask_ptr, cols, vocab, edge, last, HAS_MASK, False)
-        cell, rest = _cell(t, mean_t, scale_t, BY_BITS, HALF[1])
+        cell, rest = _cell(t, mean_t, scale_t, BY_BITS, HALF[1], True)
         rank = tl.where(live, _rank(table, cell, rest, live), 0)
         squares += tl.sum(rank * rank, 0)
-        own, _rest = _cell(s, mean_s, scale_s, BY_BITS, HALF[0])
+        own, _rest = _cell(s, mean_s, scale_s, BY_BITS, HALF[0], False)
         tl.atomic_add(table + CELLS + own, (rank << COUNT) + 1, mask=live, sem="relaxed")
     return squares
 
@@ -176,8 +178,8 @@ def _write(
     for first in range(0, width, BLOCK):
         cols = first + tl.arange(0, BLOCK)
         s, t, live, _bad = live_pair(s_ptr, t_ptr, mask_ptr, cols, vocab, edge, last, HAS_MASK, False)
-        cell, rest = _cell(t, mean_t, scale_t, BY_BITS, HALF[1])
-        own, _rest = _cell(s, mean_s, scale_s, BY_BITS, HALF[0])
+        cell, rest = _cell(t, mean_t, scale_t, BY_BITS, HALF[1], True)
+        own, _rest = _cell(s, mean_s, scale_s, BY_BITS, HALF[0], False)
         A, B = unpack(tl.load(table + CELLS + own, mask=live, other=0, cache_modifier=".cg"))
         d = tl.where(live, A * _rank(table, cell, rest, live).to(tl.float32) + B, 0.0)
         d = tl.where(cols < vocab, d + nan, 0.0)
