@@ -99,6 +99,7 @@ class Comparison(RankLoss):
     """Whether it is the same at every temperature."""
     _args: Tensor
     _factor: Tensor
+    _top: int
 
     def settings(self) -> tuple[float, float, float]:
         """What the kernels are told: tau, top_k (0: all classes) and a switch of the kind's own."""
@@ -117,6 +118,7 @@ class Comparison(RankLoss):
         scale = 1 / self.temperature
         # Tensors: torch.compile would guard on the numbers that it sees read.
         self.__dict__["_args"] = torch.tensor([[scale, scale, *self.settings()]], dtype=torch.float64)
+        self.__dict__["_top"] = int(self.settings()[1])
         self.__dict__["_factor"] = torch.tensor([self.kd_weight], dtype=torch.float64)
 
     def _term(self, rows, student_logits, num_items, temperature):
@@ -125,10 +127,11 @@ class Comparison(RankLoss):
         weight, divisor = call.weighting(self, rows, num_items)
         weight = scale if weight is None else weight * scale
         per_row, ignore = self.reduction == "none", self.ignore_index
-        backend: Any = backends.pick_with("COMPARE", rows.student, rows.teacher, self.kind)
+        backend: Any = backends.pick_with("COMPARE", rows.student, rows.teacher, self.kind, rows.vocab, self._top)
         if hasattr(backend, "COMPARE"):
+            operators = backend.COMPARE(rows.student, rows.teacher, self.kind, rows.vocab, self._top)
             return Compare.apply(rows.student, rows.teacher, args, rows.labels, rows.mask, weight, divisor, self.kind,
-                                 backend.COMPARE[self.kind], rows.vocab, ignore, per_row)  # fmt: skip
+                                 operators, rows.vocab, ignore, per_row)  # fmt: skip
         value = self._by_definition(rows, args)
         return call.reduced(value, student_logits, rows.labels, weight, divisor, ignore, per_row)
 
@@ -165,7 +168,7 @@ class Comparison(RankLoss):
         gone = (s == -math.inf, t == -math.inf)
         live = ~(gone[0] & gone[1] if self.dead_in_both else gone[0] | gone[1])
         spoilt = ((s != s) | (t != t) | (s == math.inf) | (t == math.inf)).any(-1)
-        top = int(self.settings()[1])
+        top = self._top
         if top:
             live = live & largest(t.detach(), live, top)
         flat = live.sum(-1) < 2

@@ -1,7 +1,7 @@
 """The autograd function behind the losses that compare orders, and the shape rules of their operators.
 
-Operators (`csrc/cpu/ranks.cpp`, `backends/triton_compare.py`; `kdkernels.ranks` says what a kind's columns of `args`
-are, which are on the host unless rows have temperatures of their own):
+Operators (`csrc/cpu/ranks.cpp`, `csrc/cuda/ranks.cu`, `backends/triton_compare.py`). `kdkernels.ranks` says what a
+kind's columns of `args` are, which are on the host unless rows have temperatures of their own.
 
     compare(student (N, W) or (A, B, W), teacher, labels (N,)?, mask (V,)?, args (1 or N, 5 + shifts), kind, vocab,
             ignore_index) -> value (N,) float64
@@ -29,7 +29,7 @@ def register(prefix: str = "", metrics: bool = True) -> None:
         return student.new_empty(student.shape[:-1].numel(), dtype=torch.float64)
 
     @torch.library.register_fake(f"kdkernels::{prefix}compare_step")
-    def _(grad, student, teacher, labels, mask, args, kind, vocab, ignore_index, side):
+    def _(grad, student, teacher, labels, mask, args, kind, vocab, ignore_index, side, *form):
         logits = teacher if side else student
         return student.new_empty(student.shape[:-1].numel(), dtype=torch.float64), logits.new_empty(logits.shape)
 

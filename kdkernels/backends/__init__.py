@@ -134,16 +134,17 @@ def pick(student: Tensor, teacher: Tensor | None = None) -> ModuleType:
 FAMILIES = {"COMPARE": "rank losses", "SEPARABLE": "separable losses"}
 
 
-def pick_with(family: str, student: Tensor, teacher: Tensor, kind: int | None = None) -> ModuleType:
-    """The same for a family of losses whose kernels not every backend has: its operators are an attribute of that name,
-    those of one kind of loss an entry there.
+def pick_with(family: str, student: Tensor, teacher: Tensor, *loss) -> ModuleType:
+    """The same for a family of losses whose kernels not every backend has: its operators are an attribute of that name
+    or, where they differ by loss, what it returns for this one; None if there are none.
 
     Raises:
         BackendUnavailable: the backend asked for has none.
     """
 
     def has(module):
-        return kind in getattr(module, family, ()) if kind is not None else hasattr(module, family)
+        found = getattr(module, family, None)
+        return found is not None and (not loss or found(student, teacher, *loss) is not None)
 
     backend = pick(student, teacher)
     if backend.__name__.endswith(".reference") or has(backend):

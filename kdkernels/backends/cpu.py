@@ -75,6 +75,12 @@ SEPARABLE = Operators(
     _checked(_counted("separable_reduce")), rows_of_sums(_counted("rows")), _counted("separable_spread"),
     _checked(_counted("separable_step")), _checked(_counted("separable_step_out")), rescale=rescale, elements=True,
 )  # fmt: skip
-COMPARE = dict.fromkeys(range(4), (_checked(_counted("compare")), _checked(_counted("compare_step"))))
+_COMPARE = (_checked(_counted("compare")), _checked(_counted("compare_step")))
+
+
+def COMPARE(*_loss):
+    return _COMPARE
+
+
 BUCKET = (_counted("bucket"), _counted("bucket_spread"))
 METRICS = {name: _counted(name) for name in ("rankdata", "spearman", "kendall_tau")}

@@ -1,0 +1,337 @@
+// Spearman's loss of 16-bit rows: tables in the shared memory of a cluster's blocks, or of all bit patterns in L2.
+#include "ranks.h"
+
+#include <algorithm>
+
+namespace kd::gpu {
+namespace {
+
+// Counts become doubled centred ranks, as int32. Returns how many there are, and the sum of the ranks' squares.
+template <typename Z> KD_DEVICE int64_t rank_table(const Z& z, void* parts, int64_t* squares) {
+  constexpr int chunk = Z::kBins / kRankThreads;
+  const int from = thread() * chunk;
+  int64_t mine = 0, sum = 0;
+  for (int bin = from; bin < from + chunk; ++bin) mine += *z.rank(bin);
+  const int64_t n = block_sum(mine, static_cast<int64_t*>(parts));
+  int64_t below = count_before_thread(mine, parts);
+  for (int bin = from; bin < from + chunk; ++bin) {
+    const int64_t c = *z.rank(bin);
+    if (!c) continue;
+    const int64_t r = centred_rank(below, c, n);
+    *z.rank(bin) = uint32_t(int32_t(r));
+    sum += c * r * r;
+    below += c;
+  }
+  *squares = block_sum(sum, static_cast<int64_t*>(parts));
+  return n;
+}
+
+template <typename Z, typename F> KD_DEVICE void each_bin(const Z& z, F f) {
+  constexpr int chunk = Z::kBins / kRankThreads;
+  for (int bin = thread() * chunk; bin < (thread() + 1) * chunk; ++bin)
+    if (z.count(bin)) f(bin, double(z.number(bin)));
+}
+
+// The loss; false where it has no gradient. That is, in each bin, z.K rank + z.G, times g.
+template <typename Z>
+KD_DEVICE bool correlate(const Z& z, double n, double tau, double squares, double g, void* parts, double* value) {
+  double* const sums = static_cast<double*>(parts);
+  double mean = 0, variance = 0, own = 0, joint = 0, radial = 0, some = 0;
+  int64_t below = 0;
+  each_bin(z, [&](int bin, double x) { mean += z.count(bin) * x; below += int64_t(z.count(bin)); some += 1; });
+  mean = block_sum(mean, sums) / n;
+  some = block_sum(some, sums);
+  below = count_before_thread(below, parts);
+  each_bin(z, [&](int bin, double x) { variance += z.count(bin) * (x - mean) * (x - mean); });
+  variance = block_sum(variance, sums) / n;
+  *value = 1;
+  if (some < 2 || !(variance > 0) || !(squares > 0)) return false;
+  const double a = tau * sqrt(variance);
+  const auto mass = [&](int bin) { return z.count(bin) / n; };
+  const auto ranks = [&](int bin) { return z.ranks(bin) / (2 * n * n); };
+  sweep<true>(z, a, parts, mass, [&](int bin, double before) {
+    *z.R(bin) = float(double(below) / n);
+    *z.K(bin) = float(before);
+    below += int64_t(z.count(bin));
+  });
+  sweep<false>(z, a, parts, mass, [&](int bin, double above) {
+    const double m = mass(bin), r = soft_rank(*z.R(bin), *z.K(bin), m, above);
+    *z.R(bin) = float(r);
+    *z.K(bin) += float(m + above);
+    own += m * r * r;
+    joint += r * ranks(bin);
+  });
+  own = block_sum(own, sums);
+  joint = block_sum(joint, sums);
+  if (!(own > 0)) return false;
+  const Correlation c(n, a, own, joint, squares);
+  *value = 1 - c.rho;
+  if (g == 0) return false;
+  const auto slope = [&](int bin) { return c.slope(mass(bin), ranks(bin), *z.R(bin)); };
+  sweep<true>(z, a, parts, slope, [&](int bin, double before) { *z.G(bin) = float(before); });
+  sweep<false>(z, a, parts, slope, [&](int bin, double above) {
+    const Line line = c.line(*z.R(bin), *z.K(bin), *z.G(bin) + slope(bin) + above);
+    radial += (z.number(bin) - mean) * (line.slope * ranks(bin) + mass(bin) * line.offset);
+    *z.K(bin) = float(line.slope);
+    *z.G(bin) = float(line.offset);
+  });
+  radial = block_sum(radial, sums) / variance;
+  each_bin(z, [&](int bin, double x) {
+    const Line line = finished({*z.K(bin), *z.G(bin)}, n, g, radial, x - mean);
+    *z.K(bin) = float(line.slope);
+    *z.G(bin) = float(line.offset);
+  });
+  sync();
+  return true;
+}
+
+// slot_s, slot_t: where a number's bin stands.
+template <typename Z>
+KD_DEVICE void write_lines(const Z& z, const RankTask& p, const HalfRows& x, int64_t n, int64_t begin, int64_t end) {
+  const HalfOut out(p, n);
+  const int64_t limit = end < p.vocab ? end : p.vocab;
+  x.packs(begin, limit, [&](int64_t i, int count, const uint16_t* s, const uint16_t* t) {
+    float d[8];
+    bool spoilt = false;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      d[e] = 0;
+      if (e >= count || !x.live(i + e, s[e], t[e], &spoilt)) continue;
+      const int bin = z.bin(s[e]);
+      d[e] = *z.K(bin) * float(int32_t(*z.rank(z.bin(t[e])))) + *z.G(bin);
+    }
+    out.put(i, count, d);
+  });
+  for (int64_t i = (limit > begin ? limit : begin) + thread(); i < end; i += threads()) out.to[i] = 0;
+}
+
+// What a row is without classes, or with a NaN among them.
+KD_DEVICE void no_row(const RankTask& p, int64_t n, const Asked& row, double value, int64_t begin, int64_t end) {
+  if (begin == 0 && thread() == 0) p.value[n] = row.kept ? value : 0;
+  if (p.grad) HalfOut(p, n).fill(begin, end, p.vocab, row.g != 0 && value != value ? float(value) : 0);
+}
+
+constexpr int kWindowBytes = 6 * kWindow * 4 + 16 + kRankParts;  // six tables, flags, parts
+#ifdef KD_CLUSTERS
+// Bins of bfloat16 numbers in a block's shared memory; neighbours' chunks start in different banks.
+struct Window {
+  static constexpr int kBins = kWindow;
+  uint32_t* table;  // ranks, counts, sums of ranks and their high limbs, later floats; then two more tables of floats
+  uint32_t* flags;
+  void* parts;
+
+  KD_DEVICE explicit Window(char* memory)
+      : table(reinterpret_cast<uint32_t*>(memory)), flags(table + 6 * kWindow), parts(flags + 4) {}
+  static KD_DEVICE int slot(int bin) { return bin ^ (bin >> 5 & 15); }
+  // Bits that do not fit share a bin with others.
+  static KD_DEVICE bool fits(int bits) {
+    const int size = bits & 0x7fff;
+    return !size || (size > kSmallest && size - kSmallest < kWindow / 2);
+  }
+  static KD_DEVICE int bin(int bits) {
+    const int size = bits & 0x7fff, m = size - kSmallest, place = m < 0 ? 0 : m < kWindow / 2 ? m : kWindow / 2 - 1;
+    return size && bits & 0x8000 ? kWindow / 2 - 1 - place : kWindow / 2 + place;
+  }
+  static KD_DEVICE float number(int bin) {
+    const int place = bin >= kWindow / 2 ? bin - kWindow / 2 : kWindow / 2 - 1 - bin;
+    const float size = place ? widen(BF16{uint16_t(place + kSmallest)}) : 0;
+    return bin >= kWindow / 2 ? size : -size;
+  }
+  KD_DEVICE uint32_t* rank(int bin) const { return table + slot(bin); }
+  KD_DEVICE uint32_t* counts(int bin) const { return table + kWindow + slot(bin); }
+  KD_DEVICE uint32_t* low(int bin) const { return table + 2 * kWindow + slot(bin); }
+  KD_DEVICE uint32_t* high(int bin) const { return table + 3 * kWindow + slot(bin); }
+  KD_DEVICE double count(int bin) const { return *counts(bin); }
+  KD_DEVICE double ranks(int bin) const { return bits_float(*low(bin)); }
+  KD_DEVICE float* R(int bin) const { return reinterpret_cast<float*>(high(bin)); }
+  KD_DEVICE float* K(int bin) const { return reinterpret_cast<float*>(table + 4 * kWindow + slot(bin)); }
+  KD_DEVICE float* G(int bin) const { return reinterpret_cast<float*>(table + 5 * kWindow + slot(bin)); }
+};
+
+// Tables [from, from + count) of all blocks become their sum, and flags are set that are set in any. Each block adds up
+// a share of the slots and tells the others.
+KD_DEVICE void add_up(const Window& z, int from, int count) {
+  constexpr int kMost = 2 * kWindow / 2 / kRankThreads;
+  const int ranks = cluster_size(), all = count * kWindow, share = all / ranks;
+  uint32_t* const mine = z.table + from * kWindow + share * cluster_rank();
+  uint32_t sum[kMost], flag = 0;
+  cluster_sync();
+  if (ranks == 1) return;
+#pragma unroll
+  for (int k = 0; k < kMost; ++k) {
+    const int i = thread() + k * kRankThreads;
+    sum[k] = 0;
+    for (int r = 0; i < share && r < ranks; ++r) sum[k] += load_remote(mine + i, r);
+  }
+  for (int r = 0; thread() < 2 && r < ranks; ++r) flag |= load_remote(z.flags + thread(), r);
+  cluster_sync();  // everybody has read what others overwrite now
+  if (thread() < 2) z.flags[thread()] = flag;
+#pragma unroll
+  for (int k = 0; k < kMost; ++k) {
+    const int i = thread() + k * kRankThreads;
+    for (int r = 0; i < share && r < ranks; ++r) store_remote(mine + i, r, sum[k]);
+  }
+  cluster_sync();
+}
+
+// Sums of ranks by the student's bins, in two limbs of 32 bits where one could overflow; floats in the end.
+KD_DEVICE void sum_ranks(const Window& z, const HalfRows& x, int64_t begin, int64_t end, int64_t n) {
+  int64_t most = 0;
+  each_bin(z, [&](int bin, double) { most = most > *z.counts(bin) ? most : *z.counts(bin); });
+  const bool wide = block_sum(int64_t(most * n >= int64_t(1) << 31), static_cast<int64_t*>(z.parts)) > 0;
+  x.each_live(begin, end, [&](int s, int t) {
+    const int32_t r = int32_t(*z.rank(z.bin(t)));
+    const int bin = z.bin(s);
+    add_shared(z.low(bin), wide ? uint32_t(r) & 4095 : uint32_t(r));
+    if (wide) add_shared(z.high(bin), uint32_t(r >> 12));
+  });
+  add_up(z, 2, wide ? 2 : 1);
+  for (int i = thread(); i < kWindow; i += threads()) {
+    uint32_t* const low = z.table + 2 * kWindow + i;
+    const double sum = wide ? double(int32_t(low[kWindow])) * 4096 + double(*low) : double(int32_t(*low));
+    *low = float_bits(float(sum));
+  }
+  sync();
+}
+
+// Classes [begin, end) are this block's.
+KD_DEVICE void window_row(const Window& z, const RankTask& p, int64_t n, int64_t begin, int64_t end) {
+  const Asked row(p, n);
+  if (p.left && begin == 0 && thread() == 0) p.left[n] = 0;
+  if (!row.kept || row.strange) return no_row(p, n, row, row.strange ? NAN : 0, begin, end);
+  for (int i = thread(); i < 4 * kWindow + 4; i += threads()) z.table[i < 4 * kWindow ? i : i + 2 * kWindow] = 0;
+  sync();
+  const HalfRows x(p, n);
+  const int64_t limit = end < p.vocab ? end : p.vocab;
+  bool outside = false;
+  const bool spoilt = x.each_live(begin, limit, [&](int s, int t) {
+    outside |= !z.fits(s) || !z.fits(t);
+    add_shared(z.rank(z.bin(t)), 1);
+    add_shared(z.counts(z.bin(s)), 1);
+  });
+  if (spoilt) z.flags[0] = 1;
+  if (outside) z.flags[1] = 1;
+  add_up(z, 0, 2);
+  const bool bad = z.flags[0], left = z.flags[1];
+  if (bad || left) {
+    if (bad) no_row(p, n, row, NAN, begin, end);
+    else if (begin == 0 && thread() == 0) p.left[n] = 1;
+    return sync();  // others may still read the flags
+  }
+  int64_t squares;
+  const int64_t live = rank_table(z, z.parts, &squares);
+  sum_ranks(z, x, begin, limit, live);
+  double value;
+  const bool slopes = correlate(z, double(live), p.tau, double(squares), row.g, z.parts, &value);
+  if (begin == 0 && thread() == 0) p.value[n] = value;
+  if (p.grad && slopes) write_lines(z, p, x, n, begin, end);
+  else if (p.grad) HalfOut(p, n).fill(begin, end, p.vocab, 0);
+  sync();
+}
+#endif
+
+// Reads a pair of rows three times (once from memory, then from L2), 6 w bytes a class, and writes w.
+KD_KERNEL(kRankThreads, 1) window_kernel(KD_PARAMS RankTask p) {
+#ifdef KD_CLUSTERS
+  const Window z(shared());
+  const int64_t ranks = cluster_size(), slice = (p.width + 8 * ranks - 1) / (8 * ranks) * 8;
+  const int64_t begin = slice * cluster_rank(), end = begin + slice < p.width ? begin + slice : p.width;
+  for (int64_t n = block() / ranks; n < p.rows; n += blocks() / ranks) window_row(z, p, n, begin, end > begin ? end : begin);
+  cluster_sync();  // nobody leaves while others may still read here
+#endif
+}
+
+// Bins of all bit patterns in global memory, laid out for threads that walk through chunks of them.
+struct Whole {
+  static constexpr int kBins = kBitPatterns;
+  unsigned long long* packed;  // the sum of the ranks, and the count below
+  uint32_t* table;
+  float* floats;
+  bool half;
+  KD_DEVICE Whole(char* memory, bool half)
+      : packed(reinterpret_cast<unsigned long long*>(memory)), table(reinterpret_cast<uint32_t*>(packed + kBins)),
+        floats(reinterpret_cast<float*>(table + kBins)), half(half) {}
+  static KD_DEVICE int slot(int bin) {
+    constexpr int chunk = kBins / kRankThreads;
+    return bin % chunk * kRankThreads + bin / chunk;
+  }
+  static KD_DEVICE int bin(int bits) { return key_of(uint16_t(bits)); }
+  KD_DEVICE float number(int bin) const {
+    const uint16_t bits = bits_of_key(uint16_t(bin));
+    return half ? widen(F16{bits}) : widen(BF16{bits});
+  }
+  KD_DEVICE uint32_t* rank(int bin) const { return table + slot(bin); }
+  KD_DEVICE int64_t sum(int bin) const { return int64_t(packed[slot(bin)]); }
+  KD_DEVICE double count(int bin) const { return double(sum(bin) & ((1 << kRankBits) - 1)); }
+  KD_DEVICE double ranks(int bin) const { return double(sum(bin) >> kRankBits); }
+  KD_DEVICE float* R(int bin) const { return floats + slot(bin); }
+  KD_DEVICE float* K(int bin) const { return floats + kBins + slot(bin); }
+  KD_DEVICE float* G(int bin) const { return floats + 2 * kBins + slot(bin); }
+};
+
+// The same bytes a class, and one more atomic operation of 64 bits in L2; and 1 MB of tables a row.
+KD_KERNEL(kRankThreads, 1) whole_kernel(KD_PARAMS RankTask p) {
+  const Whole z(p.scratch + block() * kRankScratch, p.s.type == Type::f16);
+  void* const parts = shared();
+  for (int64_t n = block(); n < p.rows; n += blocks()) {
+    if (p.left && !p.left[n]) continue;
+    const Asked row(p, n);
+    if (!row.kept || row.strange) { no_row(p, n, row, row.strange ? NAN : 0, 0, p.width); continue; }
+    for (int i = thread(); i < kBitPatterns; i += threads()) { z.packed[i] = 0; z.table[i] = 0; }
+    sync();
+    const HalfRows x(p, n);
+    const bool spoilt = x.each_live(0, p.vocab, [&](int, int t) { add_global(z.rank(z.bin(t)), 1u); });
+    if (block_sum(int64_t(spoilt), static_cast<int64_t*>(parts))) { no_row(p, n, row, NAN, 0, p.width); continue; }
+    int64_t squares;
+    const int64_t live = rank_table(z, parts, &squares);
+    x.each_live(0, p.vocab, [&](int s, int t) {
+      const int64_t r = int32_t(*z.rank(z.bin(t)));
+      add_global(z.packed + z.slot(z.bin(s)), (static_cast<unsigned long long>(r) << kRankBits) + 1);
+    });
+    sync();
+    double value;
+    const bool slopes = correlate(z, double(live), p.tau, double(squares), row.g, parts, &value);
+    if (thread() == 0) p.value[n] = value;
+    if (p.grad && slopes) write_lines(z, p, x, n, 0, p.width);
+    else if (p.grad) HalfOut(p, n).fill(0, p.width, p.vocab, 0);
+    sync();
+  }
+}
+
+// Clusters of 4 blocks, or 8 for few and for long rows. False where the window does not fit.
+bool window_shape(const RankTask& p, Shape* z) {
+  const int processors = device().processors;
+  for (int ranks = p.vocab > 200000 || p.rows * 4 < processors ? 8 : 4; ranks > 1; ranks /= 2) {
+    *z = {ranks, kRankThreads, kWindowBytes, ranks};
+    if (prepare(window_kernel, z->shared, false)) return false;
+    const int64_t clusters = resident_clusters(window_kernel, *z);
+    if (!clusters) continue;
+    z->blocks = int(std::min(p.rows, clusters)) * ranks;
+    return true;
+  }
+  return false;
+}
+
+bool windows(const RankTask& p, int form) {
+  return p.s.type == Type::bf16 && p.t.type == Type::bf16 && form != 1 && device().major >= 9;
+}
+
+}  // namespace
+
+int spearman_blocks(const RankTask& p, int form) {
+  const int64_t most = windows(p, form) ? 8 : std::min(device().processors, 128);  // rarely a row is left over
+  return int(std::max<int64_t>(1, std::min(p.rows, most)));
+}
+int spearman(const RankTask& task, int form, void* stream) {
+  RankTask p = task;
+  Shape z;
+  if (!p.rows) return 0;
+  if (windows(p, form) && window_shape(p, &z)) {
+    if (int error = launch(window_kernel, z, stream, p)) return error;
+  } else {
+    p.left = nullptr;
+  }
+  return launch(whole_kernel, Shape{spearman_blocks(task, form), kRankThreads, kRankParts, 1}, stream, p);
+}
+
+}  // namespace kd::gpu
