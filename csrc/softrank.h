@@ -18,10 +18,8 @@ KD_HD int64_t centred_rank(int64_t below, int64_t c, int64_t n) { return 2 * bel
 // The line rank -> gradient of the classes in a bin: slope * (the teacher's doubled centred rank) + offset.
 struct Line { double slope, offset; };
 
-// below, above: the kernel's sums e^(-|x_i - x_j| / a) over the masses of the bins on either side; count: their mass below.
-KD_HD double soft_rank(double count, double below, double mass, double above) {
-  return count + (mass - below + above) / 2 - 0.5;
-}
+// Of the bins on either side, their mass less the kernel's sum over it: small, and exact, where the bandwidth is large.
+KD_HD double soft_rank(double lost_below, double lost_above) { return (lost_below - lost_above) / 2; }
 
 // Of a row whose soft ranks are known. The loss's slope by R_i is (ct T_i + cr R_i) / n.
 struct Correlation {

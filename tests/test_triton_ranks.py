@@ -41,7 +41,7 @@ def wide(loss, s, t):
 @pytest.mark.parametrize("dtype, kind, tau, bound", [
     (BF16, "random", 0.1, 1e-6), (BF16, "holes", 0.01, 1e-6), (F16, "ties", 1.0, 1e-6), (F16, "heavy", 0.1, 1e-6),
     (F32, "random", 0.1, 1e-3), (F32, "holes", 0.03, 1e-3), (F32, "heavy", 1.0, 1e-3), (F32, "ties", 0.1, 1e-3),
-    (F32, "random", 0.01, 1e-6),
+    (F32, "random", 0.01, 1e-6), (BF16, "random", 1e6, 1e-6), (F32, "random", 1e5, 1e-3), (BF16, "ties", 1e-9, 1e-6),
 ], ids=str)  # fmt: skip
 def test_wide_rows_of_spearman(dtype, kind, tau, bound):
     """By histograms, 16-bit rows exactly; small taus are sorted. The gradient before it is rounded."""

@@ -62,17 +62,18 @@ class LapSum {
     decay_[0] = 0;
     for (int64_t m = 1; m < M; ++m) decay_[m] = (x[m - 1] - x[m]) / a * kLog2e;
     exp2_in_place(decay_.data() + 1, M - 1);
-    double below = 0, count = 0, above = 0;
+    double below = 0, above = 0, count = 0, beyond = 0;
     for (int64_t m = 0; m < M; ++m) {
       below *= decay_[m];
-      R_[m] = count;
+      R_[m] = count - below;
       K_[m] = below;
       count += mass[m];
       below += mass[m];
     }
     for (int64_t m = M - 1; m >= 0; --m) {
-      R_[m] = soft_rank(R_[m], K_[m], mass[m], above);
+      R_[m] = soft_rank(R_[m], beyond - above);
       K_[m] += mass[m] + above;
+      beyond += mass[m];
       above = (above + mass[m]) * decay_[m];
     }
   }

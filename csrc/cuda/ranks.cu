@@ -37,11 +37,9 @@ template <typename Z>
 KD_DEVICE bool correlate(const Z& z, double n, double tau, double squares, double g, void* parts, double* value) {
   double* const sums = static_cast<double*>(parts);
   double mean = 0, variance = 0, own = 0, joint = 0, radial = 0, some = 0;
-  int64_t below = 0;
-  each_bin(z, [&](int bin, double x) { mean += z.count(bin) * x; below += int64_t(z.count(bin)); some += 1; });
+  each_bin(z, [&](int bin, double x) { mean += z.count(bin) * x; some += 1; });
   mean = block_sum(mean, sums) / n;
   some = block_sum(some, sums);
-  below = count_before_thread(below, parts);
   each_bin(z, [&](int bin, double x) { variance += z.count(bin) * (x - mean) * (x - mean); });
   variance = block_sum(variance, sums) / n;
   *value = 1;
@@ -49,13 +47,12 @@ KD_DEVICE bool correlate(const Z& z, double n, double tau, double squares, doubl
   const double a = tau * sqrt(variance);
   const auto mass = [&](int bin) { return z.count(bin) / n; };
   const auto ranks = [&](int bin) { return z.ranks(bin) / (2 * n * n); };
-  sweep<true>(z, a, parts, mass, [&](int bin, double before) {
-    *z.R(bin) = float(double(below) / n);
+  sweep<true>(z, a, parts, mass, [&](int bin, double before, double count) {
+    *z.R(bin) = float(count - before);
     *z.K(bin) = float(before);
-    below += int64_t(z.count(bin));
   });
-  sweep<false>(z, a, parts, mass, [&](int bin, double above) {
-    const double m = mass(bin), r = soft_rank(*z.R(bin), *z.K(bin), m, above);
+  sweep<false>(z, a, parts, mass, [&](int bin, double above, double count) {
+    const double m = mass(bin), r = soft_rank(*z.R(bin), count - above);
     *z.R(bin) = float(r);
     *z.K(bin) += float(m + above);
     own += m * r * r;
@@ -68,8 +65,8 @@ KD_DEVICE bool correlate(const Z& z, double n, double tau, double squares, doubl
   *value = 1 - c.rho;
   if (g == 0) return false;
   const auto slope = [&](int bin) { return c.slope(mass(bin), ranks(bin), *z.R(bin)); };
-  sweep<true>(z, a, parts, slope, [&](int bin, double before) { *z.G(bin) = float(before); });
-  sweep<false>(z, a, parts, slope, [&](int bin, double above) {
+  sweep<true>(z, a, parts, slope, [&](int bin, double before, double) { *z.G(bin) = float(before); });
+  sweep<false>(z, a, parts, slope, [&](int bin, double above, double) {
     const Line line = c.line(*z.R(bin), *z.K(bin), *z.G(bin) + slope(bin) + above);
     radial += (z.number(bin) - mean) * (line.slope * ranks(bin) + mass(bin) * line.offset);
     *z.K(bin) = float(line.slope);

@@ -8,7 +8,7 @@ namespace kd::gpu {
 constexpr int kRankThreads = 512, kRankBits = 21;  // of a packed sum, the low bits count
 constexpr int kWindow = 8192, kSmallest = 103 << 7;  // bfloat16 numbers from 2^-24 to 2^8 and 0, in shared memory
 constexpr int kBitPatterns = 1 << 16;
-constexpr int kRankParts = 16 * kRankThreads / 32;  // bytes of shared memory that sums and scans of a block need
+constexpr int kRankParts = 24 * kRankThreads / 32;  // bytes of shared memory that sums and scans of a block need
 
 struct RankTask {
   Matrix s, t;
@@ -152,14 +152,14 @@ KD_DEVICE int64_t count_before_thread(int64_t n, void* parts) {
   return before_thread(Count{n}, Count{0}, static_cast<Count*>(parts), [](Count a, Count b) { return Count{a.n + b.n}; }).n;
 }
 
-// A sum of e^(-distance / a) mass at a position x; none yet where x is NaN.
+// The sum of masses, and of e^(-distance / a) mass at a position x; none yet where x is NaN.
 struct Decaying {
-  double x, sum;
+  double x, sum, plain;
   KD_DEVICE double at(double y, double a) const { return x == x ? sum * exp(-fabs(y - x) / a) : 0; }
 };
-KD_DEVICE Decaying shuffled(Decaying x, int d) { return {shuffle_xor(x.x, d), shuffle_xor(x.sum, d)}; }
+KD_DEVICE Decaying shuffled(Decaying x, int d) { return {shuffle_xor(x.x, d), shuffle_xor(x.sum, d), shuffle_xor(x.plain, d)}; }
 
-// each(bin, sum before it) of the bins that occur, in one direction; mass(bin). All threads pass barriers.
+// each(bin, decayed sum before it, plain one) of the bins that occur, in one direction. All threads pass barriers.
 template <bool kUp, typename Z, typename Mass, typename Each>
 KD_DEVICE void sweep(const Z& z, double a, void* parts, Mass mass, Each each) {
   const int chunk = Z::kBins / threads(), from = (kUp ? thread() : threads() - 1 - thread()) * chunk;
@@ -169,16 +169,16 @@ KD_DEVICE void sweep(const Z& z, double a, void* parts, Mass mass, Each each) {
       if (z.count(bin)) f(bin, double(z.number(bin)));
     }
   };
-  const Decaying none{NAN, 0};
+  const Decaying none{NAN, 0, 0};
   Decaying run = none;
-  bins([&](int bin, double x) { run = {x, run.at(x, a) + mass(bin)}; });
+  bins([&](int bin, double x) { run = {x, run.at(x, a) + mass(bin), run.plain + mass(bin)}; });
   run = before_thread(run, none, static_cast<Decaying*>(parts), [&](const Decaying& p, const Decaying& q) {
-    return q.x == q.x ? Decaying{q.x, p.at(q.x, a) + q.sum} : p;
+    return q.x == q.x ? Decaying{q.x, p.at(q.x, a) + q.sum, p.plain + q.plain} : p;
   });
   bins([&](int bin, double x) {
     const double before = run.at(x, a);
-    each(bin, before);
-    run = {x, before + mass(bin)};
+    each(bin, before, run.plain);
+    run = {x, before + mass(bin), run.plain + mass(bin)};
   });
   sync();
 }

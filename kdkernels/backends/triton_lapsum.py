@@ -93,7 +93,7 @@ def _moments(x_ptr, sums, M, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def lapsum(x_ptr, sums, R, K, G, M, n, tau, squares, g, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Loss of M ascending bins x with packed sums (ranks' sum, count): `LapSum` of csrc/lapsum.h, in the same units.
+    """Loss of M ascending bins x with packed sums (ranks' sum, count): `Correlation` of csrc/softrank.h, in the same units.
 
     The gradient is A rank + B in each bin, A going to K and B to R; both times g.
     """
@@ -110,16 +110,18 @@ def lapsum(x_ptr, sums, R, K, G, M, n, tau, squares, g, GRADIENT: tl.constexpr, 
         low = total - c / n
         below = count + tl.cumsum(c, 0) - c
         count += tl.sum(c, 0)
-        tl.store(R + m, (below / n - low / 2 - 0.5).to(tl.float32), mask=m < M)
+        tl.store(R + m, (below / n - low).to(tl.float32), mask=m < M)  # small, and exact, where a is large
         tl.store(K + m, low.to(tl.float32), mask=m < M)
     tl.debug_barrier()
-    carry, own, joint = n * 0.0, n * 0.0, n * 0.0
+    carry, own, joint, count = n * 0.0, n * 0.0, n * 0.0, n * 0.0
     for first in range(0, bins, BLOCK):
         m = bins - 1 - first - tl.arange(0, BLOCK)
         packed = tl.load(sums + m, mask=m >= 0, other=0)
         c, S = count_of(packed).to(tl.float64) / n, (packed >> COUNT).to(tl.float64) / (2 * n * n)
         total, carry = _decayed(x_ptr, m, M, m + 1, a, c, carry)
-        r = tl.load(R + m, mask=m >= 0, other=0.0).to(tl.float64) + total / 2
+        above = count + tl.cumsum(c, 0) - c
+        count += tl.sum(c, 0)
+        r = (tl.load(R + m, mask=m >= 0, other=0.0).to(tl.float64) - (above - (total - c))) / 2
         own += tl.sum(c * r * r, 0)
         joint += tl.sum(r * S, 0)
         tl.store(R + m, r.to(tl.float32), mask=m >= 0)
