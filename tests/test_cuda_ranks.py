@@ -36,7 +36,7 @@ def check(found, exact, dtype, alike=0.995):
     found, rounded = found[1].nan_to_num(0.0), rounded.nan_to_num(0.0)
     off = (found.double() - rounded.double()).norm() / rounded.double().norm().clamp(min=1e-30)
     assert off <= torch.finfo(dtype).eps / 20
-    assert alike == 0 or torch.equal(found == 0, rounded == 0) and (found == rounded).float().mean() >= alike
+    assert alike == 0 or (torch.equal(found == 0, rounded == 0) and (found == rounded).float().mean() >= alike)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2], ids=lambda x: f"order{x}")

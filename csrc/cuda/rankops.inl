@@ -15,7 +15,7 @@ Tensor compare_to(const double* grad, int64_t grad_step, const Tensor& s, const 
                   "kdkernels: args must be (1, 5) float64 on the CPU");
   const int64_t N = rows.rows;
   Tensor value = doubles(s, {N}), left = doubles(s, {N / 2 + 1});
-  RankTask task{rows.s, rows.t, rows.labels, rows.mask, N, vocab, ignore, width_of(s),
+  RankTask task{rows.s, rows.t, rows.labels, rows.mask, N, ignore, int(vocab), int(width_of(s)),
                 args.const_data_ptr<double>()[2], grad, grad_step, value.mutable_data_ptr<double>(),
                 out ? out->mutable_data_ptr() : nullptr, reinterpret_cast<int*>(left.mutable_data_ptr<double>()), nullptr};
   Tensor scratch = doubles(s, {spearman_blocks(task, int(form)), kRankScratch / 8});

@@ -11,14 +11,14 @@ template <typename Z> KD_DEVICE int64_t rank_table(const Z& z, void* parts, int6
   constexpr int chunk = Z::kBins / kRankThreads;
   const int from = thread() * chunk;
   int64_t mine = 0, sum = 0;
-  for (int bin = from; bin < from + chunk; ++bin) mine += *z.rank(bin);
+  for (int bin = from; bin < from + chunk; ++bin) mine += z.table[z.slot(bin)];
   const int64_t n = block_sum(mine, static_cast<int64_t*>(parts));
   int64_t below = count_before_thread(mine, parts);
+#pragma unroll 1
   for (int bin = from; bin < from + chunk; ++bin) {
-    const int64_t c = *z.rank(bin);
-    if (!c) continue;
-    const int64_t r = centred_rank(below, c, n);
-    *z.rank(bin) = uint32_t(int32_t(r));
+    uint32_t* const entry = z.table + z.slot(bin);
+    const int64_t c = *entry, r = centred_rank(below, c, n);
+    if (c) *entry = uint32_t(int32_t(r));
     sum += c * r * r;
     below += c;
   }
@@ -26,37 +26,32 @@ template <typename Z> KD_DEVICE int64_t rank_table(const Z& z, void* parts, int6
   return n;
 }
 
-template <typename Z, typename F> KD_DEVICE void each_bin(const Z& z, F f) {
-  constexpr int chunk = Z::kBins / kRankThreads;
-  for (int bin = thread() * chunk; bin < (thread() + 1) * chunk; ++bin)
-    if (z.count(bin)) f(bin, double(z.number(bin)));
-}
-
-// The loss; false where it has no gradient. That is, in each bin, z.K rank + z.G, times g.
+// The loss; false where it has no gradient. That is, in each bin, K rank + G, times g.
 template <typename Z>
 KD_DEVICE bool correlate(const Z& z, double n, double tau, double squares, double g, void* parts, double* value) {
   double* const sums = static_cast<double*>(parts);
+  float *const R = z.R(), *const K = z.K(), *const G = z.G();
   double mean = 0, variance = 0, own = 0, joint = 0, radial = 0, some = 0;
-  each_bin(z, [&](int bin, double x) { mean += z.count(bin) * x; some += 1; });
+  walk<true>(z, [&](int i, double x) { mean += z.count(i) * x; some += 1; });
   mean = block_sum(mean, sums) / n;
   some = block_sum(some, sums);
-  each_bin(z, [&](int bin, double x) { variance += z.count(bin) * (x - mean) * (x - mean); });
+  walk<true>(z, [&](int i, double x) { variance += z.count(i) * (x - mean) * (x - mean); });
   variance = block_sum(variance, sums) / n;
   *value = 1;
   if (some < 2 || !(variance > 0) || !(squares > 0)) return false;
-  const double a = tau * sqrt(variance);
-  const auto mass = [&](int bin) { return z.count(bin) / n; };
-  const auto ranks = [&](int bin) { return z.ranks(bin) / (2 * n * n); };
-  sweep<true>(z, a, parts, mass, [&](int bin, double before, double count) {
-    *z.R(bin) = float(count - before);
-    *z.K(bin) = float(before);
+  const double a = tau * sqrt(variance), rate = 1 / a, share = 1 / n;
+  const auto mass = [&](int i) { return z.count(i) * share; };
+  const auto ranks = [&](int i) { return z.ranks(i) * (share * share / 2); };
+  sweep<true>(z, rate, parts, mass, [&](int i, double, double before, double plain) {
+    R[i] = float(plain - before);
+    K[i] = float(before);
   });
-  sweep<false>(z, a, parts, mass, [&](int bin, double above, double count) {
-    const double m = mass(bin), r = soft_rank(*z.R(bin), count - above);
-    *z.R(bin) = float(r);
-    *z.K(bin) += float(m + above);
+  sweep<false>(z, rate, parts, mass, [&](int i, double, double above, double plain) {
+    const double m = mass(i), r = soft_rank(R[i], plain - above);
+    R[i] = float(r);
+    K[i] += float(m + above);
     own += m * r * r;
-    joint += r * ranks(bin);
+    joint += r * ranks(i);
   });
   own = block_sum(own, sums);
   joint = block_sum(joint, sums);
@@ -64,46 +59,44 @@ KD_DEVICE bool correlate(const Z& z, double n, double tau, double squares, doubl
   const Correlation c(n, a, own, joint, squares);
   *value = 1 - c.rho;
   if (g == 0) return false;
-  const auto slope = [&](int bin) { return c.slope(mass(bin), ranks(bin), *z.R(bin)); };
-  sweep<true>(z, a, parts, slope, [&](int bin, double before, double) { *z.G(bin) = float(before); });
-  sweep<false>(z, a, parts, slope, [&](int bin, double above, double) {
-    const Line line = c.line(*z.R(bin), *z.K(bin), *z.G(bin) + slope(bin) + above);
-    radial += (z.number(bin) - mean) * (line.slope * ranks(bin) + mass(bin) * line.offset);
-    *z.K(bin) = float(line.slope);
-    *z.G(bin) = float(line.offset);
+  const auto slope = [&](int i) { return c.slope(mass(i), ranks(i), R[i]); };
+  sweep<true>(z, rate, parts, slope, [&](int i, double, double before, double) { G[i] = float(before); });
+  sweep<false>(z, rate, parts, slope, [&](int i, double x, double above, double) {
+    const Line line = c.line(R[i], K[i], G[i] + slope(i) + above);
+    radial += (x - mean) * (line.slope * ranks(i) + mass(i) * line.offset);
+    K[i] = float(line.slope);
+    G[i] = float(line.offset);
   });
   radial = block_sum(radial, sums) / variance;
-  each_bin(z, [&](int bin, double x) {
-    const Line line = finished({*z.K(bin), *z.G(bin)}, n, g, radial, x - mean);
-    *z.K(bin) = float(line.slope);
-    *z.G(bin) = float(line.offset);
+  walk<true>(z, [&](int i, double x) {
+    const Line line = finished({K[i], G[i]}, n, g, radial, x - mean);
+    K[i] = float(line.slope);
+    G[i] = float(line.offset);
   });
   sync();
   return true;
 }
 
-// slot_s, slot_t: where a number's bin stands.
 template <typename Z>
-KD_DEVICE void write_lines(const Z& z, const RankTask& p, const HalfRows& x, int64_t n, int64_t begin, int64_t end) {
+KD_DEVICE void write_lines(const Z& z, const RankTask& p, const HalfRows& x, int64_t n, int begin, int end) {
   const HalfOut out(p, n);
-  const int64_t limit = end < p.vocab ? end : p.vocab;
-  x.packs(begin, limit, [&](int64_t i, int count, const uint16_t* s, const uint16_t* t) {
+  const int limit = end < p.vocab ? end : p.vocab;
+  const float *const K = z.K(), *const G = z.G();
+  x.packs(begin, limit, [&](int first, int count, int use, const uint16_t* s, const uint16_t* t) {
     float d[8];
-    bool spoilt = false;
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      d[e] = 0;
-      if (e >= count || !x.live(i + e, s[e], t[e], &spoilt)) continue;
-      const int bin = z.bin(s[e]);
-      d[e] = *z.K(bin) * float(int32_t(*z.rank(z.bin(t[e])))) + *z.G(bin);
+      int i, j;
+      const bool live = (use >> e & 1) & z.find(s[e], x.s_infinity, &i) & z.find(t[e], x.t_infinity, &j);
+      d[e] = live ? K[i] * float(int32_t(z.table[j])) + G[i] : 0;
     }
-    out.put(i, count, d);
+    out.put(first, count, d);
   });
-  for (int64_t i = (limit > begin ? limit : begin) + thread(); i < end; i += threads()) out.to[i] = 0;
+  for (int i = (limit > begin ? limit : begin) + thread(); i < end; i += threads()) out.to[i] = 0;
 }
 
 // What a row is without classes, or with a NaN among them.
-KD_DEVICE void no_row(const RankTask& p, int64_t n, const Asked& row, double value, int64_t begin, int64_t end) {
+KD_DEVICE void no_row(const RankTask& p, int64_t n, const Asked& row, double value, int begin, int end) {
   if (begin == 0 && thread() == 0) p.value[n] = row.kept ? value : 0;
   if (p.grad) HalfOut(p, n).fill(begin, end, p.vocab, row.g != 0 && value != value ? float(value) : 0);
 }
@@ -120,94 +113,83 @@ struct Window {
   KD_DEVICE explicit Window(char* memory)
       : table(reinterpret_cast<uint32_t*>(memory)), flags(table + 6 * kWindow), parts(flags + 4) {}
   static KD_DEVICE int slot(int bin) { return bin ^ (bin >> 5 & 15); }
-  // Bits that do not fit share a bin with others.
-  static KD_DEVICE bool fits(int bits) {
-    const int size = bits & 0x7fff;
-    return !size || (size > kSmallest && size - kSmallest < kWindow / 2);
-  }
-  static KD_DEVICE int bin(int bits) {
-    const int size = bits & 0x7fff, m = size - kSmallest, place = m < 0 ? 0 : m < kWindow / 2 ? m : kWindow / 2 - 1;
-    return size && bits & 0x8000 ? kWindow / 2 - 1 - place : kWindow / 2 + place;
+  // -0 is 0. False for what has no bin, infinities among them.
+  static KD_DEVICE bool find(int bits, int /*infinity*/, int* at) {
+    const int size = bits & 0x7fff, place = size - kSmallest;
+    const bool fits = uint32_t(place - 1) < kWindow / 2 - 1;
+    const int bin = kWindow / 2 + (fits ? place ^ -(bits >> 15) : 0);
+    *at = slot(bin);
+    return fits | (size == 0);
   }
   static KD_DEVICE float number(int bin) {
     const int place = bin >= kWindow / 2 ? bin - kWindow / 2 : kWindow / 2 - 1 - bin;
     const float size = place ? widen(BF16{uint16_t(place + kSmallest)}) : 0;
     return bin >= kWindow / 2 ? size : -size;
   }
-  KD_DEVICE uint32_t* rank(int bin) const { return table + slot(bin); }
-  KD_DEVICE uint32_t* counts(int bin) const { return table + kWindow + slot(bin); }
-  KD_DEVICE uint32_t* low(int bin) const { return table + 2 * kWindow + slot(bin); }
-  KD_DEVICE uint32_t* high(int bin) const { return table + 3 * kWindow + slot(bin); }
-  KD_DEVICE double count(int bin) const { return *counts(bin); }
-  KD_DEVICE double ranks(int bin) const { return bits_float(*low(bin)); }
-  KD_DEVICE float* R(int bin) const { return reinterpret_cast<float*>(high(bin)); }
-  KD_DEVICE float* K(int bin) const { return reinterpret_cast<float*>(table + 4 * kWindow + slot(bin)); }
-  KD_DEVICE float* G(int bin) const { return reinterpret_cast<float*>(table + 5 * kWindow + slot(bin)); }
+  KD_DEVICE uint32_t* counts() const { return table + kWindow; }
+  KD_DEVICE uint32_t* low() const { return table + 2 * kWindow; }
+  KD_DEVICE uint32_t* high() const { return table + 3 * kWindow; }
+  KD_DEVICE double count(int i) const { return counts()[i]; }
+  KD_DEVICE double ranks(int i) const { return bits_float(low()[i]); }
+  KD_DEVICE float* R() const { return reinterpret_cast<float*>(high()); }
+  KD_DEVICE float* K() const { return R() + kWindow; }
+  KD_DEVICE float* G() const { return R() + 2 * kWindow; }
 };
 
 // Tables [from, from + count) of all blocks become their sum, and flags are set that are set in any. Each block adds up
-// a share of the slots and tells the others.
+// a share of the slots, there where K and G will be, and tells the others.
 KD_DEVICE void add_up(const Window& z, int from, int count) {
-  constexpr int kMost = 2 * kWindow / 2 / kRankThreads;
-  const int ranks = cluster_size(), all = count * kWindow, share = all / ranks;
-  uint32_t* const mine = z.table + from * kWindow + share * cluster_rank();
-  uint32_t sum[kMost], flag = 0;
+  const int ranks = cluster_size(), share = count * kWindow / ranks;
+  uint32_t *const mine = z.table + from * kWindow + share * cluster_rank(), *const sums = z.table + 4 * kWindow;
+  uint32_t flag = 0;
   cluster_sync();
   if (ranks == 1) return;
-#pragma unroll
-  for (int k = 0; k < kMost; ++k) {
-    const int i = thread() + k * kRankThreads;
-    sum[k] = 0;
-    for (int r = 0; i < share && r < ranks; ++r) sum[k] += load_remote(mine + i, r);
+  for (int i = thread(); i < share; i += threads()) {
+    uint32_t sum = 0;
+    for (int r = 0; r < ranks; ++r) sum += load_remote(mine + i, r);
+    sums[i] = sum;
   }
   for (int r = 0; thread() < 2 && r < ranks; ++r) flag |= load_remote(z.flags + thread(), r);
   cluster_sync();  // everybody has read what others overwrite now
   if (thread() < 2) z.flags[thread()] = flag;
-#pragma unroll
-  for (int k = 0; k < kMost; ++k) {
-    const int i = thread() + k * kRankThreads;
-    for (int r = 0; i < share && r < ranks; ++r) store_remote(mine + i, r, sum[k]);
-  }
+  for (int r = 0; r < ranks; ++r)
+    for (int i = thread(); i < share; i += threads()) store_remote(mine + i, r, sums[i]);
   cluster_sync();
 }
 
 // Sums of ranks by the student's bins, in two limbs of 32 bits where one could overflow; floats in the end.
-KD_DEVICE void sum_ranks(const Window& z, const HalfRows& x, int64_t begin, int64_t end, int64_t n) {
+KD_DEVICE void sum_ranks(const Window& z, const HalfRows& x, int begin, int end, int64_t n) {
   int64_t most = 0;
-  each_bin(z, [&](int bin, double) { most = most > *z.counts(bin) ? most : *z.counts(bin); });
+  for (int i = thread(); i < kWindow; i += threads()) most = most > z.counts()[i] ? most : z.counts()[i];
   const bool wide = block_sum(int64_t(most * n >= int64_t(1) << 31), static_cast<int64_t*>(z.parts)) > 0;
-  x.each_live(begin, end, [&](int s, int t) {
-    const int32_t r = int32_t(*z.rank(z.bin(t)));
-    const int bin = z.bin(s);
-    add_shared(z.low(bin), wide ? uint32_t(r) & 4095 : uint32_t(r));
-    if (wide) add_shared(z.high(bin), uint32_t(r >> 12));
+  x.each_live(z, begin, end, [&](int i, int j) {
+    const int32_t r = int32_t(z.table[j]);
+    add_shared(z.low() + i, wide ? uint32_t(r) & 4095 : uint32_t(r));
+    if (wide) add_shared(z.high() + i, uint32_t(r >> 12));
   });
   add_up(z, 2, wide ? 2 : 1);
   for (int i = thread(); i < kWindow; i += threads()) {
-    uint32_t* const low = z.table + 2 * kWindow + i;
-    const double sum = wide ? double(int32_t(low[kWindow])) * 4096 + double(*low) : double(int32_t(*low));
-    *low = float_bits(float(sum));
+    const uint32_t low = z.low()[i];
+    z.low()[i] = float_bits(float(wide ? double(int32_t(z.high()[i])) * 4096 + low : double(int32_t(low))));
   }
   sync();
 }
 
 // Classes [begin, end) are this block's.
-KD_DEVICE void window_row(const Window& z, const RankTask& p, int64_t n, int64_t begin, int64_t end) {
+KD_DEVICE void window_row(const Window& z, const RankTask& p, int64_t n, int begin, int end) {
   const Asked row(p, n);
   if (p.left && begin == 0 && thread() == 0) p.left[n] = 0;
   if (!row.kept || row.strange) return no_row(p, n, row, row.strange ? NAN : 0, begin, end);
   for (int i = thread(); i < 4 * kWindow + 4; i += threads()) z.table[i < 4 * kWindow ? i : i + 2 * kWindow] = 0;
   sync();
   const HalfRows x(p, n);
-  const int64_t limit = end < p.vocab ? end : p.vocab;
-  bool outside = false;
-  const bool spoilt = x.each_live(begin, limit, [&](int s, int t) {
-    outside |= !z.fits(s) || !z.fits(t);
-    add_shared(z.rank(z.bin(t)), 1);
-    add_shared(z.counts(z.bin(s)), 1);
+  const int limit = end < p.vocab ? end : p.vocab;
+  const int odd = x.each_live(z, begin, limit, [&](int i, int j) {
+    add_shared(z.table + j, 1);
+    add_shared(z.counts() + i, 1);
   });
-  if (spoilt) z.flags[0] = 1;
-  if (outside) z.flags[1] = 1;
+  if (odd & SPOILT) z.flags[0] = 1;
+  if (odd & OUTSIDE) z.flags[1] = 1;
   add_up(z, 0, 2);
   const bool bad = z.flags[0], left = z.flags[1];
   if (bad || left) {
@@ -231,8 +213,8 @@ KD_DEVICE void window_row(const Window& z, const RankTask& p, int64_t n, int64_t
 KD_KERNEL(kRankThreads, 1) window_kernel(KD_PARAMS RankTask p) {
 #ifdef KD_CLUSTERS
   const Window z(shared());
-  const int64_t ranks = cluster_size(), slice = (p.width + 8 * ranks - 1) / (8 * ranks) * 8;
-  const int64_t begin = slice * cluster_rank(), end = begin + slice < p.width ? begin + slice : p.width;
+  const int ranks = cluster_size(), slice = (p.width + 8 * ranks - 1) / (8 * ranks) * 8;
+  const int begin = slice * cluster_rank(), end = begin + slice < p.width ? begin + slice : p.width;
   for (int64_t n = block() / ranks; n < p.rows; n += blocks() / ranks) window_row(z, p, n, begin, end > begin ? end : begin);
   cluster_sync();  // nobody leaves while others may still read here
 #endif
@@ -252,18 +234,19 @@ struct Whole {
     constexpr int chunk = kBins / kRankThreads;
     return bin % chunk * kRankThreads + bin / chunk;
   }
-  static KD_DEVICE int bin(int bits) { return key_of(uint16_t(bits)); }
+  static KD_DEVICE bool find(int bits, int infinity, int* at) {
+    *at = slot(key_of(uint16_t(bits)));
+    return (bits & 0x7fff) < infinity;
+  }
   KD_DEVICE float number(int bin) const {
     const uint16_t bits = bits_of_key(uint16_t(bin));
     return half ? widen(F16{bits}) : widen(BF16{bits});
   }
-  KD_DEVICE uint32_t* rank(int bin) const { return table + slot(bin); }
-  KD_DEVICE int64_t sum(int bin) const { return int64_t(packed[slot(bin)]); }
-  KD_DEVICE double count(int bin) const { return double(sum(bin) & ((1 << kRankBits) - 1)); }
-  KD_DEVICE double ranks(int bin) const { return double(sum(bin) >> kRankBits); }
-  KD_DEVICE float* R(int bin) const { return floats + slot(bin); }
-  KD_DEVICE float* K(int bin) const { return floats + kBins + slot(bin); }
-  KD_DEVICE float* G(int bin) const { return floats + 2 * kBins + slot(bin); }
+  KD_DEVICE double count(int i) const { return double(packed[i] & ((1 << kRankBits) - 1)); }
+  KD_DEVICE double ranks(int i) const { return double(int64_t(packed[i]) >> kRankBits); }
+  KD_DEVICE float* R() const { return floats; }
+  KD_DEVICE float* K() const { return floats + kBins; }
+  KD_DEVICE float* G() const { return floats + 2 * kBins; }
 };
 
 // The same bytes a class, and one more atomic operation of 64 bits in L2; and 1 MB of tables a row.
@@ -277,13 +260,13 @@ KD_KERNEL(kRankThreads, 1) whole_kernel(KD_PARAMS RankTask p) {
     for (int i = thread(); i < kBitPatterns; i += threads()) { z.packed[i] = 0; z.table[i] = 0; }
     sync();
     const HalfRows x(p, n);
-    const bool spoilt = x.each_live(0, p.vocab, [&](int, int t) { add_global(z.rank(z.bin(t)), 1u); });
-    if (block_sum(int64_t(spoilt), static_cast<int64_t*>(parts))) { no_row(p, n, row, NAN, 0, p.width); continue; }
+    const int odd = x.each_live(z, 0, p.vocab, [&](int, int j) { add_global(z.table + j, 1u); });
+    if (block_sum(int64_t(odd), static_cast<int64_t*>(parts))) { no_row(p, n, row, NAN, 0, p.width); continue; }
     int64_t squares;
     const int64_t live = rank_table(z, parts, &squares);
-    x.each_live(0, p.vocab, [&](int s, int t) {
-      const int64_t r = int32_t(*z.rank(z.bin(t)));
-      add_global(z.packed + z.slot(z.bin(s)), (static_cast<unsigned long long>(r) << kRankBits) + 1);
+    x.each_live(z, 0, p.vocab, [&](int i, int j) {
+      const int64_t r = int32_t(z.table[j]);
+      add_global(z.packed + i, (static_cast<unsigned long long>(r) << kRankBits) + 1);
     });
     sync();
     double value;

@@ -14,7 +14,8 @@ struct RankTask {
   Matrix s, t;
   const int64_t* labels;
   const uint8_t* mask;
-  int64_t rows, vocab, ignore, width;
+  int64_t rows, ignore;
+  int vocab, width;
   double tau;
   const double* grad;  // null: the value alone
   int64_t grad_step;
@@ -41,6 +42,8 @@ struct Asked {
   }
 };
 
+enum { OUTSIDE = 1, SPOILT = 2 };  // of a class: a number without a bin, a NaN or +inf
+
 // A pair of rows of 16-bit numbers; each of a format of its own.
 struct HalfRows {
   const uint16_t *s, *t;
@@ -51,17 +54,13 @@ struct HalfRows {
   KD_DEVICE HalfRows(const RankTask& p, int64_t n)
       : s(static_cast<const uint16_t*>(p.s.data) + p.s.offset(n)), t(static_cast<const uint16_t*>(p.t.data) + p.t.offset(n)),
         mask(p.mask), s_infinity(infinity(p.s.type)), t_infinity(infinity(p.t.type)) {}
-  KD_DEVICE bool live(int64_t i, int x, int y, bool* spoilt) const {
-    if (mask && !mask[i]) return false;
-    const bool bad = (x & 0x7fff) > s_infinity || x == s_infinity || (y & 0x7fff) > t_infinity || y == t_infinity;
-    *spoilt |= bad;
-    return !bad && x != (s_infinity | 0x8000) && y != (t_infinity | 0x8000);
-  }
-  // f(first, count, both rows' bits) of eight classes at a time, fewer at the end; begin is a multiple of 8.
-  template <typename F> KD_DEVICE void packs(int64_t begin, int64_t end, F f) const {
+  // f(first, count, those of eight classes that the mask keeps, both rows' bits) of classes [begin, end), fewer at the
+  // end; begin is a multiple of 8.
+  template <typename F> KD_DEVICE void packs(int begin, int end, F f) const {
     const bool whole = aligned(s) && aligned(t);
-    for (int64_t i = begin + 8 * thread(); i < end; i += 8 * threads()) {
-      const int count = end - i < 8 ? int(end - i) : 8;
+    for (int i = begin + 8 * thread(); i < end; i += 8 * threads()) {
+      const int count = end - i < 8 ? end - i : 8;
+      int use = (1 << count) - 1;
       union { Bytes16 all; uint16_t one[8]; } x{}, y{};
       if (whole && count == 8) {
         x.all = load16(s + i);
@@ -71,18 +70,29 @@ struct HalfRows {
         for (int e = 0; e < 8; ++e)
           if (e < count) { x.one[e] = s[i + e]; y.one[e] = t[i + e]; }
       }
-      f(i, count, x.one, y.one);
+      for (int e = 0; mask && e < count; ++e) use &= ~(int(!mask[i + e]) << e);
+      f(i, count, use, x.one, y.one);
     }
   }
-  // f(both bits) of the live ones of classes [begin, end). True where one of this thread's spoils the row.
-  template <typename F> KD_DEVICE bool each_live(int64_t begin, int64_t end, F f) const {
-    bool spoilt = false;
-    packs(begin, end, [&](int64_t i, int count, const uint16_t* x, const uint16_t* y) {
+  // f(slots of both) of the live classes that the table z has bins for. Of this thread's others: OUTSIDE, SPOILT or both.
+  template <typename Z, typename F> KD_DEVICE int each_live(const Z& z, int begin, int end, F f) const {
+    int odd = 0;
+    packs(begin, end, [&](int, int, int use, const uint16_t* x, const uint16_t* y) {
 #pragma unroll
-      for (int e = 0; e < 8; ++e)
-        if (e < count && live(i + e, x[e], y[e], &spoilt)) f(x[e], y[e]);
+      for (int e = 0; e < 8; ++e) {
+        int i, j;
+        if (!(use >> e & 1)) continue;
+        if (z.find(x[e], s_infinity, &i) & z.find(y[e], t_infinity, &j)) f(i, j);
+        else odd |= beyond(x[e], y[e]);
+      }
     });
-    return spoilt;
+    return odd;
+  }
+
+ private:
+  KD_DEVICE int beyond(int x, int y) const {
+    if ((x & 0x7fff) > s_infinity || x == s_infinity || (y & 0x7fff) > t_infinity || y == t_infinity) return SPOILT;
+    return x == (s_infinity | 0x8000) || y == (t_infinity | 0x8000) ? 0 : OUTSIDE;
   }
 };
 
@@ -92,28 +102,24 @@ struct HalfOut {
   bool bf16;
   KD_DEVICE HalfOut(const RankTask& p, int64_t n)
       : to(static_cast<uint16_t*>(p.out) + n * p.width), bf16(p.s.type == Type::bf16) {}
-  KD_DEVICE void put(int64_t i, int count, const float* d) const {
-    union { Bytes16 all; uint16_t one[8]; } x{};
+  KD_DEVICE void put(int i, int count, const float* d) const {
+    union { Bytes16 all; uint16_t one[8]; } x;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      BF16 wide;
-      F16 fine;
-      narrow(d[e], &wide);
-      narrow(d[e], &fine);
-      x.one[e] = bf16 ? wide.bits : fine.bits;
-    }
+    for (int k = 0; k < 4; ++k)
+      x.all.word[k] = bf16 ? narrow2(d[2 * k], d[2 * k + 1], static_cast<BF16*>(nullptr))
+                           : narrow2(d[2 * k], d[2 * k + 1], static_cast<F16*>(nullptr));
     if (count == 8 && aligned(to)) return store16(to + i, x.all);
 #pragma unroll
     for (int e = 0; e < 8; ++e)
       if (e < count) to[i + e] = x.one[e];
   }
   // d to classes [begin, end) below vocab, 0 to the others.
-  KD_DEVICE void fill(int64_t begin, int64_t end, int64_t vocab, float d) const {
-    for (int64_t i = begin + 8 * thread(); i < end; i += 8 * threads()) {
+  KD_DEVICE void fill(int begin, int end, int vocab, float d) const {
+    for (int i = begin + 8 * thread(); i < end; i += 8 * threads()) {
       float x[8];
 #pragma unroll
       for (int e = 0; e < 8; ++e) x[e] = i + e < vocab ? d : 0;
-      put(i, end - i < 8 ? int(end - i) : 8, x);
+      put(i, end - i < 8 ? end - i : 8, x);
     }
   }
 };
@@ -152,33 +158,41 @@ KD_DEVICE int64_t count_before_thread(int64_t n, void* parts) {
   return before_thread(Count{n}, Count{0}, static_cast<Count*>(parts), [](Count a, Count b) { return Count{a.n + b.n}; }).n;
 }
 
-// The sum of masses, and of e^(-distance / a) mass at a position x; none yet where x is NaN.
+// The sum of masses, and of e^(-rate distance) mass at a position x; none yet where x is NaN.
 struct Decaying {
   double x, sum, plain;
-  KD_DEVICE double at(double y, double a) const { return x == x ? sum * exp(-fabs(y - x) / a) : 0; }
+  KD_DEVICE double at(double y, double rate) const { return x == x ? sum * exp(-fabs(y - x) * rate) : 0; }
 };
 KD_DEVICE Decaying shuffled(Decaying x, int d) { return {shuffle_xor(x.x, d), shuffle_xor(x.sum, d), shuffle_xor(x.plain, d)}; }
 
-// each(bin, decayed sum before it, plain one) of the bins that occur, in one direction. All threads pass barriers.
-template <bool kUp, typename Z, typename Mass, typename Each>
-KD_DEVICE void sweep(const Z& z, double a, void* parts, Mass mass, Each each) {
-  const int chunk = Z::kBins / threads(), from = (kUp ? thread() : threads() - 1 - thread()) * chunk;
-  const auto bins = [&](auto f) {
-    for (int k = 0; k < chunk; ++k) {
-      const int bin = from + (kUp ? k : chunk - 1 - k);
-      if (z.count(bin)) f(bin, double(z.number(bin)));
-    }
-  };
-  const Decaying none{NAN, 0, 0};
-  Decaying run = none;
-  bins([&](int bin, double x) { run = {x, run.at(x, a) + mass(bin), run.plain + mass(bin)}; });
-  run = before_thread(run, none, static_cast<Decaying*>(parts), [&](const Decaying& p, const Decaying& q) {
-    return q.x == q.x ? Decaying{q.x, p.at(q.x, a) + q.sum, p.plain + q.plain} : p;
+KD_DEVICE Decaying decayed_before_thread(Decaying run, double rate, Decaying* parts) {
+  return before_thread(run, Decaying{NAN, 0, 0}, parts, [&](const Decaying& p, const Decaying& q) {
+    return q.x == q.x ? Decaying{q.x, p.at(q.x, rate) + q.sum, p.plain + q.plain} : p;
   });
-  bins([&](int bin, double x) {
-    const double before = run.at(x, a);
-    each(bin, before, run.plain);
-    run = {x, before + mass(bin), run.plain + mass(bin)};
+}
+
+// f(slot, number) of this thread's bins that occur, ascending or descending.
+template <bool kUp, typename Z, typename F> KD_DEVICE void walk(const Z& z, F f) {
+  constexpr int chunk = Z::kBins / kRankThreads;
+  const int from = (kUp ? thread() : kRankThreads - 1 - thread()) * chunk;
+#pragma unroll 1
+  for (int k = 0; k < chunk; ++k) {
+    const int bin = from + (kUp ? k : chunk - 1 - k), slot = z.slot(bin);
+    if (z.count(slot)) f(slot, double(z.number(bin)));
+  }
+}
+
+// each(slot, number, decayed sum of what is before it, plain one) of the bins that occur. All threads pass barriers.
+template <bool kUp, typename Z, typename Mass, typename Each>
+KD_DEVICE void sweep(const Z& z, double rate, void* parts, Mass mass, Each each) {
+  Decaying run{NAN, 0, 0};
+  const auto add = [&](int slot, double x) { run = {x, run.at(x, rate) + mass(slot), run.plain + mass(slot)}; };
+  walk<kUp>(z, add);
+  run = decayed_before_thread(run, rate, static_cast<Decaying*>(parts));
+  walk<kUp>(z, [&](int slot, double x) {
+    const double before = run.at(x, rate), plain = run.plain;
+    add(slot, x);
+    each(slot, x, before, plain);
   });
   sync();
 }

@@ -62,12 +62,12 @@ def _chain(d, x, d2, x2):
 
 
 @triton.jit
-def _decayed(x_ptr, m, M, other, a, mass, carry):
-    """Scan of `mass` along m, each step towards it from its neighbour `other` multiplied by e^(-distance / a)."""
+def _decayed(x_ptr, m, M, other, rate, mass, carry):
+    """Scan of `mass` along m, each step towards it from its neighbour `other` multiplied by e^(-rate distance)."""
     use = (m >= 0) & (m < M)
     beside = use & (other >= 0) & (other < M)
     x, y = tl.load(x_ptr + m, mask=beside, other=0.0), tl.load(x_ptr + other, mask=beside, other=0.0)
-    decay = tl.exp(-tl.abs(x.to(tl.float64) - y.to(tl.float64)) / a)
+    decay = tl.exp(-tl.abs(x.to(tl.float64) - y.to(tl.float64)) * rate)
     decay = tl.where(use, tl.where(beside, decay, 0.0), 1.0)
     d, total = tl.associative_scan((decay, tl.where(use, mass, 0.0)), 0, _chain)
     total += d * carry
@@ -93,7 +93,7 @@ def _moments(x_ptr, sums, M, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def lapsum(x_ptr, sums, R, K, G, M, n, tau, squares, g, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Loss of M ascending bins x with packed sums (ranks' sum, count): `Correlation` of csrc/softrank.h, in the same units.
+    """Loss of M ascending bins x with packed sums (ranks' sum, count): `Correlation` of csrc/softrank.h, in its units.
 
     The gradient is A rank + B in each bin, A going to K and B to R; both times g.
     """
@@ -101,24 +101,24 @@ def lapsum(x_ptr, sums, R, K, G, M, n, tau, squares, g, GRADIENT: tl.constexpr, 
     spread = tl.load(x_ptr + M - 1, mask=M > 0, other=0.0) > tl.load(x_ptr, mask=M > 0, other=0.0)
     fine = spread & (variance > 0) & (squares > 0)
     bins = tl.where(fine, M, 0)
-    a = tau * tl.sqrt(tl.where(fine, variance, 1.0))
+    rate, share = 1 / (tau * tl.sqrt(tl.where(fine, variance, 1.0))), 1 / tl.maximum(n, 1.0)
     carry, count = n * 0.0, n * 0.0
     for first in range(0, bins, BLOCK):
         m = first + tl.arange(0, BLOCK)
         c = count_of(tl.load(sums + m, mask=m < M, other=0)).to(tl.float64)
-        total, carry = _decayed(x_ptr, m, M, m - 1, a, c / n, carry)
-        low = total - c / n
+        total, carry = _decayed(x_ptr, m, M, m - 1, rate, c * share, carry)
+        low = total - c * share
         below = count + tl.cumsum(c, 0) - c
         count += tl.sum(c, 0)
-        tl.store(R + m, (below / n - low).to(tl.float32), mask=m < M)  # small, and exact, where a is large
+        tl.store(R + m, (below * share - low).to(tl.float32), mask=m < M)  # small, and exact, where a is large
         tl.store(K + m, low.to(tl.float32), mask=m < M)
     tl.debug_barrier()
     carry, own, joint, count = n * 0.0, n * 0.0, n * 0.0, n * 0.0
     for first in range(0, bins, BLOCK):
         m = bins - 1 - first - tl.arange(0, BLOCK)
         packed = tl.load(sums + m, mask=m >= 0, other=0)
-        c, S = count_of(packed).to(tl.float64) / n, (packed >> COUNT).to(tl.float64) / (2 * n * n)
-        total, carry = _decayed(x_ptr, m, M, m + 1, a, c, carry)
+        c, S = count_of(packed).to(tl.float64) * share, (packed >> COUNT).to(tl.float64) * (share * share / 2)
+        total, carry = _decayed(x_ptr, m, M, m + 1, rate, c, carry)
         above = count + tl.cumsum(c, 0) - c
         count += tl.sum(c, 0)
         r = (tl.load(R + m, mask=m >= 0, other=0.0).to(tl.float64) - (above - (total - c))) / 2
@@ -131,36 +131,36 @@ def lapsum(x_ptr, sums, R, K, G, M, n, tau, squares, g, GRADIENT: tl.constexpr, 
     root = tl.sqrt(own) * tl.sqrt(tl.where(fine, squares / (4 * n * n * n), 1.0))
     rho = tl.where(fine, joint / root, 0.0)
     if GRADIENT:
-        _lines(x_ptr, sums, R, K, G, tl.where(fine, M, 0), n, a, mean, variance, -1 / root, rho / own, g, BLOCK)
+        _lines(x_ptr, sums, R, K, G, tl.where(fine, M, 0), n, rate, mean, variance, -1 / root, rho / own, g, BLOCK)
     return 1 - rho, fine
 
 
 @triton.jit
-def _lines(x_ptr, sums, R, K, G, M, n, a, mean, variance, ct, cr, g, BLOCK: tl.constexpr):
+def _lines(x_ptr, sums, R, K, G, M, n, rate, mean, variance, ct, cr, g, BLOCK: tl.constexpr):
     """The loss's slope by R_i is (ct T_i + cr R_i) / n; through the kernel, and a, which follows the deviation."""
     tl.debug_barrier()
-    carry = n * 0.0
+    carry, share = n * 0.0, 1 / tl.maximum(n, 1.0)
     for first in range(0, M, BLOCK):
         m = first + tl.arange(0, BLOCK)
         packed = tl.load(sums + m, mask=m < M, other=0)
-        c, S = count_of(packed).to(tl.float64) / n, (packed >> COUNT).to(tl.float64) / (2 * n * n)
+        c, S = count_of(packed).to(tl.float64) * share, (packed >> COUNT).to(tl.float64) * (share * share / 2)
         slope = ct * S + cr * c * tl.load(R + m, mask=m < M, other=0.0).to(tl.float64)
-        total, carry = _decayed(x_ptr, m, M, m - 1, a, slope, carry)
+        total, carry = _decayed(x_ptr, m, M, m - 1, rate, slope, carry)
         tl.store(G + m, (total - slope).to(tl.float32), mask=m < M)
     tl.debug_barrier()
-    carry, radial, scale = n * 0.0, n * 0.0, 1 / (2 * a * n)
+    carry, radial, scale = n * 0.0, n * 0.0, rate * share / 2
     for first in range(0, M, BLOCK):
         m = M - 1 - first - tl.arange(0, BLOCK)
         packed = tl.load(sums + m, mask=m >= 0, other=0)
-        c, S = count_of(packed).to(tl.float64) / n, (packed >> COUNT).to(tl.float64) / (2 * n * n)
+        c, S = count_of(packed).to(tl.float64) * share, (packed >> COUNT).to(tl.float64) * (share * share / 2)
         r = tl.load(R + m, mask=m >= 0, other=0.0).to(tl.float64)
         k = tl.load(K + m, mask=m >= 0, other=0.0).to(tl.float64)
-        total, carry = _decayed(x_ptr, m, M, m + 1, a, ct * S + cr * c * r, carry)
+        total, carry = _decayed(x_ptr, m, M, m + 1, rate, ct * S + cr * c * r, carry)
         A = scale * ct * k
         B = scale * (cr * r * k - total - tl.load(G + m, mask=m >= 0, other=0.0).to(tl.float64))
         d = tl.load(x_ptr + m, mask=m >= 0, other=0.0).to(tl.float64) - mean
         radial += tl.sum(tl.where(m >= 0, d * (A * S + c * B), 0.0), 0)
-        tl.store(K + m, (A * g / (2 * n)).to(tl.float32), mask=m >= 0)
+        tl.store(K + m, (A * g * share / 2).to(tl.float32), mask=m >= 0)
         tl.store(R + m, B.to(tl.float32), mask=m >= 0)
     tl.debug_barrier()
     radial /= tl.where(variance > 0, variance, 1.0)

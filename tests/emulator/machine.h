@@ -135,7 +135,10 @@ template <typename X> KD_DEVICE char* remote(const X* mine, int rank, const std:
   if (target.barrier.left == threads()) emulator::fail(what + ": the other block has ended");
   return target.memory + (reinterpret_cast<const char*>(mine) - shared());
 }
-template <typename X> KD_DEVICE void store_remote(X* mine, int rank, X x) {
+KD_DEVICE void store_remote(double* mine, int rank, double x) {
+  std::memcpy(remote(mine, rank, "store_remote()"), &x, sizeof x);
+}
+KD_DEVICE void store_remote(uint32_t* mine, int rank, uint32_t x) {
   std::memcpy(remote(mine, rank, "store_remote()"), &x, sizeof x);
 }
 KD_DEVICE uint32_t load_remote(const uint32_t* mine, int rank) {
