@@ -1,81 +1,10 @@
 // Spearman's loss of 16-bit rows: tables in the shared memory of a cluster's blocks, or of all bit patterns in L2.
-#include "ranks.h"
+#include "rankbins.h"
 
 #include <algorithm>
 
 namespace kd::gpu {
 namespace {
-
-// Counts become doubled centred ranks, as int32. Returns how many there are, and the sum of the ranks' squares.
-template <typename Z> KD_DEVICE int64_t rank_table(const Z& z, void* parts, int64_t* squares) {
-  constexpr int chunk = Z::kBins / kRankThreads;
-  const int from = thread() * chunk;
-  int64_t mine = 0, sum = 0;
-  for (int bin = from; bin < from + chunk; ++bin) mine += z.table[z.slot(bin)];
-  const int64_t n = block_sum(mine, static_cast<int64_t*>(parts));
-  int64_t below = count_before_thread(mine, parts);
-#pragma unroll 1
-  for (int bin = from; bin < from + chunk; ++bin) {
-    uint32_t* const entry = z.table + z.slot(bin);
-    const int64_t c = *entry, r = centred_rank(below, c, n);
-    if (c) *entry = uint32_t(int32_t(r));
-    sum += c * r * r;
-    below += c;
-  }
-  *squares = block_sum(sum, static_cast<int64_t*>(parts));
-  return n;
-}
-
-// The loss; false where it has no gradient. That is, in each bin, K rank + G, times g.
-template <typename Z>
-KD_DEVICE bool correlate(const Z& z, double n, double tau, double squares, double g, void* parts, double* value) {
-  double* const sums = static_cast<double*>(parts);
-  float *const R = z.R(), *const K = z.K(), *const G = z.G();
-  double mean = 0, variance = 0, own = 0, joint = 0, radial = 0, some = 0;
-  walk<true>(z, [&](int i, double x) { mean += z.count(i) * x; some += 1; });
-  mean = block_sum(mean, sums) / n;
-  some = block_sum(some, sums);
-  walk<true>(z, [&](int i, double x) { variance += z.count(i) * (x - mean) * (x - mean); });
-  variance = block_sum(variance, sums) / n;
-  *value = 1;
-  if (some < 2 || !(variance > 0) || !(squares > 0)) return false;
-  const double a = tau * sqrt(variance), rate = 1 / a, share = 1 / n;
-  const auto mass = [&](int i) { return z.count(i) * share; };
-  const auto ranks = [&](int i) { return z.ranks(i) * (share * share / 2); };
-  sweep<true>(z, rate, parts, mass, [&](int i, double, double before, double plain) {
-    R[i] = float(plain - before);
-    K[i] = float(before);
-  });
-  sweep<false>(z, rate, parts, mass, [&](int i, double, double above, double plain) {
-    const double m = mass(i), r = soft_rank(R[i], plain - above);
-    R[i] = float(r);
-    K[i] += float(m + above);
-    own += m * r * r;
-    joint += r * ranks(i);
-  });
-  own = block_sum(own, sums);
-  joint = block_sum(joint, sums);
-  if (!(own > 0)) return false;
-  const Correlation c(n, a, own, joint, squares);
-  *value = 1 - c.rho;
-  if (g == 0) return false;
-  const auto slope = [&](int i) { return c.slope(mass(i), ranks(i), R[i]); };
-  sweep<true>(z, rate, parts, slope, [&](int i, double, double before, double) { G[i] = float(before); });
-  sweep<false>(z, rate, parts, slope, [&](int i, double x, double above, double) {
-    const Line line = c.line(R[i], K[i], G[i] + slope(i) + above);
-    radial += (x - mean) * (line.slope * ranks(i) + mass(i) * line.offset);
-    K[i] = float(line.slope);
-    G[i] = float(line.offset);
-  });
-  radial = block_sum(radial, sums) / variance;
-  walk<true>(z, [&](int i, double x) {
-    const Line line = finished({K[i], G[i]}, n, g, radial, x - mean);
-    K[i] = float(line.slope);
-    G[i] = float(line.offset);
-  });
-  sync();
-  return true;
-}
 
 template <typename Z>
 KD_DEVICE void write_lines(const Z& z, const RankTask& p, const HalfRows& x, int64_t n, int begin, int end) {
