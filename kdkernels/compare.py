@@ -119,7 +119,7 @@ class Comparison(RankLoss):
         # Tensors: torch.compile would guard on the numbers that it sees read.
         self.__dict__["_args"] = torch.tensor([[scale, scale, *self.settings()]], dtype=torch.float64)
         self.__dict__["_top"] = int(self.settings()[1])
-        self.__dict__["_factor"] = torch.tensor([self.kd_weight], dtype=torch.float64)
+        self.__dict__["_factor"] = torch.tensor(self.kd_weight, dtype=torch.float64)
 
     def _term(self, rows, student_logits, num_items, temperature):
         self._check_teacher(rows.teacher)
@@ -137,18 +137,18 @@ class Comparison(RankLoss):
 
     def _arguments(self, rows: call.Rows, temperature) -> tuple[Tensor, Tensor]:
         """args (1 or N, 5 + shifts) of the kernels, on the host where all rows share them, and the rows' factor."""
-        args, device = self._args, rows.student.device
-        scale = args[:, 0].to(device)
+        args, device, exact = self._args, rows.student.device, torch.float64
+        scale = args[0, 0]  # what is on the host and has no dimension is not copied: a copy waits
         if temperature is not None:
             if not isinstance(temperature, Tensor):  # torch.compile would hold a number in as_tensor constant
-                temperature = torch.full((1,), float(temperature), dtype=torch.float64)
-            scale = 1 / temperature.reshape(-1).to(device, torch.float64)
+                temperature = torch.full((), float(temperature), dtype=exact)
+            scale = 1 / (temperature.reshape(-1).to(device, exact) if temperature.dim() else temperature.to(exact))
             if not self.scale_free:
-                both = scale[:, None].expand(-1, 2)
-                args = torch.cat((both, args[:, 2:].to(device).expand(len(scale), -1)), -1)
+                both = scale.reshape(-1, 1).expand(-1, 2)
+                args = torch.cat((both, args[:, 2:].to(both.device).expand(len(both), -1)), -1)
         if (more := self.columns()) is not None:
             args = torch.cat((args, more.to(args.device).expand(len(args), -1)), -1)
-        factor = self._factor.to(device)
+        factor = torch.ones(1, dtype=exact, device=device) * self._factor
         return args.contiguous(), factor / scale**2 if self.t_squared else factor
 
     def _by_definition(self, rows: call.Rows, args: Tensor) -> Tensor:

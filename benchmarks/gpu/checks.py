@@ -221,6 +221,7 @@ def waits_for_nothing(kd, device, N, V):
             loss(leaf, t, y).backward()
             loss(leaf, t, y, temperature=3.0).backward()
             loss.value_and_grad(s, t, y)
+            kd.SpearmanLoss()(leaf, t, y).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
