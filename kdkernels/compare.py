@@ -11,9 +11,9 @@ from torch import Tensor
 from . import backends, call
 from .base import BaseLoss
 from .logpartition import ForwardKLLoss, cross_entropy_of
-from .rankops import Compare
+from .rankops import KENDALL, PEARSON, PLACKETT_LUCE, SPEARMAN, Compare
 
-PEARSON, SPEARMAN, PLACKETT_LUCE, KENDALL = range(4)  # csrc/cpu/ranks.cpp reads the same numbers
+__all__ = ["KENDALL", "PEARSON", "PLACKETT_LUCE", "SPEARMAN", "Comparison", "RankLoss"]
 
 
 class RankLoss(BaseLoss):
@@ -93,8 +93,11 @@ class Comparison(RankLoss):
     """Whether only classes at -inf in both rows are dead."""
     needs_spread = True
     """Whether a row of equal logits has no value."""
+    scale_free = True
+    """Whether it is the same at every temperature."""
     _args: Tensor
     _factor: Tensor
+    _top: int
 
     def settings(self) -> tuple[float, float, float]:
         """What the kernels are told: tau, top_k (0: all classes) and a switch of the kind's own."""
@@ -113,7 +116,8 @@ class Comparison(RankLoss):
         scale = 1 / self.temperature
         # Tensors: torch.compile would guard on the numbers that it sees read.
         self.__dict__["_args"] = torch.tensor([[scale, scale, *self.settings()]], dtype=torch.float64)
-        self.__dict__["_factor"] = torch.tensor([self.kd_weight], dtype=torch.float64)
+        self.__dict__["_top"] = int(self.settings()[1])
+        self.__dict__["_factor"] = torch.tensor(self.kd_weight, dtype=torch.float64)
 
     def _term(self, rows, student_logits, num_items, temperature):
         self._check_teacher(rows.teacher)
@@ -121,26 +125,29 @@ class Comparison(RankLoss):
         weight, divisor = call.weighting(self, rows, num_items)
         weight = scale if weight is None else weight * scale
         per_row, ignore = self.reduction == "none", self.ignore_index
-        backend: Any = backends.pick_with("COMPARE", rows.student, rows.teacher)
+        backend: Any = backends.pick_with("COMPARE", rows.student, rows.teacher, self.kind, rows.vocab, self._top)
         if hasattr(backend, "COMPARE"):
+            operators = backend.COMPARE(rows.student, rows.teacher, self.kind, rows.vocab, self._top)
             return Compare.apply(rows.student, rows.teacher, args, rows.labels, rows.mask, weight, divisor, self.kind,
-                                 backend.COMPARE, rows.vocab, ignore, per_row)  # fmt: skip
+                                 operators, rows.vocab, ignore, per_row)  # fmt: skip
         value = self._by_definition(rows, args)
         return call.reduced(value, student_logits, rows.labels, weight, divisor, ignore, per_row)
 
     def _arguments(self, rows: call.Rows, temperature) -> tuple[Tensor, Tensor]:
-        """args (1 or N, 5 + shifts) of the kernels and the factor (1 or N,) of the rows."""
-        device = rows.student.device
-        args = self._args.to(device)
+        """args (1 or N, 5 + shifts) of the kernels, on the host where all rows share them, and the rows' factor."""
+        args, device, exact = self._args, rows.student.device, torch.float64
+        scale = args[0, 0]  # what is on the host and has no dimension is not copied: a copy waits
         if temperature is not None:
             if not isinstance(temperature, Tensor):  # torch.compile would hold a number in as_tensor constant
-                temperature = torch.full((1,), float(temperature), dtype=torch.float64)
-            scale = 1 / temperature.reshape(-1, 1).to(device, torch.float64)
-            args = torch.cat((scale, scale, args[:, 2:].expand(len(scale), -1)), -1)
+                temperature = torch.full((), float(temperature), dtype=exact)
+            scale = 1 / (temperature.reshape(-1).to(device, exact) if temperature.dim() else temperature.to(exact))
+            if not self.scale_free:
+                both = scale.reshape(-1, 1).expand(-1, 2)
+                args = torch.cat((both, args[:, 2:].to(both.device).expand(len(both), -1)), -1)
         if (more := self.columns()) is not None:
-            args = torch.cat((args, more.to(device).expand(len(args), -1)), -1)
-        factor = self._factor.to(device)
-        return args.contiguous(), factor / args[:, 0] ** 2 if self.t_squared else factor
+            args = torch.cat((args, more.to(args.device).expand(len(args), -1)), -1)
+        factor = torch.ones(1, dtype=exact, device=device) * self._factor
+        return args.contiguous(), factor / scale**2 if self.t_squared else factor
 
     def _by_definition(self, rows: call.Rows, args: Tensor) -> Tensor:
         """`definition` on the live classes, and what it is not asked about: constant, spoilt and left-out rows."""
@@ -152,13 +159,14 @@ class Comparison(RankLoss):
         keep = None if rows.labels is None else rows.labels != self.ignore_index
         if rows.weight is not None:
             keep = rows.weight != 0 if keep is None else keep & (rows.weight != 0)
+        args = args.to(rows.student.device)
         s, t = _prepare(rows.student, rows, keep), _prepare(rows.teacher, rows, keep)
         if not len(s):
             return s.sum(-1)
         gone = (s == -math.inf, t == -math.inf)
         live = ~(gone[0] & gone[1] if self.dead_in_both else gone[0] | gone[1])
         spoilt = ((s != s) | (t != t) | (s == math.inf) | (t == math.inf)).any(-1)
-        top = int(self.settings()[1])
+        top = self._top
         if top:
             live = live & largest(t.detach(), live, top)
         flat = live.sum(-1) < 2

@@ -39,6 +39,7 @@ class PearsonLoss(Comparison):
     def check(self):
         check_choice("space", self.space, ("logits", "probs"))
         self.__dict__["dead_in_both"] = self.space == "probs"
+        self.__dict__["scale_free"] = self.space == "logits"
 
     def settings(self):
         return 1.0, 0, self.space == "probs"

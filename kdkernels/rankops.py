@@ -1,6 +1,7 @@
 """The autograd function behind the losses that compare orders, and the shape rules of their operators.
 
-Operators (`csrc/cpu/ranks.cpp`; `kdkernels.ranks` says what a kind's columns of `args` are):
+Operators (`csrc/cpu/ranks.cpp`, `csrc/cuda/ranks.cu`, `backends/triton_compare.py`). `kdkernels.ranks` says what a
+kind's columns of `args` are, which are on the host unless rows have temperatures of their own.
 
     compare(student (N, W) or (A, B, W), teacher, labels (N,)?, mask (V,)?, args (1 or N, 5 + shifts), kind, vocab,
             ignore_index) -> value (N,) float64
@@ -18,22 +19,29 @@ from torch import Tensor
 from .call import apply_factor, dense, factor, result_dtype
 from .ops import refuse, rescale
 
+PEARSON, SPEARMAN, PLACKETT_LUCE, KENDALL = range(4)  # csrc/cpu/ranks.cpp reads the same numbers
 METRICS = ("rankdata", "spearman", "kendall_tau")
 
 
-def register() -> None:
-    """Shape rules and a loud refusal of double backward."""
+def register(prefix: str = "", metrics: bool = True) -> None:
+    """Shape rules and a loud refusal of double backward. metrics: and what else only the cpu has."""
 
-    for name in ("compare", "uld"):
+    names = ("compare", "uld") if metrics else ("compare",)
+    for name in names:
 
-        @torch.library.register_fake(f"kdkernels::{name}")
+        @torch.library.register_fake(f"kdkernels::{prefix}{name}")
         def _(student, *rest):
             return student.new_empty(student.shape[:-1].numel(), dtype=torch.float64)
 
-        @torch.library.register_fake(f"kdkernels::{name}_step")
-        def _(grad, student, teacher, labels, mask, args, kind, vocab, ignore_index, side):
+        @torch.library.register_fake(f"kdkernels::{prefix}{name}_step")
+        def _(grad, student, teacher, labels, mask, args, kind, vocab, ignore_index, side, *form):
             logits = teacher if side else student
             return student.new_empty(student.shape[:-1].numel(), dtype=torch.float64), logits.new_empty(logits.shape)
+
+        for one in (name, f"{name}_step"):
+            torch.library.register_autograd(f"kdkernels::{prefix}{one}", refuse)
+    if not metrics:
+        return
 
     @torch.library.register_fake("kdkernels::rankdata")
     def _(a):
@@ -49,7 +57,7 @@ def register() -> None:
     def _(student, *rest):
         return student.new_empty((), dtype=result_dtype(student)), student.new_empty(student.shape)
 
-    for name in ("compare", "compare_step", "together_step", "uld", "uld_step", *METRICS):
+    for name in ("together_step", *METRICS):
         torch.library.register_autograd(f"kdkernels::{name}", refuse)
 
 

@@ -10,8 +10,10 @@ if not torch.cuda.is_available():
 
 if not torch.cuda.is_available():
     import emulated  # imports kdkernels
+    import interpreted
 
     emulated.install()
+    interpreted.install()
 
 QUIET = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors])
 settings.register_profile("ci", derandomize=True, max_examples=12, database=None, **QUIET)

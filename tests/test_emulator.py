@@ -33,6 +33,14 @@ BUGS = {
         "no such rank": "no block of this rank",
         "remote out of bounds": "not within the shared memory",
     },
+    "histogram": {
+        "not cleared": None,
+        "global add": "add_global.*shared memory where global memory",
+        "add out of bounds": "add_shared.*not within the shared memory",
+        "counts not awaited": None,
+        "load of no rank": "load_remote.*no block of this rank",
+        "leaves early": "load_remote.*other block has ended|deadlock|waits in",
+    },
     "pipeline": {
         "missing wait": None,
         "wrong parity": None,

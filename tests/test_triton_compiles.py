@@ -13,16 +13,44 @@ from pathlib import Path
 import pytest
 
 CAPABILITIES = (80, 90, 100)
-ROW = "n s_a s_b t_a t_b args_row B vocab ignore width grad_row weight_row scale_row N K k count".split()
-KINDS = dict(high="fp32", low="fp32", mask_ptr="*u8", done_ptr="*i32", total_ptr="*fp32", factor_ptr="*fp32",
-             **{f"{name}_ptr": "*i64" for name in ("label", "classes", "sorted", "order")})  # fmt: skip
+ROW = "n s_a s_b t_a t_b args_row B vocab ignore width grad_row weight_row scale_row N K k count room".split()
+KINDS = dict(high="fp32", low="fp32", tau="fp32", mask_ptr="*u8", done_ptr="*i32", cells="*i32", ints="*i32")
+KINDS |= dict.fromkeys(("total_ptr", "factor_ptr", "floats"), "*fp32")
+KINDS |= dict.fromkeys(("label_ptr", "classes_ptr", "sorted_ptr", "order_ptr", "top_ptr", "packed_ptr"), "*i64")
+KINDS |= dict.fromkeys(("tables", "longs"), "*i64")
 
 
 def _signature(kernel, dtype, constants):
     own = dict.fromkeys(("s_ptr", "t_ptr", "to_ptr", "x_ptr"), f"*{dtype}") | KINDS
-    own["out_ptr"] = f"*{dtype}" if "grad_ptr" in kernel.arg_names else "*fp64"
+    wide = "*i64" if "LOWEST" in kernel.arg_names else "*fp64"
+    own["out_ptr"] = f"*{dtype}" if "grad_ptr" in kernel.arg_names else wide
     kind = lambda n: "constexpr" if n in constants else "i32" if n in ROW else own.get(n, "*fp64")  # noqa: E731
     return {name: kind(name) for name in kernel.arg_names}
+
+
+def _rank_variants():
+    from kdkernels.backends.triton import triton_compare
+    from kdkernels.backends.triton_orders import kendall_kernel, plackett_kernel
+    from kdkernels.backends.triton_pearson import pearson_kernel
+    from kdkernels.backends.triton_ranks import spearman_kernel
+    from kdkernels.backends.triton_sorted import spearman_sorted_kernel, top_kernel
+
+    row = dict(HAS_LABEL=True, HAS_MASK=True, GRADIENT=True)
+    some = dict(HAS_TOP=True, **row)
+    for dtype in ("bf16", "fp32"):
+        bins, warps = triton_compare.TILES["spearman"]
+        tile = dict(BY_BITS=dtype == "bf16", HALF=(False, False), BLOCK=2048, BINS=bins)
+        yield f"spearman {dtype}", spearman_kernel, dtype, dict(**tile, **some), warps
+    yield "pearson", pearson_kernel, "bf16", dict(PROBS=True, SIDE=0, BLOCK=2048, **row), 8
+    for name, kernel, dtype, constants in (
+        ("spearman_sorted", spearman_sorted_kernel, "fp32", some),
+        ("top", top_kernel, "bf16", dict(LOWEST=16, HAS_MASK=True)),
+        ("plackett", plackett_kernel, "bf16", dict(TEACHER=True, **some)),
+        ("kendall", kendall_kernel, "bf16", dict(ALL=True, **some)),
+        ("kendall", kendall_kernel, "bf16", dict(ALL=False, **some)),
+    ):
+        block, warps = triton_compare.TILES[name]
+        yield name, kernel, dtype, dict(BLOCK=block, **constants), warps
 
 
 def _variants():
@@ -67,6 +95,7 @@ def _variants():
     for labels in (True, False):
         yield f"begin labels={labels}", begin_kernel, "fp64", dict(HAS_LABEL=labels, BLOCK=1024), 4
     yield "rescale", rescale_kernel, "bf16", dict(BLOCK=2048), 8
+    yield from _rank_variants()
 
 
 def _registers(cubin: bytes) -> tuple[int, int]:
@@ -104,7 +133,7 @@ def test_every_kernel_compiles_without_spills(capability):
     done = subprocess.run([sys.executable, __file__, str(capability)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == len(list(_variants()))
+    assert len(lines) == 29
     assert all(line.endswith(" 0 bytes spilled") for line in lines), done.stdout
 
 

@@ -152,6 +152,26 @@ def incoming_gradients(kd, device, N, V):
     assert error <= 4e-6, f"a second backward: {error:.1e}"
 
 
+def rank_losses(kd, device, N, V):
+    """Those the backend has kernels for, of a few rows, against their float64 definition; twice the same bits."""
+    losses = (kd.SpearmanLoss(), kd.SpearmanLoss(top_k=64), kd.PearsonLoss("probs"), kd.PlackettLuceLoss(),
+              kd.KendallLoss(top_k=32), kd.KendallLoss("shifts", shifts=4, seed=0))  # fmt: skip
+    for dtype, bound in ((BF16, 4e-3), (F32, 1e-3)):
+        s, t, _ = pair(device, 2, V, dtype)
+        s = (0.7 * t + 0.5 * s).to(dtype)
+        for loss in losses:
+            try:
+                value, gradient = loss.value_and_grad(s, t)
+            except kd.BackendUnavailable:
+                continue
+            again, second = loss.value_and_grad(s, t)
+            with kd.use_backend("reference"):
+                want, slope = loss.value_and_grad(s.double(), t.double())
+            error = (gradient.double() - slope).norm() / slope.norm()
+            assert torch.equal(value, again) and torch.equal(gradient, second), repr(loss)
+            assert abs(value - want) <= 1e-4 and error <= bound, f"{loss!r} {dtype}: {value - want:.1e} {error:.1e}"
+
+
 def more_than_2_31_logits(kd, device, N, V):
     s, t, y = pair(device, 17000, 128256)
     _, gradient = kd.KDLoss(reduction="sum").value_and_grad(s, t, y)
@@ -201,6 +221,7 @@ def waits_for_nothing(kd, device, N, V):
             loss(leaf, t, y).backward()
             loss(leaf, t, y, temperature=3.0).backward()
             loss.value_and_grad(s, t, y)
+            kd.SpearmanLoss()(leaf, t, y).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -220,7 +241,7 @@ def memory(kd, device, N, V):
 
 
 EVERYWHERE = (repeats_to_the_bit, in_place, strided_and_odd_views, labels_out_of_range, rows_left_out_and_padding,
-              incoming_gradients)  # fmt: skip
+              incoming_gradients, rank_losses)  # fmt: skip
 
 
 def check(backend, form, found, save, end, device, options):
@@ -268,5 +289,7 @@ def tiny():
                     loss(s, t.detach(), y).backward(torch.tensor(0.5).cuda())
                     loss(s, t, y).backward()
                     loss.value_and_grad(s.detach().clone(), t.detach(), y)
+                if dtype == BF16:
+                    kd.SpearmanLoss()(s, t.detach()).backward()
     torch.cuda.synchronize()
     print("the kernels ran")

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../softrank.h"
 #include "parallel.h"
 
 namespace kd {
@@ -16,9 +17,6 @@ template <typename R> void exp2_in_place(R* y, int64_t n) {
     tiles<R>().exp2(y + i, count, y + i);
   }
 }
-
-// The line rank -> gradient of the classes in a bin: slope * (the teacher's doubled centred rank) + offset.
-struct Line { double slope, offset; };
 
 // LapSum [Struski et al. 2025]: R_i = sum_j F((x_i - x_j) / a), F the Laplace distribution function, a = tau std(x).
 // Here in units of n: M bins of x (ascending), masses c / n, and S, the sum over a bin of the teacher's ranks.
@@ -44,7 +42,6 @@ class LapSum {
     for (int64_t m = 0; m < M; ++m) { mass[m] /= n; ranks[m] /= 2 * n * n; }
     soft_ranks(a);
     double own = 0, joint = 0;
-    const double teacher = squares / (4 * n * n * n);
     own_share = 0;
     for (int64_t m = 0; m < M; ++m) {
       own += mass[m] * R_[m] * R_[m];
@@ -52,9 +49,9 @@ class LapSum {
       own_share += mass[m] * mass[m] / K_[m];
     }
     if (!(own > 0)) return 1;
-    const double rho = joint / std::sqrt(own) / std::sqrt(teacher);
-    if (gradient) lines(n, a, mean, variance, -1 / std::sqrt(own) / std::sqrt(teacher), rho / own, g);
-    return 1 - rho;
+    const Correlation z(n, a, own, joint, squares);
+    if (gradient) lines(z, n, mean, variance, g);
+    return 1 - z.rho;
   }
 
  private:
@@ -65,42 +62,37 @@ class LapSum {
     decay_[0] = 0;
     for (int64_t m = 1; m < M; ++m) decay_[m] = (x[m - 1] - x[m]) / a * kLog2e;
     exp2_in_place(decay_.data() + 1, M - 1);
-    double below = 0, count = 0, above = 0;
+    double below = 0, above = 0, count = 0, beyond = 0;
     for (int64_t m = 0; m < M; ++m) {
       below *= decay_[m];
-      R_[m] = count - below / 2 - 0.5;
+      R_[m] = count - below;
       K_[m] = below;
       count += mass[m];
       below += mass[m];
     }
     for (int64_t m = M - 1; m >= 0; --m) {
-      R_[m] += (mass[m] + above) / 2;
+      R_[m] = soft_rank(R_[m], beyond - above);
       K_[m] += mass[m] + above;
+      beyond += mass[m];
       above = (above + mass[m]) * decay_[m];
     }
   }
 
-  // The loss's slope by R_i is (ct T_i + cr R_i) / n; through the kernel, and through a, which follows the deviation.
-  void lines(double n, double a, double mean, double variance, double ct, double cr, double g) {
+  void lines(const Correlation& z, double n, double mean, double variance, double g) {
     const int64_t M = int64_t(x.size());
     double below = 0, above = 0, radial = 0;
     for (int64_t m = 0; m < M; ++m) {
       below *= decay_[m];
       G_[m] = below;
-      below += ct * ranks[m] + cr * mass[m] * R_[m];
+      below += z.slope(mass[m], ranks[m], R_[m]);
     }
-    const double scale = 1 / (2 * a * n);
     for (int64_t m = M - 1; m >= 0; --m) {
-      const double slope = ct * ranks[m] + cr * mass[m] * R_[m];
-      const double G = G_[m] + slope + above;
+      const double slope = z.slope(mass[m], ranks[m], R_[m]);
+      line[m] = z.line(R_[m], K_[m], G_[m] + slope + above);
       above = (above + slope) * decay_[m];
-      line[m] = {scale * ct * K_[m], scale * (cr * R_[m] * K_[m] - G)};
       radial += (x[m] - mean) * (line[m].slope * ranks[m] + mass[m] * line[m].offset);
     }
-    for (int64_t m = 0; m < M; ++m) {
-      line[m].offset = g * (line[m].offset - radial / variance * (x[m] - mean));
-      line[m].slope *= g / (2 * n);
-    }
+    for (int64_t m = 0; m < M; ++m) line[m] = finished(line[m], n, g, radial / variance, x[m] - mean);
   }
 
   std::vector<double> decay_, R_, K_, G_;

@@ -7,12 +7,11 @@
 #include <limits>
 #include <vector>
 
+#include "../softrank.h"
+
 namespace kd {
 
-// Unsigned integers in the order of the numbers, -0 and +0 the same. Of 16-bit types: their bits.
-inline uint16_t key_of(uint16_t bits) {
-  return bits == 0x8000 ? 0x8000 : uint16_t(bits ^ (bits & 0x8000 ? 0xffff : 0x8000));
-}
+// Unsigned integers in the order of the numbers, -0 and +0 the same; of 16-bit types in ../softrank.h.
 inline uint32_t key_of(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x + 0.f);
   return bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000u);

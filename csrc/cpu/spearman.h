@@ -30,7 +30,7 @@ class BitTables {
                           std::vector<int32_t>& rank) {
     int64_t below = 0, squares = 0;
     for (const uint16_t bits : used) {
-      const int64_t c = count[bits], r = 2 * below + c - n;
+      const int64_t c = count[bits], r = centred_rank(below, c, n);
       rank[bits] = int32_t(r);
       squares += c * r * r;
       below += c;

@@ -92,6 +92,9 @@ KD_DEVICE int arrive(int* counter) {
   __threadfence();
   return before;
 }
+// Integers: their sum does not depend on the order.
+KD_DEVICE void add_shared(uint32_t* to, uint32_t x) { atomicAdd(to, x); }
+template <typename X> KD_DEVICE void add_global(X* to, X x) { atomicAdd(to, x); }
 KD_DEVICE double load_shared_by_blocks(const double* from) { return __ldcg(from); }
 
 // Clusters, distributed shared memory and bulk copies: Hopper and later. Elsewhere the kernels that use them only trap.
@@ -115,6 +118,17 @@ KD_DEVICE void store_remote(double* mine, int rank, double x) {
   uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(mine)), "r"(rank));
   asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(there), "d"(x) : "memory");
+}
+KD_DEVICE void store_remote(uint32_t* mine, int rank, uint32_t x) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(mine)), "r"(rank));
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(x) : "memory");
+}
+KD_DEVICE uint32_t load_remote(const uint32_t* mine, int rank) {
+  uint32_t there, x;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(mine)), "r"(rank));
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(x) : "r"(there) : "memory");
+  return x;
 }
 KD_DEVICE void barrier_init(uint64_t* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(address(barrier))

@@ -201,3 +201,5 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, KD_DISPATCH, m) {
   m.impl("cuda_step_out", TORCH_BOX(&cuda_step_out));
   m.impl("cuda_rescale", TORCH_BOX(&cuda_rescale));
 }
+
+#include "rankops.inl"

@@ -134,19 +134,25 @@ def pick(student: Tensor, teacher: Tensor | None = None) -> ModuleType:
 FAMILIES = {"COMPARE": "rank losses", "SEPARABLE": "separable losses"}
 
 
-def pick_with(family: str, student: Tensor, teacher: Tensor) -> ModuleType:
-    """The same for a family of losses whose kernels not every backend has: its operators are an attribute of that name.
+def pick_with(family: str, student: Tensor, teacher: Tensor, *loss) -> ModuleType:
+    """The same for a family of losses whose kernels not every backend has: its operators are an attribute of that name
+    or, where they differ by loss, what it returns for this one; None if there are none.
 
     Raises:
         BackendUnavailable: the backend asked for has none.
     """
+
+    def has(module):
+        found = getattr(module, family, None)
+        return found is not None and (not loss or found(student, teacher, *loss) is not None)
+
     backend = pick(student, teacher)
-    if backend.__name__.endswith(".reference") or hasattr(backend, family):
+    if backend.__name__.endswith(".reference") or has(backend):
         return backend
     missing = f"no kernels for {FAMILIES[family]} in this version of kdkernels"
     if (name := _choice.name or _forced) is not None:
         raise BackendUnavailable(f"backend {name!r} has {missing}")
-    if not isinstance(other := _load("triton"), str) and hasattr(other, family):
+    if not isinstance(other := _load("triton"), str) and has(other):
         return other
     if not torch.compiler.is_compiling():
         _say_slow(backend.__name__.rpartition(".")[2], f"it has {missing}")

@@ -3,7 +3,9 @@
 Bytes per class of a row of w-byte logits: reduce reads 2 w, spread reads 2 w and writes w; step, where a cluster of
 blocks holds the rows, reads 2 w and writes w, and in two sweeps reads 4 w (of the second 2 w what L2 has kept comes
 from there). At K points K exponentials a sweep, less those of points twice another, whose weights are squares.
-A training step is three launches (begin, step, rescale). A call repeats to the bit; nothing waits for the device.
+A training step is three launches (begin, step, rescale). Spearman's loss reads 6 w and writes w, where 2 w and w is the
+least, the second and third reads from L2 where it holds the rows at work; two launches, the second for rows that the
+window of the first does not hold. A call repeats to the bit; nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import rankops
 from ..ops import Operators, register
 from . import calls
 
@@ -33,6 +36,7 @@ def unavailable() -> str | None:
             return f"{torch.cuda.get_device_name()} is older than Ampere (compute capability 8.0)"
     torch.ops.load_library(str(LIBRARY))
     register("cuda_")
+    rankops.register("cuda_", metrics=False)
     return None
 
 
@@ -59,3 +63,10 @@ def _rescaled(gradient: Tensor, grad: Tensor) -> Tensor:
 
 OPERATORS = Operators(_counted("reduce"), _counted("rows"), _counted("spread"), _formed("step"),
                       _formed("step_out", False), _formed("step_out", True), _rescaled)  # fmt: skip
+_COMPARE = (_formed("compare"), _formed("compare_step"))
+
+
+def COMPARE(student: Tensor, teacher: Tensor, kind: int, vocab: int, top: int) -> tuple | None:
+    """Operators of Spearman's loss of all classes of wide 16-bit rows; Triton has those of all others."""
+    wide = 4096 <= vocab < 1 << 20 and student.element_size() == teacher.element_size() == 2
+    return _COMPARE if kind == rankops.SPEARMAN and wide and (not top or top >= vocab) else None

@@ -109,20 +109,42 @@ KD_DEVICE int arrive(int* counter) {
   emulator::scheduler.interrupt();
   return (*counter)++;
 }
+KD_DEVICE void add_shared(uint32_t* to, uint32_t x) {
+  emulator::own(to, 4, "add_shared()");
+  emulator::scheduler.interrupt();
+  *to += x;
+}
+template <typename X> KD_DEVICE void add_global(X* to, X x) {
+  if (emulator::cluster.owns(to)) emulator::fail("add_global(): shared memory where global memory is meant");
+  emulator::scheduler.interrupt();
+  *to += x;
+}
 KD_DEVICE double load_shared_by_blocks(const double* from) { return *from; }
 
 KD_DEVICE int cluster_rank() { return emulator::here().block->rank; }
 KD_DEVICE int cluster_size() { return emulator::cluster.shape.cluster; }
 KD_DEVICE void cluster_sync() { emulator::cluster.barrier.wait(0); }  // blocks may meet from different places
-KD_DEVICE void store_remote(double* mine, int rank, double x) {
-  emulator::own(mine, 8, "store_remote()");
-  emulator::aligned(mine, 8, "store_remote()");
-  if (rank < 0 || rank >= cluster_size()) emulator::fail("store_remote(): no block of this rank");
+// The same place in the shared memory of another block.
+template <typename X> KD_DEVICE char* remote(const X* mine, int rank, const std::string& what) {
+  emulator::own(mine, sizeof(X), what.c_str());
+  emulator::aligned(mine, sizeof(X), what.c_str());
+  if (rank < 0 || rank >= cluster_size()) emulator::fail(what + ": no block of this rank");
   emulator::scheduler.interrupt();
   const emulator::Block& target = emulator::cluster.blocks[rank];
-  if (!target.started) emulator::fail("store_remote(): the other block may not have started yet");
-  if (target.barrier.left == threads()) emulator::fail("store_remote(): the other block has ended");
-  std::memcpy(target.memory + (reinterpret_cast<char*>(mine) - shared()), &x, 8);
+  if (!target.started) emulator::fail(what + ": the other block may not have started yet");
+  if (target.barrier.left == threads()) emulator::fail(what + ": the other block has ended");
+  return target.memory + (reinterpret_cast<const char*>(mine) - shared());
+}
+KD_DEVICE void store_remote(double* mine, int rank, double x) {
+  std::memcpy(remote(mine, rank, "store_remote()"), &x, sizeof x);
+}
+KD_DEVICE void store_remote(uint32_t* mine, int rank, uint32_t x) {
+  std::memcpy(remote(mine, rank, "store_remote()"), &x, sizeof x);
+}
+KD_DEVICE uint32_t load_remote(const uint32_t* mine, int rank) {
+  uint32_t x;
+  std::memcpy(&x, remote(mine, rank, "load_remote()"), sizeof x);
+  return x;
 }
 
 KD_DEVICE void barrier_init(uint64_t* barrier) {

@@ -53,6 +53,21 @@ KD_KERNEL(64, 1) all_reduce(KD_PARAMS Task task) {
   if (thread() == 0) task.out[block()] = sum;
 }
 
+// The cluster's blocks count numbers in four bins each, and add up the counts of all; the last bin goes out.
+KD_KERNEL(64, 1) histogram(KD_PARAMS Task task) {
+  uint32_t* bins = reinterpret_cast<uint32_t*>(shared());
+  if (thread() < 4 && !task.has("not cleared")) bins[thread()] = 0;
+  sync();
+  const int bin = int(task.in[block() * threads() + thread()] + 1000) % 4;
+  if (task.has("global add")) add_global(bins + bin, 1u);
+  else add_shared(bins + (task.has("add out of bounds") ? 8 : 0) + bin, 1);
+  if (!task.has("counts not awaited")) cluster_sync();
+  uint32_t sum = 0;
+  for (int r = 0; r < cluster_size() + task.has("load of no rank"); ++r) sum += load_remote(bins + 3, r);
+  if (!task.has("leaves early")) cluster_sync();
+  if (thread() == 0) task.out[block()] = sum;
+}
+
 // The block's threads add up tiles of 4 * threads() numbers, which arrive in two stages by turns.
 KD_KERNEL(64, 1) pipeline(KD_PARAMS Task task) {
   uint64_t* full = reinterpret_cast<uint64_t*>(shared());
@@ -103,6 +118,10 @@ int check(const char* kernel, const char* bug) {
   } else if (!std::strcmp(kernel, "all-reduce")) {
     error = launch(all_reduce, {8, 64, 32, 4}, nullptr, Task{in, out.data(), 0, bug});
     for (int i = 0; i < 8; ++i) want[i] = in[i / 4 * 4] + in[i / 4 * 4 + 1] + in[i / 4 * 4 + 2] + in[i / 4 * 4 + 3];
+  } else if (!std::strcmp(kernel, "histogram")) {
+    error = launch(histogram, {8, 64, 32, 4}, nullptr, Task{in, out.data(), 0, bug});
+    for (int i = 0; i < 8 * 64; ++i)
+      for (int k = 0; int(in[i] + 1000) % 4 == 3 && k < 4; ++k) want[i / 256 * 4 + k] += 1;
   } else {
     error = launch(pipeline, {2, 64, 128 + 2 * 1024, 1}, nullptr, Task{in, out.data(), 7, bug});
     sums(2, 7 * 256);
