@@ -5,6 +5,8 @@ namespace {
 
 using namespace kd;
 
+Tensor reduce(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels, const MaybeTensor& mask,
+              const Tensor& args, const Tensor& program, int64_t vocab, int64_t ignore) {
   const Call call(s, t, labels, mask, &args, program, vocab, ignore);
   const Shape z(call.x.rows, call.p.points(), vocab, call.wide);
   Tensor stats = torch::stable::new_empty(s, {z.rows, z.K + 1, kStats}, ScalarType::Double);

@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> cuda_compare_step(const Tensor& grad, const Tensor& s
                                              int64_t kind, int64_t vocab, int64_t ignore, int64_t side, int64_t form) {
   STD_TORCH_CHECK(side == 0, "kdkernels: this loss has no gradient for the teacher");
   Tensor out = empty_as(s);
-  Tensor value = compare_to(grad.const_data_ptr<double>(), stride_of(grad, rows_of(s), "grad"), s, t, labels, mask, args,
+  Tensor value = compare_to(grad.const_data_ptr<double>(), step_of(grad, rows_of(s), "grad"), s, t, labels, mask, args,
                             kind, vocab, ignore, &out, form);
   return {value, out};
 }
