@@ -27,6 +27,7 @@ from .ops import rescale
 from .options import Uses
 from .out import handed_over
 from .parts import reducing
+from .rowwise import RowsLoss
 
 
 class MixedSumLoss(BaseLoss):
@@ -77,10 +78,10 @@ class MixedSumLoss(BaseLoss):
         return any(term.standardize for term in self.terms)
 
     def _prepare(self) -> None:
-        single = [(w, term) for w, term in zip(self.weights, self.terms, strict=True) if joins(term)]
+        single = [(w, term) for w, term in zip(self.weights, self.terms, strict=True) if of_log_partition(term)]
         self.__dict__["_first"] = SumLoss(single) if single else None
         self.__dict__["_others"] = [(w, term) for w, term in zip(self.weights, self.terms, strict=True)
-                                    if not joins(term)]  # fmt: skip
+                                    if not of_log_partition(term)]  # fmt: skip
         self.__dict__.pop("_split", None)
 
     def minimizer(self, teacher_logits, labels=None):
@@ -131,6 +132,11 @@ class MixedSumLoss(BaseLoss):
 
     def extra_repr(self) -> str:
         return f"weights={self.weights}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
+
+
+def of_log_partition(term) -> bool:
+    """Whether all of it is made at points of the log-partition."""
+    return joins(term) and not isinstance(term, RowsLoss)
 
 
 def _pairs(weight, term) -> list:
