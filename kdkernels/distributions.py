@@ -14,7 +14,7 @@ from .buckets import blocks
 from .groups import GroupMoments
 from .logpartition import kl, reverse_kl
 from .loss import Loss, Point
-from .options import check_bool, check_number
+from .options import ELSEWHERE, check_bool, check_number
 from .out import check_out, handed_over
 from .rankops import Compare
 from .rowwise import CLASSES, RowsLoss
@@ -223,8 +223,7 @@ class GroupedKLLoss(RowsLoss):
     def _by_kernels(self, kernels, rows, args, weight, divisor):
         labels, ignore = rows.labels, self.ignore_index
         if rows.weight is not None:  # a row that counts nothing passes nothing on, whatever it holds
-            kept = torch.zeros_like(rows.weight, dtype=torch.int64) if labels is None else labels
-            labels = torch.where(rows.weight == 0, ignore, kept if labels is not None or ignore else kept + 1)
+            labels = torch.where(rows.weight == 0, ignore, ELSEWHERE if labels is None else labels)
         groups, count = None, 2
         if not self.needs_labels:
             groups = self._groups_of(args.new_empty(1, rows.vocab), args.new_empty(1, rows.vocab), None)[0].contiguous()

@@ -74,7 +74,8 @@ def _cost(rows: call.Rows, keep: Tensor | None, T) -> Tensor:
     def scaled(x, mask):
         x = x.to(torch.float64 if double else torch.float32)
         x = x if mask is None else torch.where(mask, x, -math.inf)
-        return (x if keep is None else torch.where(keep[:, None], x, 0.0)) / T
+        x = x if keep is None else torch.where(keep[:, None], x, 0.0)
+        return x / (T.to(x.dtype) if isinstance(T, Tensor) else T)
 
     def mass(x, top, mask):
         return (scaled(x, mask) - top).exp().sum(-1, keepdim=True, dtype=torch.float64)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accuracy import BACKENDS, F32, F64, Bar, batch, excess, only
+from allocations import allocations
 from textbook import as_large, grouped_kl, sinkhorn, uld
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -299,6 +300,19 @@ def test_sinkhorn_some_classes_at_a_time(monkeypatch):
             torch.testing.assert_close(pieces, whole, rtol=bar, atol=bar * whole.abs().max().item())
     exact = kd.SinkhornLoss()(s, t, y, **call)
     torch.testing.assert_close(kd.SinkhornLoss()(s.float(), t.float(), y, **call).double(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("loss", "room"), [
+    (kd.JSDLoss(), 0.01), (kd.AKLLoss(), 0.4), (kd.ULDLoss(), 0.01), (kd.SinkhornLoss(), 2.0),
+    (kd.GroupedKLLoss(torch.arange(20000) % 5), 0.01), (kd.GroupedKLLoss("label"), 0.01)])  # fmt: skip
+def test_memory_of_a_step(loss, room, monkeypatch):
+    """Beside the gradient, in units of the logits; Sinkhorn's gradient is put together from pieces."""
+    monkeypatch.setattr(transport, "CLASSES", 1 << 16)
+    monkeypatch.setattr(distributions, "CLASSES", 1 << 16)
+    rows = batch(100, 20000, s_dtype=F32)
+    s = rows.s.clone().requires_grad_()
+    seen = allocations(lambda: torch.autograd.grad(loss(s, rows.t, rows.y), s))
+    assert s.nbytes <= seen.peak <= (1 + room) * s.nbytes, seen.peak / s.nbytes
 
 
 def test_sinkhorn_refuses():
