@@ -116,7 +116,7 @@ def _kernel(logits: Tensor, vocab: int, parts: tuple[Part, ...]):
     """
     first = parts[0]
     few = len(first.classes) == logits.shape[:-1].numel() and 2 * first.classes.shape[1] <= vocab
-    return getattr(backends.pick(logits), "BUCKET", None) if few else None
+    return backends.kernels("BUCKET", logits) if few else None
 
 
 def _arguments(parts: tuple[Part, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -159,6 +159,16 @@ def pick_with(family: str, student: Tensor, teacher: Tensor, *loss) -> ModuleTyp
     return _checked("reference")
 
 
+def kernels(family: str, like: Tensor):
+    """A family's operators of the backend for these logits, or Triton's where `cuda` has none and nobody asked for it;
+    None: torch is to do the work."""
+    backend = pick(like)
+    if not hasattr(backend, family) and backend.__name__.endswith(".cuda") and (_choice.name or _forced) is None:
+        other = _load("triton")
+        return None if isinstance(other, str) else getattr(other, family, None)
+    return getattr(backend, family, None)
+
+
 def definition(loss: str) -> ModuleType:
     """The reference backend, for a loss that has no kernels at all.
 
