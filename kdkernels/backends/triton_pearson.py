@@ -1,7 +1,7 @@
 """Triton kernel of Pearson's loss: one program a row, no scratch, float64 for what is kept of a row.
 
-Bytes a class, at w bytes a logit: of logits 2 w read for the value (five moments, merged tile by tile) and 2 w and a
-write of w for the gradient, 5 w; of probabilities 2 w more for the log-partitions ahead of them, 7 w. 3 w is the least.
+Bytes a class, at w bytes a logit: 2 w read for the range of the logits (of probabilities: the log-partitions), 2 w for
+the value (five moments, merged tile by tile), 2 w and a write of w for the gradient: 7 w. 3 w is the least.
 """
 
 import triton
