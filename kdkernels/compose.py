@@ -11,7 +11,7 @@ from torch import nn
 
 from .loss import Label, Loss, Moment, Point
 from .options import REAL, Uses, check_number
-from .rowwise import SUMS
+from .rowwise import SUMS, RowsLoss
 from .separable import SeparableLoss, in_one
 
 _OF_THE_TERMS = ("temperature", "teacher_temperature", "t_squared", "kd_weight", "ce_weight", "label_smoothing",
@@ -153,6 +153,11 @@ def checked_weight(weight) -> float:
     if isinstance(weight, bool) or not isinstance(weight, REAL):
         raise TypeError(f"a loss is multiplied by a number, got {type(weight).__name__} {weight!r}")
     return check_number("the weight of a loss", weight)
+
+
+def joins(term) -> bool:
+    """Whether all of it is made at points of the log-partition; `fits` says what else a `SumLoss` takes."""
+    return isinstance(term, Loss) and term.adds and not isinstance(term, RowsLoss)
 
 
 def _pairs(weight, term):

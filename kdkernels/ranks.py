@@ -32,7 +32,7 @@ class SpearmanLoss(Comparison):
     scale nor the offset of the logits. tau -> 0 gives Spearman's rho, tau -> inf the correlation of the logits with the
     teacher's ranks. A peaked teacher makes the gradient small beside KL's: its norm is 1/120 of that for random normal
     logits of deviation 3 at V = 131072 (with top_k=128 1/1.5); choose kd_weight accordingly. Over the whole vocabulary
-    nearly all of it goes to the tail; top_k brings it to the head.
+    nearly all of it goes to the tail; top_k brings it to the head (benchmarks/pages/rank_gradients.md has pictures).
 
     float64 rows and rows of fewer than 4096 live classes are sorted. Longer ones of 16 bits go through histograms of
     their bits, exactly. Longer float32 rows go through uniform bins with interpolation, at least 4096 of them and 32 to

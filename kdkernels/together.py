@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from . import call
 from .base import BaseLoss
 from .compare import Comparison
-from .compose import SumLoss, checked_weight
-from .loss import Loss
+from .compose import SumLoss, checked_weight, joins
 from .ops import rescale
 from .options import Uses
 from .out import handed_over
 from .parts import reducing
-from .rowwise import RowsLoss
 
 
 class MixedSumLoss(BaseLoss):
@@ -79,10 +77,10 @@ class MixedSumLoss(BaseLoss):
         return any(term.standardize for term in self.terms)
 
     def _prepare(self) -> None:
-        single = [(w, term) for w, term in zip(self.weights, self.terms, strict=True) if of_log_partition(term)]
+        single = [(w, term) for w, term in zip(self.weights, self.terms, strict=True) if joins(term)]
         self.__dict__["_first"] = SumLoss(single) if single else None
         self.__dict__["_others"] = [(w, term) for w, term in zip(self.weights, self.terms, strict=True)
-                                    if not of_log_partition(term)]  # fmt: skip
+                                    if not joins(term)]  # fmt: skip
         self.__dict__.pop("_split", None)
 
     def minimizer(self, teacher_logits, labels=None):
@@ -135,11 +133,6 @@ class MixedSumLoss(BaseLoss):
         return f"weights={self.weights}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
 
 
-def of_log_partition(term) -> bool:
-    """Whether all of it is made at points of the log-partition."""
-    return isinstance(term, Loss) and term.adds and not isinstance(term, RowsLoss)
-
-
 def _pairs(weight, term) -> list:
     checked_weight(weight)
     if isinstance(term, (SumLoss, MixedSumLoss)):
@@ -156,11 +149,15 @@ def _columns(loss: Comparison, weight: float, rows: call.Rows, num_items, temper
     scale = weight * (scale if weights is None else scale * weights)
     factor = call.factor(scale, divisor, rows.labels, loss.ignore_index, rows.student)
     head = torch.tensor([loss.kind, args.shape[1] - 5], dtype=torch.float64)
+    if len(factor) == len(args) == 1:
+        return torch.cat((head, factor, args[0]))[None]
     count = max(len(factor), len(args))
     return torch.cat((head.expand(count, 2), factor[:, None].expand(count, 1), args.expand(count, -1)), -1)
 
 
 def _stacked(comparisons: list[Tensor]) -> Tensor:
+    if len(comparisons) == 1:
+        return comparisons[0][None]
     rows, columns = (max(x.shape[k] for x in comparisons) for k in (0, 1))
     padded = [nn.functional.pad(x, (0, columns - x.shape[1])).expand(rows, -1) for x in comparisons]
     return torch.stack(padded)

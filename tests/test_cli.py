@@ -249,7 +249,8 @@ def test_import_is_light():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize("name", ["rows", "linear", "ranks", "rank_distillation", "gpu", "separable"])
+@pytest.mark.parametrize("name", ["rows", "linear", "ranks", "rank_distillation", "pages.rank_gradients", "gpu",
+                                  "separable"])
 def test_benchmarks_say_what_they_measure(name):
     run = [sys.executable, "-m", f"benchmarks.{name}", "--help"]
     done = subprocess.run(run, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)

@@ -111,3 +111,29 @@ def test_somewhere_a_gradient_is_not_zero():
     for loss in LOSSES:
         assert run(loss, *batch(2, 60))[1].abs().max() > 1e-6, loss
     assert math.isfinite(kd.CMKDLoss()(*batch(2, 60)).item())
+
+
+@pytest.mark.parametrize("kind", ["ties", "zeros", "sorted", "one group", "masked"])
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+def test_the_largest_of_a_row_wherever_they_stand(dtype, kind):
+    """Which classes top_k takes, against a stable sort: they are those with a gradient."""
+    V, g = 3000, torch.Generator().manual_seed(1)
+    s, t = torch.randn(2, 3, V, generator=g).to(dtype)
+    if kind in ("ties", "zeros"):
+        t = (3 * t).round() if kind == "ties" else torch.where((t > 0) & (t < 2), 0.0, t)
+    if kind == "zeros":
+        t[:, ::2] = torch.where(t[:, ::2] == 0, -0.0, t[:, ::2])
+    if kind == "sorted":
+        t = t.sort(-1).values
+    live = torch.ones(V, dtype=torch.bool)
+    for k in (2, 10, 400, 2990):
+        if kind == "one group":  # of which each has but one largest
+            t[:, 5 :: 8 * k] += 100
+        if kind == "masked":
+            live[::3], k = False, min(k, 1990)
+        first = t.double().masked_fill(~live, -math.inf).sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        own = torch.zeros_like(live.expand(3, V)).scatter(-1, first, True)
+        want, slope = run(kd.SpearmanLoss(reduction="none"), s.double().masked_fill(~own, -math.inf), t.double())
+        value, gradient = run(kd.SpearmanLoss(top_k=k, reduction="none", exact=True), s, t, vocab_mask=live)
+        torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-6)
+        assert not gradient[~own].any() and (gradient - slope).norm() <= 0.01 * slope.norm()

@@ -163,7 +163,7 @@ def main(arguments=None):
     drawings.draw(options.out, numbers, one_position(corpus, inputs, before, t, options.position))
     if options.json:
         about = {"machine": machine(), "commit": found, "rows": len(t)}
-        options.json.write_text(json.dumps(about | numbers, indent=1) + "\n")
+        options.json.write_text(json.dumps(about | numbers) + "\n")
     print(f"figures in {options.out}; {machine()}")
 
 

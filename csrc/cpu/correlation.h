@@ -13,35 +13,41 @@ template <typename R> struct PearsonScratch {
 // The row relative to its mean: the logits minus theirs, or V q_i - 1 for the probabilities q of x / T, as
 // expm1(x_i / T - L + log V). Squares of q minus 1 / V would cancel. False for a constant row.
 template <typename R> bool deviations(const R* x, int64_t n, bool probabilities, double inverse_T, std::vector<R>& u) {
-  double low = INFINITY, high = -INFINITY, sum = 0;
-#pragma omp simd reduction(min : low) reduction(max : high) reduction(+ : sum)
+  R low = INFINITY, high = -INFINITY;
+#pragma omp simd reduction(min : low) reduction(max : high)
   for (int64_t i = 0; i < n; ++i) {
     low = x[i] < low ? x[i] : low;
     high = x[i] > high ? x[i] : high;
-    sum += x[i];
   }
   u.resize(n);
   if (n < 2 || !(high > low)) return false;
   if (!probabilities) {
-    const double mean = sum / double(n);
+    double mean = 0;
+#pragma omp simd reduction(+ : mean)
+    for (int64_t i = 0; i < n; ++i) mean += x[i];
+    mean /= double(n);
     for (int64_t i = 0; i < n; ++i) u[i] = R(x[i] - mean);
     return true;
   }
-  for (int64_t i = 0; i < n; ++i) u[i] = R((x[i] - high) * inverse_T * kLog2e);
+  const R unit = R(inverse_T * kLog2e);
+  for (int64_t i = 0; i < n; ++i) u[i] = (x[i] - high) * unit;
   exp2_in_place(u.data(), n);
   double total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; ++i) total += u[i];
-  const double scale = double(n) / total, shift = std::log(scale), near = sizeof(R) == 4 ? 0.35 : 0.1;
+  const double scale = double(n) / total, shift = std::log(scale);
+  constexpr bool single = sizeof(R) == 4;
+  constexpr R near = single ? R(0.25) : R(0.1);
+  constexpr R c[] = {R(1), R(1. / 2), R(1. / 6), R(1. / 24), R(1. / 120), R(1. / 720), R(1. / 5040), R(1. / 40320),
+                     R(1. / 362880), R(1. / 3628800), R(1. / 39916800)};  // of expm1(d) / d
+  const R factor = R(scale);
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const double d = (x[i] - high) * inverse_T + shift;  // log(V q_i)
-    if (std::fabs(d) < near) {
-      double series = 1;
-      for (int k = 11; k > 1; --k) series = 1 + d * (1. / k) * series;
-      u[i] = R(d * series);
-    } else {
-      u[i] = R(u[i] * scale - 1);
-    }
+    const R d = R((double(x[i]) - high) * inverse_T + shift);  // log(V q_i)
+    R series = c[single ? 6 : 10];
+#pragma GCC unroll 12
+    for (int k = single ? 5 : 9; k >= 0; --k) series = series * d + c[k];
+    u[i] = std::fabs(d) < near ? d * series : u[i] * factor - 1;
   }
   return true;
 }

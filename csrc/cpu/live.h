@@ -38,17 +38,33 @@ struct Special {
   template <typename R> bool low(R x) const { return x == -std::numeric_limits<R>::infinity(); }
   template <typename R> bool high(R x) const { return x == std::numeric_limits<R>::infinity(); }
   template <typename R> bool any(R x) const { return !(x - x == 0); }
-  template <typename T> bool nan_among(const T* x, int64_t n) const {
-    bool found = false;
-    for (int64_t i = 0; i < n; ++i) found |= nan(x[i]);
+  bool nan_among(const uint16_t* x, int64_t n) const { return largest(x, n) > int16_t(infinity); }
+  template <typename R> bool nan_among(const R* x, int64_t n) const {
+    int found = 0;
+#pragma omp simd reduction(| : found)
+    for (int64_t i = 0; i < n; ++i) found |= x[i] != x[i];
     return found;
   }
-  template <typename T> bool among(const T* x, int64_t n) const {
-    bool found = false;
-    for (int64_t i = 0; i < n; ++i) found |= any(x[i]);
-    return found;
+  bool among(const uint16_t* x, int64_t n) const { return largest(x, n) >= int16_t(infinity); }
+  template <typename R> bool among(const R* x, int64_t n) const {
+    R none = 0;
+#pragma omp simd reduction(+ : none)
+    for (int64_t i = 0; i < n; ++i) none += x[i] - x[i];
+    return none != 0;
+  }
+
+ private:
+  static int16_t largest(const uint16_t* x, int64_t n) {  // of the bits without their sign
+    int16_t most = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < n; ++i) most = std::max(most, int16_t(x[i] & 0x7fff));
+    return most;
   }
 };
+
+// In the order of the numbers, -0 below 0 or equal to it.
+inline int16_t height(uint16_t bits) { return int16_t(bits) ^ int16_t(int16_t(bits) >> 15 & 0x7fff); }
+template <typename R> R height(R x) { return x; }
 
 // The live classes of a row: all of them where they are, or copies and the classes they belong to.
 template <typename T> struct Pair {
@@ -75,12 +91,12 @@ template <typename T> class Live {
       const bool low_s = of_s.low(s[i]), low_t = of_t.low(t[i]);
       if (!(both ? low_s && low_t : low_s || low_t)) at_.push_back(uint32_t(i));
     }
-    if (all) keep_largest(t, top, x.vocab, [](int64_t i) { return uint32_t(i); });
-    else if (const int64_t n = at_.size(); top > 0 && top < n) keep_largest(t, top, n, [&](int64_t i) { return at_[i]; });
+    if (!all) gather(t, live_t_);
+    if (all) keep_largest(t, x.vocab, top);
+    else if (top > 0 && top < int64_t(at_.size())) keep_largest(live_t_.data(), int64_t(at_.size()), top);
+    gather(s, live_s_);
+    gather(t, live_t_);
     const int64_t n = int64_t(at_.size());
-    live_s_.resize(n);
-    live_t_.resize(n);
-    for (int64_t i = 0; i < n; ++i) { live_s_[i] = s[at_[i]]; live_t_[i] = t[at_[i]]; }
     return {live_s_.data(), live_t_.data(), n, at_.data(), false};
   }
 
@@ -96,27 +112,55 @@ template <typename T> class Live {
     return copy.data();
   }
 
-  // at_ becomes the `top` of the n classes of(0), of(1), ... (ascending) with the largest logits.
-  template <typename F> void keep_largest(const T* t, int64_t top, int64_t n, F of) {
-    constexpr int shift = 8 * (sizeof(Key<T>) - 2);
-    counts_.assign(1 << 16, 0);
-    for (int64_t i = 0; i < n; ++i) ++counts_[key_of(t[of(i)]) >> shift];
-    int64_t above = 0, bin = 0xffff;
-    while (above + counts_[bin] < top) above += counts_[bin--];
+  void gather(const T* x, std::vector<T>& to) {
+    to.resize(at_.size());
+    for (size_t i = 0; i < at_.size(); ++i) to[i] = x[at_[i]];
+  }
+
+  // at_ becomes the `top` of its classes (of all, if it has none) whose logits in t (n) are largest.
+  void keep_largest(const T* t, int64_t n, int64_t top) {
+    const auto least = reached(t, n, top);
     kept_.clear();
-    for (int64_t i = 0; i < n; ++i)
-      if (int64_t(key_of(t[of(i)]) >> shift) >= bin) kept_.push_back(of(i));
+    for (int64_t first = 0; first < n; first += kGroup) {
+      const int64_t end = std::min(first + kGroup, n);
+      int some = 0;
+#pragma omp simd reduction(| : some)
+      for (int64_t i = first; i < end; ++i) some |= height(t[i]) >= least;
+      for (int64_t i = first; some && i < end; ++i)
+        if (height(t[i]) >= least) kept_.push_back(uint32_t(i));
+    }
     const auto before = [&](uint32_t a, uint32_t b) {
       return key_of(t[a]) != key_of(t[b]) ? key_of(t[a]) > key_of(t[b]) : a < b;
     };
     std::nth_element(kept_.begin(), kept_.begin() + (top - 1), kept_.end(), before);
     kept_.resize(top);
     std::sort(kept_.begin(), kept_.end());
+    for (uint32_t& i : kept_) i = at_.empty() ? i : at_[i];
     at_.swap(kept_);
   }
 
+  // A number that at least `top` of the entries reach: of so many groups each has one that does.
+  static constexpr int64_t kGroup = 64, kSpare = 8;
+  auto reached(const T* t, int64_t n, int64_t top) {
+    using H = decltype(height(T()));
+    const int64_t groups = std::min(kSpare * top, n / 2);
+    if (groups < top) return std::numeric_limits<H>::lowest();
+    highest_.resize(groups);
+    H* high = highest_.data();
+    for (int64_t i = 0; i < groups; ++i) high[i] = height(t[i]);
+    for (int64_t first = groups; first < n; first += groups) {
+      const int64_t count = std::min(groups, n - first);
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) high[i] = std::max(high[i], height(t[first + i]));
+    }
+    std::nth_element(high, high + (top - 1), high + groups, std::greater<H>());
+    const H least = high[top - 1];
+    return sizeof(H) == 2 && least == 0 ? H(-1) : least;  // -0 is as large
+  }
+
   std::vector<T> s_, t_, live_s_, live_t_;
-  std::vector<uint32_t> at_, kept_, counts_;
+  std::vector<uint32_t> at_, kept_;
+  std::vector<decltype(height(T()))> highest_;
 };
 
 // Where a row's gradient goes: classes [0, vocab) of `width`, the rest is padding.
@@ -131,7 +175,8 @@ struct RowOut {
   // slope(i) of entry i, 0 elsewhere.
   template <typename R, typename T, typename F> void write(const Pair<T>& z, std::vector<R>& whole, F slope) const {
     if (!z.at) return put<R>([&](int64_t i) { return R(slope(i)); });
-    if (in_place() && z.n * kFew < vocab) {
+    if ((in_place() || !base) && z.n * kFew < vocab) {
+      if (!base) fill(0);
       for (int64_t i = 0; i < z.n; ++i) {
         R d = R(slope(i));
         put_some(&d, z.at[i], 1, 1);

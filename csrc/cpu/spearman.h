@@ -50,13 +50,15 @@ class BitTables {
     used.clear();
     count[0] += count[0x8000];  // -0
     count[0x8000] = 0;
-    for (int k = 0; k < kSize; k += 8) {  // eight at a time: most never occur
+    constexpr int some = 32;  // looked at together: most never occur
+    for (int k = 0; k < kSize; k += some) {
       const bool negative = k < 0x8000;
-      const uint32_t* part = count.data() + (negative ? 0xfff8 - k : k - 0x8000);
-      uint32_t any = 0;
-      for (int j = 0; j < 8; ++j) any |= part[j];
-      for (int j = 0; any && j < 8; ++j) {
-        const int64_t bits = part - count.data() + (negative ? 7 - j : j);
+      const uint32_t* part = count.data() + (negative ? 0x10000 - some - k : k - 0x8000);
+      typedef uint64_t Four __attribute__((vector_size(32), aligned(4), may_alias));
+      Four any{};
+      for (int j = 0; j < some; j += 8) any |= *reinterpret_cast<const Four*>(part + j);
+      for (int j = 0; (any[0] | any[1] | any[2] | any[3]) && j < some; ++j) {
+        const int64_t bits = part - count.data() + (negative ? some - 1 - j : j);
         if (count[bits]) used.push_back(uint16_t(bits));
       }
     }
