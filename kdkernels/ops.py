@@ -85,6 +85,13 @@ def register(prefix: str, elements: bool = False) -> None:
         return side_logits.new_empty(side_logits.shape)
 
     names = ["reduce", "spread"] if elements else ["reduce", "rows", "spread"]
+    if elements and hasattr(torch.ops.kdkernels, f"{prefix}sums"):
+        names.append("sums")
+
+        @torch.library.register_fake(f"kdkernels::{prefix}sums")
+        def _(student, *args):
+            return student.new_empty((student.shape[:-1].numel(), 5), dtype=torch.float64)
+
     if hasattr(torch.ops.kdkernels, f"{prefix}step"):
         names.append("step")
 

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
+from kdkernels.ops import points_of
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -46,6 +47,16 @@ def recorded(backend, dtype=F32):
                 if reduction == "mean" and not case.setting("standardize", False):
                     make(case).value_and_grad(s, teacher, y, out=torch.empty_like(s))
     if backend == "cpu":
+        s, t, y = batch(3, 5).to(dtype)
+        groups, program = torch.arange(5) % 2, kd.JSDLoss()._single
+        with kd.use_backend(backend), recorder:
+            for loss in (kd.GroupedKLLoss(groups), kd.GroupedKLLoss("label"), kd.ULDLoss(),
+                         kd.ULDLoss(reduction="none"),
+                         kd.ForwardKLLoss() + kd.SpearmanLoss()):  # fmt: skip
+                loss(s.clone().requires_grad_(), t, y).sum().backward()
+            (code, args), (reduce, sums) = points_of(program.code, program.args), kd.backends.cpu.SEPARABLE.elements
+            stats = reduce(s, t, None, None, args, code, 5, -100)
+            sums(s, t, None, None, program.args, program.code, stats, 5, -100)
         teacher = kd.SparseTeacher.from_logits(batch(3, 5).to(dtype).t, 2)
         with kd.use_backend(backend), recorder:
             kd.ForwardKLLoss()(batch(3, 5).to(dtype).s.requires_grad_(), teacher).backward()
