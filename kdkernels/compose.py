@@ -11,7 +11,7 @@ from torch import nn
 
 from .loss import Label, Loss, Moment, Point
 from .options import REAL, Uses, check_number
-from .rowwise import SUMS, RowsLoss
+from .rowwise import SUMS
 from .separable import SeparableLoss, in_one
 
 _OF_THE_TERMS = ("temperature", "teacher_temperature", "t_squared", "kd_weight", "ce_weight", "label_smoothing",
