@@ -11,7 +11,7 @@ from torch import nn
 
 from .loss import Label, Loss, Moment, Point
 from .options import REAL, Uses, check_number
-from .rowwise import SUMS
+from .rowwise import SUMS, is_sums
 from .separable import SeparableLoss, in_one
 
 _OF_THE_TERMS = ("temperature", "teacher_temperature", "t_squared", "kd_weight", "ce_weight", "label_smoothing",
@@ -99,7 +99,7 @@ class SumLoss(Loss):
 
     def _at(self, term: Loss, point: Point) -> Point:
         """The term's point in the temperatures of the sum: 1 where the terms have different ones."""
-        if point == SUMS:
+        if is_sums(point):
             return point
         if not self._mixed or point.raw:
             return point if self.standardize or not self._mixed else point._replace(raw=False)

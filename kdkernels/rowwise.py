@@ -19,6 +19,11 @@ SUMS = Point(raw=True, frozen=True)
 CLASSES = 1 << 20  # of a batch that are computed at a time
 
 
+def is_sums(point: Point) -> bool:
+    """Whether it is SUMS: not by == alone, for coefficients that are tensors compare to tensors."""
+    return not any(isinstance(x, Tensor) for x in (point.student, point.teacher)) and point == SUMS
+
+
 class RowsLoss(Loss):
     """A loss that torch computes in float64 from the log-probabilities of whole rows, a few rows at a time.
 

@@ -39,7 +39,7 @@ class _Finite(torch.autograd.Function):
 def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor:
     """(N,) float64 losses; 0 at rows that are not kept."""
     from ..loss import MOMENTS, Label, Moment
-    from ..rowwise import SUMS
+    from ..rowwise import is_sums
 
     if not torch.compiler.is_compiling():
         calls["reference", "row_losses"] += 1
@@ -63,7 +63,7 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
     moments: list = []
     empty, apart = [], []
     points = loss.all_points()
-    with_sums = bool(points) and points[-1] == SUMS
+    with_sums = bool(points) and is_sums(points[-1])
     for k, point in enumerate(points[:-1] if with_sums else points):
         scale_s, scale_t = (1.0, 1.0) if point.raw else (args[:, :1], args[:, 1:2])
         b, a = args[:, 3 + 2 * k : 4 + 2 * k], args[:, 4 + 2 * k : 5 + 2 * k]
