@@ -76,11 +76,11 @@ def _variants():
             phi, tile = compiled(_elements(loss._single.code).tolist()), dict(ALIGN=16, HAS_MASK=False, BLOCK=1024)
             name = type(loss).__name__
             for whole in (True, False):
-                yield f"sums {dtype} {name} whole={whole}", sums_kernel, dtype, dict(PHI=phi, WHOLE=whole, **tile), 4
+                yield f"sums {dtype} {name} whole={whole}", sums_kernel, dtype, dict(PHI=phi, WHOLE=whole, **tile), 8
             yield f"spread {dtype} {name}", spread_kernel, dtype, dict(PHI=phi, SIDE=0, ALIGN=16, **some), 8
         tile = dict(TAIL=True, LABEL=True, HAS_MASK=True, ALIGN=16, BLOCK=2048)
         yield f"bucket {dtype}", bucket_kernel, dtype, dict(KP=64, **tile), 8
-        yield f"bucket spread {dtype}", bucket_spread_kernel, dtype, tile, 8
+        yield f"bucket spread {dtype}", bucket_spread_kernel, dtype, tile, 4
     # Of a row of its own: the tape, and what depends on it.
     for loss in (ForwardKLLoss(), KDLoss(), DKDLoss(), ForwardKLLoss(standardize=True)):
         code, name = loss._single.code, type(loss).__name__ + " standardized" * loss.standardize

@@ -70,10 +70,11 @@ def _rows(x: Tensor | None, other: Tensor):
     return x, outer, x.stride(-2) if x.shape[-2] > 1 else 0
 
 
-def _config(width: int, *multiples: int) -> dict:
-    """Tile and warps from the width alone; ALIGN promises that masks are constant over 16 classes (wide loads)."""
+def _config(width: int, *multiples: int, each: int = 256) -> dict:
+    """Tile and warps, for `each` of its classes one, from the width alone (`each` as registers allow: ptxas spills a
+    few of some kernels at 256). ALIGN promises that masks are constant over 16 classes (wide loads)."""
     block = min(MAX_BLOCK, triton.next_power_of_2(width))
-    return {"ALIGN": math.gcd(16, width, *multiples), "BLOCK": block, "num_warps": max(1, block // 256)}
+    return {"ALIGN": math.gcd(16, width, *multiples), "BLOCK": block, "num_warps": max(1, block // each)}
 
 
 @torch.library.custom_op("kdkernels::triton_reduce", mutates_args=())
@@ -228,7 +229,7 @@ def _sums(student, teacher, mask, args, program, stats, vocab, whole):
             sums_kernel[(N,)](
                 s, t, s if mask is None else mask.view(torch.uint8), args, stats, constants, sums, s_a, s_b, t_a, t_b,
                 args.shape[1] * (len(args) > 1), B, vocab, K, phi, whole, mask is not None,
-                **_config(min(vocab, 1024), vocab),
+                **_config(min(vocab, 1024), vocab, each=128),
             )  # fmt: skip
     return sums
 

@@ -170,7 +170,7 @@ def bucket_spread(grad: Tensor, by_entropy: Tensor | None, student: Tensor, mask
             bucket_spread_kernel[(len(classes),)](
                 grad.contiguous(), by, s, masked, order, places, scale, y, stats, out, s_a, s_b, s.shape[-2], vocab,
                 s.shape[-1], classes.shape[1], scale_row, inverse is not None, by_entropy is not None, mask is not None,
-                **_config(s.shape[-1], vocab),
+                **_config(s.shape[-1], vocab, each=512),
             )  # fmt: skip
     return out.to(s.dtype)
 
