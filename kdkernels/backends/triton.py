@@ -71,8 +71,8 @@ def _rows(x: Tensor | None, other: Tensor):
 
 
 def _config(width: int, *multiples: int, each: int = 256) -> dict:
-    """Tile and warps, for `each` of its classes one, from the width alone (`each` as registers allow: ptxas spills a
-    few of some kernels at 256). ALIGN promises that masks are constant over 16 classes (wide loads)."""
+    """Tile and warps, one for `each` of its classes, from the width alone; ALIGN promises that masks are constant over
+    16 classes (wide loads)."""
     block = min(MAX_BLOCK, triton.next_power_of_2(width))
     return {"ALIGN": math.gcd(16, width, *multiples), "BLOCK": block, "num_warps": max(1, block // each)}
 
@@ -197,6 +197,11 @@ def _rescaled(gradient: Tensor, grad: Tensor) -> Tensor:
     return x if x is gradient else gradient.copy_(x)
 
 
+def _each_of_sums(device: torch.device) -> int:
+    """Classes of a warp: ptxas spills some registers at 256 for Ampere, and at 128 for Hopper."""
+    return 128 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9 else 256
+
+
 def _second(program: Tensor) -> bool:
     return any(int(flags) & 32 for flags in program[4 : 4 + int(program[0])])
 
@@ -229,7 +234,7 @@ def _sums(student, teacher, mask, args, program, stats, vocab, whole):
             sums_kernel[(N,)](
                 s, t, s if mask is None else mask.view(torch.uint8), args, stats, constants, sums, s_a, s_b, t_a, t_b,
                 args.shape[1] * (len(args) > 1), B, vocab, K, phi, whole, mask is not None,
-                **_config(min(vocab, 1024), vocab, each=128),
+                **_config(min(vocab, 1024), vocab, each=_each_of_sums(s.device)),
             )  # fmt: skip
     return sums
 
