@@ -289,11 +289,7 @@ def installed(name):
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return (
-            "not installed"
-            if name in ("torch", "triton", "numpy")
-            else "not installed (pip install 'kdkernels[train]')"
-        )
+        return "not installed" + ("" if name in ("torch", "triton", "numpy") else " (pip install 'kdkernels[train]')")
 
 
 def processor():

@@ -18,7 +18,21 @@ _OF_THE_TERMS = ("temperature", "teacher_temperature", "t_squared", "kd_weight",
                  "z_loss", "standardize")  # fmt: skip
 
 
-class SumLoss(Loss):
+class Weighted:
+    """What sums of any losses have in common."""
+
+    weights: tuple[float, ...]
+    reduction: Any
+    ignore_index: Any
+
+    def minimizer(self, teacher_logits, labels=None):
+        raise NotImplementedError("a sum of losses is least at a compromise of its terms, of which there is no formula")
+
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
+
+
+class SumLoss(Weighted, Loss):
     """sum_k w_k loss_k of losses of the log-partition and separable ones, made by `0.7 * loss_a + 0.3 * loss_b`.
 
     Its points are those of the terms, each once, the contributions of its separable terms to a class are added up, and
@@ -44,15 +58,7 @@ class SumLoss(Loss):
 
     def __init__(self, terms: Sequence[tuple[float, Loss]]):
         flat = [pair for weight, term in terms for pair in _pairs(weight, term)]
-        if not flat:
-            raise ValueError("a sum of losses needs a term")
-        shared = {}
-        for name in ("reduction", "ignore_index"):
-            found = list(dict.fromkeys(getattr(term, name) for _, term in flat))
-            if len(found) > 1:
-                raise ValueError(f"the terms of a sum must have the same {name}, got {found}")
-            shared[name] = found[0]
-        super().__init__(**shared, validate=any(term.validate for _, term in flat))
+        super().__init__(**shared(flat))
         self.terms = nn.ModuleList(term for _, term in flat)
         self.weights = tuple(weight for weight, _ in flat)
 
@@ -137,16 +143,23 @@ class SumLoss(Loss):
     def _pick(self, student, teacher):
         return self._phis[0][1]._pick(student, teacher) if self._phis else super()._pick(student, teacher)
 
-    def minimizer(self, teacher_logits, labels=None):
-        raise NotImplementedError("a sum of losses is least at a compromise of its terms, of which there is no formula")
-
-    def extra_repr(self) -> str:
-        return f"weights={self.weights}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
-
     def __setattr__(self, name, value):
         if name in _OF_THE_TERMS and "_seen" in vars(self):
             raise AttributeError(f"{name} belongs to the terms of a sum: set it on one of .terms")
         super().__setattr__(name, value)
+
+
+def shared(flat: Sequence[tuple[float, Any]]) -> dict[str, Any]:
+    """The options of a sum of pairs (weight, loss) that its terms have to agree on, and validate."""
+    if not flat:
+        raise ValueError("a sum of losses needs a term")
+    options: dict[str, Any] = {"validate": any(term.validate for _, term in flat)}
+    for name in ("reduction", "ignore_index"):
+        found = list(dict.fromkeys(getattr(term, name) for _, term in flat))
+        if len(found) > 1:
+            raise ValueError(f"the terms of a sum must have the same {name}, got {found}")
+        options[name] = found[0]
+    return options
 
 
 def checked_weight(weight) -> float:

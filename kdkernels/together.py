@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import call
 from .base import BaseLoss
 from .compare import Comparison
-from .compose import SumLoss, checked_weight, joins
+from .compose import SumLoss, Weighted, checked_weight, joins, shared
 from .ops import rescale
 from .options import Uses
 from .out import handed_over
@@ -30,7 +30,7 @@ from .parts import reducing
 from .rowwise import RowsLoss
 
 
-class MixedSumLoss(BaseLoss):
+class MixedSumLoss(Weighted, BaseLoss):
     """sum_k w_k loss_k of losses of any family, made by `ForwardKLLoss() + 0.5 * SpearmanLoss(top_k=128)`.
 
     Value and gradients are those of the losses one by one. On the C++ backend losses of the log-partition and losses
@@ -56,14 +56,8 @@ class MixedSumLoss(BaseLoss):
     def __init__(self, terms: Sequence[tuple[float, BaseLoss]]):
         super().__init__()
         flat = [pair for weight, term in terms for pair in _pairs(weight, term)]
-        if not flat:
-            raise ValueError("a sum of losses needs a term")
-        for name in ("reduction", "ignore_index"):
-            found = list(dict.fromkeys(getattr(term, name) for _, term in flat))
-            if len(found) > 1:
-                raise ValueError(f"the terms of a sum must have the same {name}, got {found}")
-            setattr(self, name, found[0])
-        self.validate = any(term.validate for _, term in flat)
+        for name, value in shared(flat).items():
+            setattr(self, name, value)
         self.rowwise = all(term.rowwise for _, term in flat)
         self.weights = tuple(weight for weight, _ in flat)
         self.terms = nn.ModuleList(term for _, term in flat)
@@ -83,9 +77,6 @@ class MixedSumLoss(BaseLoss):
         self.__dict__["_others"] = [(w, term) for w, term in zip(self.weights, self.terms, strict=True)
                                     if not of_log_partition(term)]  # fmt: skip
         self.__dict__.pop("_split", None)
-
-    def minimizer(self, teacher_logits, labels=None):
-        raise NotImplementedError("a sum of losses is least at a compromise of its terms, of which there is no formula")
 
     def _evaluate(self, rows, student_logits, num_items, temperature):
         first, later = self._plan(rows, num_items, temperature)
@@ -129,9 +120,6 @@ class MixedSumLoss(BaseLoss):
         step, inputs = first
         value, gradient = step(call.dense(rows.student), call.dense(rows.teacher), *inputs)
         return value, handed_over(gradient.view(rows.student.shape), out, accumulate)
-
-    def extra_repr(self) -> str:
-        return f"weights={self.weights}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
 
 
 def of_log_partition(term) -> bool:

@@ -70,6 +70,11 @@ def _rows(x: Tensor | None, other: Tensor):
     return x, outer, x.stride(-2) if x.shape[-2] > 1 else 0
 
 
+def _given(s: Tensor, labels: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Labels and mask, or any pointer in the place of one that is not there and not read."""
+    return s if labels is None else labels.contiguous(), s if mask is None else mask.view(torch.uint8)
+
+
 def _config(width: int, *multiples: int, each: int = 256) -> dict:
     """Tile and warps, one for `each` of its classes, from the width alone; ALIGN promises that masks are constant over
     16 classes (wide loads)."""
@@ -88,10 +93,9 @@ def reduce(student: Tensor, teacher: Tensor | None, labels: Tensor | None, mask:
     if N:
         with _launch("reduce", s.device):
             reduce_kernel[(N,)](
-                s, t, s if labels is None else labels.contiguous(), s if mask is None else mask.view(torch.uint8), args,
-                _there(program, s.device), stats, s_a, s_b, t_a, t_b, args.shape[1] * (len(args) > 1), B, vocab,
-                ignore_index, K, triton.next_power_of_2(max(K, 1)), teacher is not None, labels is not None,
-                mask is not None, _second(program), **_config(vocab),
+                s, t, *_given(s, labels, mask), args, _there(program, s.device), stats, s_a, s_b, t_a, t_b,
+                args.shape[1] * (len(args) > 1), B, vocab, ignore_index, K, triton.next_power_of_2(max(K, 1)),
+                teacher is not None, labels is not None, mask is not None, _second(program), **_config(vocab),
             )  # fmt: skip
     return stats
 
@@ -128,9 +132,9 @@ def _spread(grad, student, teacher, labels, mask, coef, vocab, side, elements):
         phi, constants = (None, coef) if elements is None else _phi(elements, s.device)
         with _launch("spread", s.device):
             spread_kernel[(N, triton.cdiv(W, config["BLOCK"]))](
-                grad, s, t, s if labels is None else labels.contiguous(), s if mask is None else mask.view(torch.uint8),
-                coef.contiguous(), constants, out, s_a, s_b, t_a, t_b, B, vocab, W, grad.stride(0) * (len(grad) > 1), K,
-                teacher is not None, labels is not None, mask is not None, phi, side if phi else 0, **config,
+                grad, s, t, *_given(s, labels, mask), coef.contiguous(), constants, out, s_a, s_b, t_a, t_b, B, vocab,
+                W, grad.stride(0) * (len(grad) > 1), K, teacher is not None, labels is not None, mask is not None, phi,
+                side if phi else 0, **config,
             )  # fmt: skip
     return out.to(own.dtype)
 
@@ -165,13 +169,13 @@ def _step(student, teacher, labels, mask, args, program, weight, divisor, vocab,
     by_row = int(weight is not None and len(weight) > 1)
     stats, coef = new((N, K + 1, STATS), dtype=double), new((N, K + 1, COEFS), dtype=double)
     total, high = new((), dtype=torch.float32), np.float32(divisor).item()
-    y = s if labels is None else labels.contiguous()
+    y, masked = _given(s, labels, mask)
     with _launch("begin", s.device):
         begin_kernel[(1,)](y, over, done, total, N, ignore, high, divisor - high, labels is not None, 1024)
     if N:
         with _launch("step", s.device):
             step_kernel[(N,)](
-                s, t, y, s if mask is None else mask.view(torch.uint8), args, _there(program, s.device),
+                s, t, y, masked, args, _there(program, s.device),
                 over if weight is None else weight.contiguous(), over, done, stats, coef, values, total, out, s_a, s_b,
                 t_a, t_b, args.shape[1] * (len(args) > 1), B, vocab, W, ignore, by_row, N,
                 tape(program.numpy().tobytes()), K, triton.next_power_of_2(max(K, 1)), teacher is not None,
@@ -232,7 +236,7 @@ def _sums(student, teacher, mask, args, program, stats, vocab, whole):
         phi, constants = _phi(_elements(program), s.device)
         with _launch("sums", s.device):
             sums_kernel[(N,)](
-                s, t, s if mask is None else mask.view(torch.uint8), args, stats, constants, sums, s_a, s_b, t_a, t_b,
+                s, t, _given(s, None, mask)[1], args, stats, constants, sums, s_a, s_b, t_a, t_b,
                 args.shape[1] * (len(args) > 1), B, vocab, K, phi, whole, mask is not None,
                 **_config(min(vocab, 1024), vocab, each=_each_of_sums(s.device)),
             )  # fmt: skip

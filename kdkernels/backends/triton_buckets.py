@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import register_buckets
-from .triton import INTERPRETED, _config, _launch, _rows
+from .triton import INTERPRETED, _config, _given, _launch, _rows
 from .triton_elements import _tile
 from .triton_tape import INF, _times
 
@@ -133,18 +133,17 @@ def _sorted(classes: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(classes < 0, NONE.value, classes).sort(-1)
 
 
-def _given(student, mask, inverse, labels):
-    s, s_a, s_b = _rows(student, student)
-    scale = s if inverse is None else inverse.contiguous()
-    pointers = s if mask is None else mask.view(torch.uint8), scale, s if labels is None else labels.contiguous()
-    return (s, s_a, s_b), pointers, int(inverse is not None and len(inverse) > 1)
+def _scale(s: Tensor, inverse: Tensor | None) -> tuple[Tensor, int]:
+    """1 / T, or any pointer, and the step from row to row."""
+    return (s, 0) if inverse is None else (inverse.contiguous(), int(len(inverse) > 1))
 
 
 @torch.library.custom_op("kdkernels::triton_bucket", mutates_args=())
 def bucket(student: Tensor, mask: Tensor | None, classes: Tensor, inverse: Tensor | None, labels: Tensor | None,
            vocab: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Outcomes (N, k + 1), those of label and rest (N, 2), and what bucket_spread wants to know (N, 3)."""
-    (s, s_a, s_b), (masked, scale, y), scale_row = _given(student, mask, inverse, labels)
+    s, s_a, s_b = _rows(student, student)
+    (y, masked), (scale, scale_row) = _given(s, labels, mask), _scale(s, inverse)
     (N, k), new, double = classes.shape, student.new_empty, torch.float64
     out = new((N, k + (inverse is not None)), dtype=double)
     own, stats = new((N if labels is not None else 0, 2), dtype=double), new((N, 3), dtype=double)
@@ -162,7 +161,8 @@ def bucket(student: Tensor, mask: Tensor | None, classes: Tensor, inverse: Tenso
 def bucket_spread(grad: Tensor, by_entropy: Tensor | None, student: Tensor, mask: Tensor | None, classes: Tensor,
                   inverse: Tensor | None, labels: Tensor | None, stats: Tensor, vocab: int) -> Tensor:  # fmt: skip
     """The gradient of the student's logits."""
-    (s, s_a, s_b), (masked, scale, y), scale_row = _given(student, mask, inverse, labels)
+    s, s_a, s_b = _rows(student, student)
+    (y, masked), (scale, scale_row) = _given(s, labels, mask), _scale(s, inverse)
     out = torch.empty(s.shape, dtype=torch.float32 if INTERPRETED else s.dtype, device=s.device)
     if out.numel():
         by, (order, places) = s if by_entropy is None else by_entropy.contiguous(), _sorted(classes)

@@ -57,7 +57,7 @@ def _top(s, t, mask, strides, B, N, vocab, k):
     out = torch.empty((N, 2), dtype=torch.int64, device=s.device)
     lowest = {torch.bfloat16: 16, torch.float16: 12}.get(t.dtype, 0)
     with base._launch("top", s.device):
-        top_kernel[(N,)](s, t, s if mask is None else mask.view(torch.uint8), out, *strides, B, vocab, k, lowest,
+        top_kernel[(N,)](s, t, base._given(s, None, mask)[1], out, *strides, B, vocab, k, lowest,
                          mask is not None, **_tile("top", vocab))  # fmt: skip
     return out
 
@@ -72,7 +72,7 @@ def _rows(grad, student, teacher, labels, mask, vocab, ignore, side, k) -> Rows:
     top = None
     if 0 < k < vocab and N:
         top = _top(s, t, mask, (s_a, s_b, t_a, t_b), B, N, vocab, k)
-    pointers = (s, t, s if labels is None else labels.contiguous(), s if mask is None else mask.view(torch.uint8),
+    pointers = (s, t, *base._given(s, labels, mask),
                 s if top is None else top, value if grad is None else grad)  # fmt: skip
     return Rows(pointers, (s_a, s_b, t_a, t_b), 0 if grad is None else grad.stride(0) * (len(grad) > 1),
                 (B, N, vocab, own.shape[-1], ignore), (labels is not None, top is not None, mask is not None,

@@ -11,8 +11,8 @@ Programs stay for several rows. Denominators are kept relative to the largest sc
 import triton
 import triton.language as tl
 
-from .triton_lapsum import _chain, row_at
-from .triton_sorted import _later, end_of_run, fill, gather_live, place_of, runs, sort
+from .triton_lapsum import _chain
+from .triton_sorted import _later, end_of_run, fill, live_row, place_of, runs, sort
 from .triton_tape import INF
 
 
@@ -119,12 +119,11 @@ def plackett_kernel(
     starts, D, at_end, D_end = classes + room, pivots + room, pivots + 2 * room, pivots + 3 * room
     for round in range(tl.cdiv(N - me, all)):
         n = me + round * all
-        s_row, t_row, limit, nan, keep, g, edge, last = row_at(
-            s_ptr, t_ptr, label_ptr, top_ptr, grad_ptr, n, s_a, s_b, t_a, t_b, grad_row, B, vocab, ignore, HAS_LABEL,
-            HAS_TOP,
+        s_row, t_row, limit, nan, keep, g, count = live_row(
+            s_ptr, t_ptr, label_ptr, mask_ptr, top_ptr, grad_ptr, classes, longs, n, s_a, s_b, t_a, t_b, grad_row, B,
+            vocab, ignore, HAS_LABEL, HAS_TOP, HAS_MASK, BLOCK,
         )  # fmt: skip
         r, rt = tl.load(args_ptr + n * args_row), tl.load(args_ptr + n * args_row + 1)
-        count, spoilt = gather_live(s_row, t_row, mask_ptr, classes, longs, limit, edge, last, HAS_MASK, BLOCK)
         count = tl.where(count < 2, 0, count)
         keys, _spare = sort(longs, longs + room, count, BLOCK)
         runs(keys, starts, count, BLOCK)
@@ -134,7 +133,6 @@ def plackett_kernel(
         value = _value(
             s_row, t_row, classes, keys, pivots, D, at_end, D_end, count, r, rt, top, total, TEACHER, BLOCK
         )  # fmt: skip
-        nan += tl.where(spoilt, float("nan"), 0.0)
         tl.store(value_ptr + n, tl.where(keep, tl.where(count > 0, value, 1.0) + nan, 0.0))
         if GRADIENT:
             fill(out_ptr + n * width, width, limit, tl.where(g != 0, nan, 0.0).to(tl.float32), BLOCK)
@@ -216,11 +214,10 @@ def kendall_kernel(
     y, slopes = x + room, x + 2 * room
     for round in range(tl.cdiv(N - me, all)):
         n = me + round * all
-        s_row, t_row, limit, nan, keep, g, edge, last = row_at(
-            s_ptr, t_ptr, label_ptr, top_ptr, grad_ptr, n, s_a, s_b, t_a, t_b, grad_row, B, vocab, ignore, HAS_LABEL,
-            HAS_TOP,
+        s_row, t_row, limit, nan, keep, g, count = live_row(
+            s_ptr, t_ptr, label_ptr, mask_ptr, top_ptr, grad_ptr, classes, longs, n, s_a, s_b, t_a, t_b, grad_row, B,
+            vocab, ignore, HAS_LABEL, HAS_TOP, HAS_MASK, BLOCK,
         )  # fmt: skip
-        count, spoilt = gather_live(s_row, t_row, mask_ptr, classes, longs, limit, edge, last, HAS_MASK, BLOCK)
         mean, variance, varied = _spread_of(s_row, classes, x, count, BLOCK)
         _mean, _variance, _varied = _spread_of(t_row, classes, y, count, BLOCK)
         varied = varied & (variance > 0)
@@ -228,7 +225,6 @@ def kendall_kernel(
         number, a = count.to(tl.float64), tau * tl.sqrt(tl.where(varied, variance, 1.0))
         total = _pairs(x, y, slopes, shifts_ptr, count, K, (1 / a).to(tl.float32), ALL, BLOCK)
         pairs = tl.maximum(number * (number - 1) if ALL else number * K, 1.0)
-        nan += tl.where(spoilt, float("nan"), 0.0)
         tl.store(value_ptr + n, tl.where(keep, 1 - total / pairs + nan, 0.0))
         if GRADIENT:
             fill(out_ptr + n * width, width, limit, tl.where(g != 0, nan, 0.0).to(tl.float32), BLOCK)

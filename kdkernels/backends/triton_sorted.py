@@ -73,6 +73,22 @@ def gather_live(
 
 
 @triton.jit
+def live_row(
+    s_ptr, t_ptr, label_ptr, mask_ptr, top_ptr, grad_ptr, classes, keys, n, s_a, s_b, t_a, t_b, grad_row, B, vocab,
+    ignore, HAS_LABEL: tl.constexpr, HAS_TOP: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`row_at` and `gather_live` of row n: its logits, its classes, NaN for one that is spoilt or of a strange label,
+    whether it is kept, g, and how many live."""
+    s_row, t_row, limit, nan, keep, g, edge, last = row_at(
+        s_ptr, t_ptr, label_ptr, top_ptr, grad_ptr, n, s_a, s_b, t_a, t_b, grad_row, B, vocab, ignore, HAS_LABEL,
+        HAS_TOP,
+    )  # fmt: skip
+    count, spoilt = gather_live(s_row, t_row, mask_ptr, classes, keys, limit, edge, last, HAS_MASK, BLOCK)
+    nan = (nan + tl.where(spoilt, float("nan"), 0.0)).to(tl.float32)  # it lives long: one register
+    return s_row, t_row, limit, nan, keep, g, count
+
+
+@triton.jit
 def sort(keys, spare, n, BLOCK: tl.constexpr):
     """Sorts n keys by their high halves and returns where they are then, and the other place. Stable."""
     lane = tl.arange(0, 16)
@@ -202,17 +218,15 @@ def spearman_sorted_kernel(
     R, K, G = x + room, x + 2 * room, x + 3 * room
     for round in range(tl.cdiv(N - me, all)):
         n = me + round * all
-        s_row, t_row, limit, nan, keep, g, edge, last = row_at(
-            s_ptr, t_ptr, label_ptr, top_ptr, grad_ptr, n, s_a, s_b, t_a, t_b, grad_row, B, vocab, ignore, HAS_LABEL,
-            HAS_TOP,
+        s_row, _t_row, limit, nan, keep, g, count = live_row(
+            s_ptr, t_ptr, label_ptr, mask_ptr, top_ptr, grad_ptr, classes, longs, n, s_a, s_b, t_a, t_b, grad_row, B,
+            vocab, ignore, HAS_LABEL, HAS_TOP, HAS_MASK, BLOCK,
         )  # fmt: skip
-        count, spoilt = gather_live(s_row, t_row, mask_ptr, classes, longs, limit, edge, last, HAS_MASK, BLOCK)
         keys, spare = sort(longs, longs + room, count, BLOCK)
         squares = _ranks(keys, starts, ranks, count, BLOCK)
         keys = _sorted_student(s_row, classes, ranks, keys, spare, x, sums, count, BLOCK)
         total = count.to(tl.float64)
         value, fine = lapsum(x, sums, R, K, G, count, total, tau, squares.to(tl.float64), g, GRADIENT, BLOCK)
-        nan += tl.where(spoilt, float("nan"), 0.0)
         tl.store(value_ptr + n, tl.where(keep, value + nan, 0.0))
         if GRADIENT:
             fill(out_ptr + n * width, width, limit, tl.where(g != 0, nan, 0.0).to(tl.float32), BLOCK)
