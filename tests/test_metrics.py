@@ -62,6 +62,13 @@ def test_equal_to_scipy_over_a_vocabulary(V, dtype):
             np.testing.assert_allclose(ours(a, b), scipy_of(theirs, a, b), rtol=0, atol=4e-15)
 
 
+@pytest.mark.parametrize("V", [2**20, 2**20 + 1])
+def test_equal_to_scipy_where_a_sum_of_ranks_no_longer_fits_beside_its_count(V):
+    a, _ = rows("random", V, BF16, N=1)
+    a[:, : V // 2], b = a[:, : V // 2].clamp(max=-2), (-a).clamp(max=1)
+    np.testing.assert_allclose(metrics.spearman(a, b), scipy_of(scipy.stats.spearmanr, a, b), rtol=0, atol=4e-15)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_more_ties_than_sixteen_bits_count(dtype):
     a, b = rows("random", 200_000, F32, N=1)

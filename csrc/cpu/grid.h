@@ -135,14 +135,12 @@ double spearman_by_grid(const Pair<float>& z, const Range& s, const Range& t, in
 }
 
 // The loss of one row of any type; g times its gradient goes to `out`.
-constexpr int64_t kSorted = 4096;  // shorter rows are sorted: the tables would cost more
-
 template <typename O>
 double spearman_floats(const Pair<float>& z, const SpearmanOptions& o, double g, const O& out, SpearmanScratch& w) {
   const auto sorted = [&] { return spearman_by_sort(z, z.s, z.t, o.tau, g, out, w); };
   if (z.n < kSorted) return sorted();
   const Range s = range_of(z.s, z.n), t = range_of(z.t, z.n);
-  if (((s.bits | t.bits) & 0xffff) == 0) {  // bfloat16 numbers
+  if (((s.bits | t.bits) & 0xffff) == 0 && by_bits(z.n)) {  // bfloat16 numbers
     w.half_s.resize(z.n);
     w.half_t.resize(z.n);
     for (int64_t i = 0; i < z.n; ++i) {
@@ -173,7 +171,7 @@ inline double spearman_row(const Batch& x, int64_t row, const SpearmanOptions& o
   if (!is_half(x.s.type) || !is_half(x.t.type))
     return finish(w.floats.find(x, row, o.top), [&](const auto& z) { return spearman_floats(z, o, g, out, w); });
   return finish(w.halves.find(x, row, o.top), [&](const Pair<uint16_t>& z) {
-    if (z.n >= kSorted) return spearman_by_bits(z, x.s.type, o.tau, g, out, w);
+    if (by_bits(z.n)) return spearman_by_bits(z, x.s.type, o.tau, g, out, w);
     w.wide_s.resize(z.n);
     w.wide_t.resize(z.n);
     widen_all(x.s.type, z.s, z.n, w.wide_s.data());

@@ -102,12 +102,11 @@ double rho_by_bits(const Pair<uint16_t>& z) {
   SpearmanScratch& w = kept_by_thread<SpearmanScratch>();
   BitTables& b = w.bits;
   b.count(z);
-  const int64_t q = BitTables::ranks_of(b.s, b.used_s, z.n, b.own_rank);
-  const int64_t r = BitTables::ranks_of(b.t, b.used_t, z.n, b.rank);
+  const int64_t q = b.own_ranks(z.n);
   int64_t joint = 0;
-  for (int64_t i = 0; i < z.n; ++i) joint += int64_t(b.own_rank[z.s[i]]) * b.rank[z.t[i]];
+  for (const uint16_t bits : b.used_s) joint += b.own_rank[bits] * b.ranks(bits);
   b.clear();
-  return double(joint) / std::sqrt(double(q)) / std::sqrt(double(r));
+  return double(joint) / std::sqrt(double(q)) / std::sqrt(double(b.squares));
 }
 
 template <typename R> double rho_by_sort(const R* s, const R* t, int64_t n, MetricScratch<R>& m) {
@@ -126,7 +125,7 @@ Tensor agreement(const Tensor& a, const Tensor& b, bool kendall) {
   const Batch x = batch(a, b, {}, {}, width_of(a), 0);
   Tensor out = torch::stable::new_empty(a, {x.rows}, ScalarType::Double);
   double* to = out.mutable_data_ptr<double>();
-  const bool bits = !kendall && is_half(x.s.type) && is_half(x.t.type) && x.vocab >= kSorted;
+  const bool bits = !kendall && is_half(x.s.type) && is_half(x.t.type) && by_bits(x.vocab);
   over_rows(x, [&]<typename R>(int64_t n, R) {
     auto& m = kept_by_thread<MetricScratch<R>>();
     const auto* s = reinterpret_cast<const uint16_t*>(x.s.row(n));

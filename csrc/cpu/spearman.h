@@ -1,36 +1,78 @@
 // Spearman's loss of a row: histograms of 16-bit numbers (exact), a grid over float32 (interpolated), a sort (exact).
 #pragma once
+#include <cstring>
+#include <span>
+
 #include "lapsum.h"
 #include "live.h"
 
 namespace kd {
 
+constexpr int64_t kSorted = 4096;  // shorter rows are sorted: the tables would cost more
+
 typedef double Two __attribute__((vector_size(16)));
 
 struct SpearmanOptions { double tau; int64_t top; bool exact; };
 
-// A count, and what is derived from it, for each of the 65536 bit patterns of a 16-bit type. All zero between rows.
+// Histograms over the 65536 bit patterns of a 16-bit type: the teacher's counts, and of the entries with the same student
+// bits their count and the sum of their ranks, one number. All zero between rows.
 class BitTables {
  public:
-  std::vector<uint32_t> s, t;
-  std::vector<int32_t> rank, own_rank;  // of the teacher's bits, of the student's
-  std::vector<int64_t> ranks;  // their sum over the entries with these student's bits
+  std::vector<int32_t> rank, own_rank;  // doubled and centred, of the teacher's bits and of the student's
   std::vector<Line> line;
-  std::vector<uint16_t> used_s, used_t;  // the bits that occur, in ascending order of their numbers
-  BitTables() : s(kSize), t(kSize), rank(kSize), own_rank(kSize), ranks(kSize), line(kSize) {}
+  std::span<const uint16_t> used_s, used_t;  // the bits that occur, in ascending order of their numbers
+  int64_t squares;                           // the sum of the teacher's squared ranks
+  BitTables() : rank(kSize), own_rank(kSize), line(kSize), s_(kSize), t_(kSize), found_s_(kSize), found_t_(kSize) {}
+
+  // So few that the sum of ranks fits below the count.
+  static constexpr int64_t kMost = 1 << 20;
 
   // There is no NaN in the rows; infinities count as numbers.
   void count(const Pair<uint16_t>& z) {
-    for (int64_t i = 0; i < z.n; ++i) { ++s[z.s[i]]; ++t[z.t[i]]; }
-    list(s, used_s);
-    list(t, used_t);
+    int64_t i = 0;
+    for (; i + 4 <= z.n; i += 4) {
+      const uint64_t t = four(z.t + i);
+      for (int k = 0; k < 64; k += 16) ++t_[t >> k & 0xffff];
+    }
+    for (; i < z.n; ++i) ++t_[z.t[i]];
+    used_t = list(t_, found_t_);
+    squares = ranks_of(used_t, z.n, [&](uint16_t bits) { return t_[bits]; }, rank);
+    for (i = 0; i + 4 <= z.n; i += 4) {
+      const uint64_t s = four(z.s + i), t = four(z.t + i);
+      for (int k = 0; k < 64; k += 16) s_[s >> k & 0xffff] += kOne + rank[t >> k & 0xffff];
+    }
+    for (; i < z.n; ++i) s_[z.s[i]] += kOne + rank[z.t[i]];
+    used_s = list(s_, found_s_);
   }
-  // Doubled centred mid-ranks of `used` bits, and the sum of their squares.
-  static int64_t ranks_of(const std::vector<uint32_t>& count, const std::vector<uint16_t>& used, int64_t n,
-                          std::vector<int32_t>& rank) {
+  int64_t own_count(uint16_t bits) const { return (s_[bits] + kOne / 2) >> kShift; }
+  int64_t ranks(uint16_t bits) const { return s_[bits] - own_count(bits) * kOne; }
+  // To own_rank; the sum of their squares.
+  int64_t own_ranks(int64_t n) {
+    return ranks_of(used_s, n, [&](uint16_t bits) { return own_count(bits); }, own_rank);
+  }
+  void clear() {
+    for (const uint16_t bits : used_s) s_[bits] = 0;
+    for (const uint16_t bits : used_t) t_[bits] = 0;
+  }
+
+ private:
+  static constexpr int kSize = 1 << 16, kShift = 42;
+  static constexpr int64_t kOne = int64_t(1) << kShift;
+  std::vector<int64_t> s_;
+  std::vector<uint32_t> t_;
+  std::vector<uint16_t> found_s_, found_t_;
+
+  // One load: the loops are bound by the number of them.
+  static uint64_t four(const uint16_t* x) {
+    uint64_t all;
+    std::memcpy(&all, x, sizeof all);
+    return all;
+  }
+  template <typename F>
+  static int64_t ranks_of(std::span<const uint16_t> used, int64_t n, F count, std::vector<int32_t>& rank) {
     int64_t below = 0, squares = 0;
     for (const uint16_t bits : used) {
-      const int64_t c = count[bits], r = centred_rank(below, c, n);
+      const int64_t c = count(bits), r = centred_rank(below, c, n);
       rank[bits] = int32_t(r);
       squares += c * r * r;
       below += c;
@@ -38,32 +80,27 @@ class BitTables {
     rank[0x8000] = rank[0];  // -0
     return squares;
   }
-  void clear() {
-    for (const uint16_t bits : used_s) { s[bits] = 0; ranks[bits] = 0; }
-    for (const uint16_t bits : used_t) t[bits] = 0;
-    ranks[0x8000] = 0;
-  }
-
- private:
-  static constexpr int kSize = 1 << 16;
-  static void list(std::vector<uint32_t>& count, std::vector<uint16_t>& used) {
-    used.clear();
+  template <typename C> static std::span<const uint16_t> list(std::vector<C>& count, std::vector<uint16_t>& used) {
+    size_t found = 0;
     count[0] += count[0x8000];  // -0
     count[0x8000] = 0;
     constexpr int some = 32;  // looked at together: most never occur
     for (int k = 0; k < kSize; k += some) {
       const bool negative = k < 0x8000;
-      const uint32_t* part = count.data() + (negative ? 0x10000 - some - k : k - 0x8000);
-      typedef uint64_t Four __attribute__((vector_size(32), aligned(4), may_alias));
-      Four any{};
-      for (int j = 0; j < some; j += 8) any |= *reinterpret_cast<const Four*>(part + j);
-      for (int j = 0; (any[0] | any[1] | any[2] | any[3]) && j < some; ++j) {
+      const C* part = count.data() + (negative ? 0x10000 - some - k : k - 0x8000);
+      C any = 0;
+      for (int j = 0; j < some; ++j) any |= part[j];
+      for (int j = 0; any && j < some; ++j) {
         const int64_t bits = part - count.data() + (negative ? some - 1 - j : j);
-        if (count[bits]) used.push_back(uint16_t(bits));
+        used[found] = uint16_t(bits);
+        found += count[bits] != 0;  // a branch would often be mispredicted
       }
     }
+    return {used.data(), found};
   }
 };
+
+inline bool by_bits(int64_t n) { return n >= kSorted && n <= BitTables::kMost; }
 
 struct SpearmanScratch {
   LapSum sum;
@@ -100,19 +137,16 @@ template <typename O>
 double spearman_by_bits(const Pair<uint16_t>& z, Type s_type, double tau, double g, const O& out, SpearmanScratch& w) {
   BitTables& b = w.bits;
   b.count(z);
-  const int64_t squares = BitTables::ranks_of(b.t, b.used_t, z.n, b.rank);
-  for (int64_t i = 0; i < z.n; ++i) b.ranks[z.s[i]] += b.rank[z.t[i]];
-  b.ranks[0] += b.ranks[0x8000];
   const int64_t M = int64_t(b.used_s.size());
   w.wide_s.resize(M);
   widen_all(s_type, b.used_s.data(), M, w.wide_s.data());
   w.sum.clear();
   for (int64_t m = 0; m < M; ++m) {
     const uint16_t bits = b.used_s[m];
-    w.sum.add(w.wide_s[m], b.s[bits], double(b.ranks[bits]));
+    w.sum.add(w.wide_s[m], double(b.own_count(bits)), double(b.ranks(bits)));
   }
   const auto [mean, variance] = moments_of(w.sum, double(z.n));
-  const double value = w.sum.loss(double(z.n), tau, mean, variance, double(squares), g, out.to);
+  const double value = w.sum.loss(double(z.n), tau, mean, variance, double(b.squares), g, out.to);
   if (out.to) {
     for (int64_t m = 0; m < M; ++m) b.line[b.used_s[m]] = w.sum.line[m];
     b.line[0x8000] = b.line[0];
