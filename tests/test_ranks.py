@@ -118,6 +118,17 @@ def test_spearman_of_float32_rows(V, tau, kind):
         assert distance(found[0], exact[0]) <= bound and distance(found[1], exact[1]) <= bound
 
 
+@pytest.mark.parametrize("power", [1, 3])
+@pytest.mark.parametrize("tau", [0.03, 0.1, 1.0])
+def test_spearman_of_float32_rows_that_nearly_agree(tau, power):
+    """The gradient is small there, what bins add to it is not."""
+    g = torch.Generator().manual_seed(0)
+    t, noise = torch.randn(2, 1, 8000, generator=g)
+    for size in (0.3, 0.1, 0.03):
+        found, exact = gradients(kd.SpearmanLoss(tau=tau), (t + size * noise) ** power, t**power)
+        assert distance(found[1], exact[1]) <= 1e-3, size
+
+
 def test_float32_student_with_a_teacher_of_ties():
     """A teacher of bfloat16 or float16 numbers in float32: many tied classes in one bin."""
     s, t = batch(2, 32768, F32, seed=8)
