@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from . import backends, call, merged, options, parallel
 from .buckets import Merged
 from .out import check_out, handed_over
+
+if TYPE_CHECKING:
+    from .observe import RowMetrics
 
 
 class _PostInit(type):
@@ -59,6 +62,10 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
 
     def check(self) -> None:
         """Raises if an option is out of range; called whenever the loss is prepared: when made, and when one is set."""
+
+    def on_shards(self) -> BaseLoss:
+        """The same loss, as vocabulary shards compute it."""
+        return self
 
     def minimizer(self, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
         """Student logits at which the distillation term is smallest."""
@@ -162,6 +169,31 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         rows = call.check(self, *given)
         check_out(self, out, accumulate, rows.student, rows.teacher)
         return self._value_and_grad(rows, student_logits.detach(), num_items, temperature, out, accumulate)
+
+    def with_metrics(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        agreement: bool = True,
+        **given: Any,
+    ) -> tuple[Tensor, RowMetrics]:
+        """What a call returns, and `RowMetrics` of its rows.
+
+        Losses of the log-partition and separable ones make them of the statistics of the call, without another read;
+        for the others the log-partitions are one more.
+
+        Args:
+            agreement: top-1 agreement and acceptance as well, for which the logits are read once more, in float64.
+            given: the other keywords of a call. On vocabulary shards agreement costs one more all_gather.
+
+        Raises:
+            TypeError, ValueError: as in a call.
+        """
+        from .observe import with_metrics
+
+        return with_metrics(self, student_logits, teacher_logits, labels, agreement, given)
 
     def _value_and_grad(self, rows: call.Rows, student_logits: Tensor, num_items, temperature, out, accumulate):
         with torch.enable_grad():

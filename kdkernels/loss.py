@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from torch import Tensor
 from . import call, options, tape
 from .base import BaseLoss
 from .ops import RowLoss, value_and_grad
-
-if TYPE_CHECKING:
-    from .observe import RowMetrics
 
 MOMENTS = 6  # lse, s, t, ss, st, tt
 _versions = itertools.count()
@@ -172,28 +169,6 @@ class Loss(BaseLoss):
             return super()._value_and_grad(rows, student_logits, num_items, temperature, out, accumulate)
         numbers = (args, weight, divisor, program.code, self.ignore_index)
         return value_and_grad(operators, rows, *numbers, out, accumulate)
-
-    def with_metrics(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        agreement: bool = True,
-        **given: Any,
-    ) -> tuple[Tensor, RowMetrics]:
-        """What a call returns, and `RowMetrics` of its rows: from the statistics of the call, without another read.
-
-        Args:
-            agreement: top-1 agreement and acceptance as well, for which the logits are read once more, in float64.
-            given: the other keywords of a call. On vocabulary shards agreement costs one more all_gather.
-
-        Raises:
-            TypeError, ValueError: as in a call.
-        """
-        from .observe import with_metrics
-
-        return with_metrics(self, student_logits, teacher_logits, labels, agreement, given)
 
     def _distance(self, moments: list[Moment], label: Label):
         """The distillation term of a row, from the moments at `all_points()`."""

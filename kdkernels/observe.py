@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import call, tape
 from .buckets import blocks
-from .compose import SumLoss
+from .compose import SumLoss, joins
+from .logpartition import ForwardKLLoss
 from .loss import Loss, Point
 from .options import check_bool
 
@@ -80,9 +81,16 @@ class _Observed(SumLoss):
         return own._replace(reduce=reduce, step=None, step_out=None, step_add=None)
 
 
-def with_metrics(loss: Loss, student, teacher, labels, agreement: bool, given: dict) -> tuple[Tensor, RowMetrics]:
-    """The body of `Loss.with_metrics`."""
+def with_metrics(loss: Any, student, teacher, labels, agreement: bool, given: dict) -> tuple[Tensor, RowMetrics]:
+    """The body of `BaseLoss.with_metrics`."""
     check_bool("agreement", agreement)
+    if not joins(loss):
+        value, more = loss(student, teacher, labels, **given), given.keys() - {"num_items", "row_weight"}
+        with torch.no_grad():
+            own = _divergence(loss).with_metrics(
+                student, teacher, labels, agreement=agreement, **{name: given[name] for name in more}
+            )
+        return value, own[1]
     observed = vars(loss).get("_observed")
     if observed is None:
         observed = loss.__dict__["_observed"] = _Observed([(1, loss)])
@@ -93,6 +101,16 @@ def with_metrics(loss: Loss, student, teacher, labels, agreement: bool, given: d
     value = observed(student, teacher, labels, **given)
     with torch.no_grad():
         return value, _metrics(observed._sink, agreement)
+
+
+def _divergence(loss: Any) -> Loss:
+    """One of the log-partitions that the loss is not made of, at its temperatures."""
+    own = ("temperature", "teacher_temperature", "standardize", "ignore_index", "validate")
+    options = {name: getattr(loss, name) for name in own} | {"kd_weight": float(loss._uses.teacher)}
+    kept = vars(loss).get("_observed")
+    if kept is None or kept[0] != options:
+        kept = loss.__dict__["_observed"] = options, ForwardKLLoss(**options)
+    return kept[1]
 
 
 def _metrics(sink: dict[str, Any], agreement: bool) -> RowMetrics:

@@ -165,6 +165,7 @@ def split(loss, group, student, teacher, labels, row_weight, temperature, vocab_
             loss cannot be cut into shards; the ranks hold different rows or make different calls.
     """
     check_loss(loss)
+    loss = loss.on_shards()
     group, student, teacher, labels = unwrapped(group, student, teacher, labels)
     check_group(group)
     with refusing(group, student):

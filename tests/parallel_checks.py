@@ -133,6 +133,19 @@ def a_loss_of_ones_own(rank, world):
                 both(Pearson(**options), backend, rows(5, 23), rank, WIDTHS[world], what=what, call=call)
 
 
+def correlated_probabilities(rank, world):
+    """Of a kernel of whole rows on one side, of log-partitions on the other; equal logits and holes included."""
+    batch = rows(6, 23)
+    batch.s[1] = batch.t[3] = 2.0
+    batch.s[4, [0, 12]] = batch.t[4, [3, 12]] = batch.t[5, 1:] = -torch.inf
+    for backend in ("cpu", "reference"):
+        for options in ({}, dict(temperature=3.0, t_squared=True, kd_weight=0.7), dict(reduction="none")):
+            loss = kd.PearsonLoss("probs", ce_weight=0.1, **options)
+            both(loss, backend, batch, rank, WIDTHS[world], what=f"{backend} {options}")
+    with raises(ValueError, "PearsonLoss cannot be computed on vocabulary shards: it looks at whole rows"):
+        kd.PearsonLoss()(*batch, group=dist.group.WORLD)
+
+
 def wide_rows(rank, world):
     """Wider than a tile and than a segment of the CPU's kernels."""
     widths = [40000, *[700] * (world - 2), 3000]
@@ -399,6 +412,6 @@ def refusals(rank, world):
                 slope.sum().backward()
 
 
-CHECKS = {f.__name__: f for f in (every_loss, a_loss_of_ones_own, wide_rows, kernels_in_single, call_options,
-                                  deleted_classes, few_collectives, metrics, gradient_without_a_graph, data_parallel,
-                                  dtensors, fused_linear, refusals)}  # fmt: skip
+CHECKS = {f.__name__: f for f in (every_loss, a_loss_of_ones_own, correlated_probabilities, wide_rows,
+                                  kernels_in_single, call_options, deleted_classes, few_collectives, metrics,
+                                  gradient_without_a_graph, data_parallel, dtensors, fused_linear, refusals)}

@@ -95,3 +95,25 @@ def test_without_a_teacher_labels_or_agreement():
         kd.HellingerLoss().with_metrics(x.s, x.t, agreement=1)
     with pytest.raises(ValueError, match="needs teacher_logits"):
         kd.HellingerLoss().with_metrics(x.s)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_metrics_of_losses_that_make_no_log_partitions(backend):
+    x = batch(6, 23, 2.0, seed=3)
+    x.y[1] = -100
+    groups = torch.arange(23) % 4
+    losses = [kd.SpearmanLoss(), kd.PearsonLoss("probs", temperature=2.0), kd.AKLLoss(teacher_temperature=0.5),
+              kd.GroupedKLLoss(groups), kd.ULDLoss(reduction="none"), kd.ForwardKLLoss() + kd.KendallLoss(top_k=8)]
+    with kd.use_backend(backend):
+        for loss in losses:
+            s = x.s.clone().requires_grad_()
+            value, metrics = loss.with_metrics(s, x.t, x.y, row_weight=torch.rand(6))
+            own = loss.with_metrics(s, x.t, x.y)
+            assert value.requires_grad and torch.equal(own[0], loss(s, x.t, x.y))
+            agree(metrics, expected(x.s, x.t, x.y, loss.temperature, loss.teacher_temperature), x.y >= 0)
+        loss = kd.SpearmanLoss()
+        for loss.temperature in (1.0, 3.0):  # what is kept of it follows
+            own = loss.with_metrics(x.s, x.t)[1]
+            assert torch.allclose(own.student_entropy, expected(x.s, x.t, None, loss.temperature).student_entropy)
+        metrics = kd.SpearmanLoss(kd_weight=0.0, ce_weight=1.0).with_metrics(x.s, None, x.y)[1]
+        assert metrics.teacher_lse is None and metrics.student_lse.shape == (6,)
