@@ -21,20 +21,20 @@ from .call import dense
 from .ops import NOT_AGAIN, Once, refuse
 
 
-def register() -> None:
+def register(prefix: str) -> None:
     """Shape rules and a loud refusal of double backward."""
 
-    @torch.library.register_fake("kdkernels::group_moments")
+    @torch.library.register_fake(f"kdkernels::{prefix}group_moments")
     def _(student, teacher, labels, mask, args, groups, count, vocab, ignore_index):
         return student.new_empty((student.shape[:-1].numel(), count, 3), dtype=torch.float64)
 
-    @torch.library.register_fake("kdkernels::group_spread")
+    @torch.library.register_fake(f"kdkernels::{prefix}group_spread")
     def _(slopes, moments, student, teacher, *rest):
         logits = teacher if rest[-1] else student
         return logits.new_empty(logits.shape)
 
     for name in ("group_moments", "group_spread"):
-        torch.library.register_autograd(f"kdkernels::{name}", refuse)
+        torch.library.register_autograd(f"kdkernels::{prefix}{name}", refuse)
 
 
 class GroupMoments(torch.autograd.Function):

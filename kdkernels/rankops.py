@@ -23,10 +23,9 @@ PEARSON, SPEARMAN, PLACKETT_LUCE, KENDALL = range(4)  # csrc/cpu/ranks.cpp reads
 METRICS = ("rankdata", "spearman", "kendall_tau")
 
 
-def register(prefix: str = "", metrics: bool = True) -> None:
+def register(prefix: str, names: tuple[str, ...] = ("compare",), metrics: bool = False) -> None:
     """Shape rules and a loud refusal of double backward. metrics: and what else only the cpu has."""
 
-    names = ("compare", "uld") if metrics else ("compare",)
     for name in names:
 
         @torch.library.register_fake(f"kdkernels::{prefix}{name}")

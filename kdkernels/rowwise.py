@@ -27,8 +27,8 @@ def is_sums(point: Point) -> bool:
 class RowsLoss(Loss):
     """A loss that torch computes in float64 from the log-probabilities of whole rows, a few rows at a time.
 
-    Beside the gradient there is no memory that grows with the number of rows. There is a gradient for the teacher. A
-    backend without `kernels` runs the definition, and `use_backend` of one raises.
+    Beside the gradient there is no memory that grows with the number of rows. There is a gradient for the teacher. With
+    `kernels` a backend that has them does the work.
     """
 
     merges = False
@@ -70,8 +70,8 @@ class RowsLoss(Loss):
     def _pick(self, student, teacher):
         if not self.kd_weight:
             return super()._pick(student, teacher)
-        if self.kernels and hasattr(found := backends.pick(student, teacher), self.kernels):
-            return found, None
+        if self.kernels:
+            return backends.pick_with(self.kernels, student, teacher), None
         return backends.definition(type(self).__name__), None
 
     def _prepare(self):

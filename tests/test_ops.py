@@ -46,14 +46,15 @@ def recorded(backend, dtype=F32):
                 value.sum().backward()
                 if reduction == "mean" and not case.setting("standardize", False):
                     make(case).value_and_grad(s, teacher, y, out=torch.empty_like(s))
-    if backend == "cpu":
+    if backend in ("cpu", "triton"):
         s, t, y = batch(3, 5).to(dtype)
-        groups, program = torch.arange(5) % 2, kd.JSDLoss()._single
         with kd.use_backend(backend), recorder:
-            for loss in (kd.GroupedKLLoss(groups), kd.GroupedKLLoss("label"), kd.ULDLoss(),
-                         kd.ULDLoss(reduction="none"),
-                         kd.ForwardKLLoss() + kd.SpearmanLoss()):  # fmt: skip
+            for loss in (kd.GroupedKLLoss(torch.arange(5) % 2), kd.GroupedKLLoss("label"), kd.ULDLoss(),
+                         kd.ULDLoss(reduction="none"), kd.ForwardKLLoss() + kd.SpearmanLoss()):  # fmt: skip
                 loss(s.clone().requires_grad_(), t, y).sum().backward()
+    if backend == "cpu":
+        program = kd.JSDLoss()._single
+        with kd.use_backend(backend), recorder:
             (code, args), (reduce, sums) = points_of(program.code, program.args), kd.backends.cpu.SEPARABLE.elements
             stats = reduce(s, t, None, None, args, code, 5, -100)
             sums(s, t, None, None, program.args, program.code, stats, 5, -100)

@@ -176,6 +176,32 @@ def test_kernels_of_uld_in_single():
     assert (grad.double() - want).norm() < 0.01 * want.norm()
 
 
+@pytest.mark.parametrize("loss", [
+    kd.ULDLoss(reduction="none"), kd.GroupedKLLoss(torch.arange(3000) % 4, reduction="none"),
+    kd.GroupedKLLoss("label", balanced=True, reduction="none"), kd.GroupedKLLoss(reduction="none"),
+], ids=["ULD", "groups", "label", "one group"])  # fmt: skip
+@pytest.mark.parametrize("V", [30, 3000])
+def test_triton_of_sorted_and_grouped_rows(loss, V):
+    """The C++ kernels' numbers in float64, and what they do with NaN, holes, equal logits and rows left out."""
+    s, t, y = batch(6, V, scale=2.0, s_dtype=torch.bfloat16, t_dtype=F32)
+    s, t = (2 * s).round() / 2, t.clone()
+    s[1, 3], s[2, 5], t[3, 7], s[4, 9], t[4, 9], t[5] = torch.nan, -torch.inf, -torch.inf, -torch.inf, -torch.inf, 1.0
+    mask = torch.arange(V) % 7 != 3
+    y = torch.where(mask[y] & (y < V - 5), y, 0).index_fill(0, torch.tensor([0]), -100)
+    calls = [{}, dict(temperature=torch.linspace(0.5, 2.0, 6), row_weight=torch.arange(6.0)[[0, 1, 2, 3, 0, 5]],
+                      vocab_size=V - 5, vocab_mask=mask)]  # fmt: skip
+    for call in calls:
+        results = []
+        for backend, dtypes in (("cpu", (F64, F64)), ("triton", (torch.bfloat16, F32))):
+            leaves = [x.to(dtype).requires_grad_() for x, dtype in zip((s, t), dtypes, strict=True)]
+            with only(backend):
+                value = loss(*leaves, y, **call)
+            results.append([value.detach(), *torch.autograd.grad(value.sum(), leaves)])
+        for want, got, bar in zip(*results, (1e-6, 5e-3, 1e-5), strict=True):
+            size = want.nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True).clamp(min=1e-3)
+            torch.testing.assert_close(got.double() / size, want / size, rtol=bar, atol=bar, equal_nan=True)
+
+
 def test_uld_refuses():
     s, t = torch.randn(2, 5), torch.randn(2, 7)
     with pytest.raises(ValueError, match="vocab_mask"):

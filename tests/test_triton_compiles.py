@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 CAPABILITIES = (80, 90, 100)
-ROW = "n s_a s_b t_a t_b args_row B vocab ignore width grad_row weight_row scale_row N K k count room".split()
+ROW = "n s_a s_b t_a t_b args_row B vocab ignore width grad_row weight_row scale_row N K k count room G".split()
 KINDS = dict(high="fp32", low="fp32", tau="fp32", mask_ptr="*u8", done_ptr="*i32", cells="*i32", ints="*i32")
 KINDS |= dict.fromkeys(("total_ptr", "factor_ptr", "floats"), "*fp32")
 KINDS |= dict.fromkeys(("label_ptr", "classes_ptr", "sorted_ptr", "order_ptr", "top_ptr", "packed_ptr"), "*i64")
+KINDS |= dict.fromkeys(("group_ptr", "start_ptr"), "*i64")
 KINDS |= dict.fromkeys(("tables", "longs"), "*i64")
 
 
@@ -30,10 +31,12 @@ def _signature(kernel, dtype, constants):
 
 def _rank_variants():
     from kdkernels.backends.triton import triton_compare
+    from kdkernels.backends.triton_groups import group_kernel, group_spread_kernel
     from kdkernels.backends.triton_orders import kendall_kernel, plackett_kernel
     from kdkernels.backends.triton_pearson import pearson_kernel
     from kdkernels.backends.triton_ranks import spearman_kernel
     from kdkernels.backends.triton_sorted import spearman_sorted_kernel, top_kernel
+    from kdkernels.backends.triton_uld import uld_kernel
 
     row = dict(HAS_LABEL=True, HAS_MASK=True, GRADIENT=True)
     some = dict(HAS_TOP=True, **row)
@@ -48,9 +51,15 @@ def _rank_variants():
         ("plackett", plackett_kernel, "bf16", dict(TEACHER=True, **some)),
         ("kendall", kendall_kernel, "bf16", dict(ALL=True, **some)),
         ("kendall", kendall_kernel, "bf16", dict(ALL=False, **some)),
+        ("uld", uld_kernel, "bf16", dict(SIDE=0, **row, HAS_TOP=False)),
     ):
         block, warps = triton_compare.TILES[name]
         yield name, kernel, dtype, dict(BLOCK=block, **constants), warps
+    for by_label in (True, False):
+        tile = dict(BY_LABEL=by_label, HAS_LABEL=True, HAS_MASK=True, BLOCK=2048)
+        yield f"groups by_label={by_label}", group_kernel, "bf16", tile, 8
+        for side in (0, 1):
+            yield f"group spread by_label={by_label} {side}", group_spread_kernel, "bf16", dict(SIDE=side, **tile), 8
 
 
 def _variants(capability):

@@ -131,7 +131,8 @@ def pick(student: Tensor, teacher: Tensor | None = None) -> ModuleType:
     return _checked("reference")
 
 
-FAMILIES = {"COMPARE": "rank losses", "SEPARABLE": "separable losses"}
+FAMILIES = {"COMPARE": "rank losses", "SEPARABLE": "separable losses", "GROUPED": "losses of groups",
+            "ULD": "sorted probabilities"}  # fmt: skip
 
 
 def pick_with(family: str, student: Tensor, teacher: Tensor, *loss) -> ModuleType:

@@ -26,8 +26,8 @@ def _load() -> str | None:
     register("")
     register("separable_", elements=True)
     register_buckets()
-    rankops.register()
-    groups.register()
+    rankops.register("", ("compare", "uld"), metrics=True)
+    groups.register("")
     return None
 
 

@@ -36,7 +36,7 @@ def unavailable() -> str | None:
             return f"{torch.cuda.get_device_name()} is older than Ampere (compute capability 8.0)"
     torch.ops.load_library(str(LIBRARY))
     register("cuda_")
-    rankops.register("cuda_", metrics=False)
+    rankops.register("cuda_")
     return None
 
 

@@ -21,7 +21,8 @@ SORTED = 4096  # live classes at most, of rows that are sorted
 MOST = 1 << 20  # classes: sums of ranks are packed with counts
 LEAST_TAU = 0.02  # of wide rows that are not sorted: cells are 1/2048 deviation there where most classes are
 # Tiles, with so many warps without spills; the interpreter takes as long for a small tile as for a large one.
-TILES = {"spearman": (512, 8), "spearman_sorted": (256, 8), "plackett": (256, 4), "kendall": (128, 2), "top": (512, 4)}
+TILES = {"spearman": (512, 8), "spearman_sorted": (256, 8), "plackett": (256, 4), "kendall": (128, 2), "top": (512, 4),
+         "uld": (512, 8)}  # fmt: skip
 if base.INTERPRETED:
     TILES = dict.fromkeys(TILES, (1024, 8))
 
@@ -155,7 +156,7 @@ def compare_step(grad: Tensor, student: Tensor, teacher: Tensor, labels: Tensor 
     return x.value, x.out.to((teacher if side else student).dtype)
 
 
-rankops.register("triton_", metrics=False)
+rankops.register("triton_")
 
 
 def COMPARE(*_loss):

@@ -56,12 +56,13 @@ def top_kernel(
 @triton.jit
 def gather_live(
     s_ptr, t_ptr, mask_ptr, classes, keys, vocab, edge, last, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+    BOTH: tl.constexpr,
 ):  # fmt: skip
     """The live classes, and the teacher's keys with their places below. How many; whether the row is spoilt."""
     count, spoilt = edge * 0, tl.zeros((BLOCK,), tl.int32)
     for first in range(0, vocab, BLOCK):
         cols = first + tl.arange(0, BLOCK)
-        _s, t, live, bad = live_pair(s_ptr, t_ptr, mask_ptr, cols, vocab, edge, last, HAS_MASK, False)
+        _s, t, live, bad = live_pair(s_ptr, t_ptr, mask_ptr, cols, vocab, edge, last, HAS_MASK, BOTH)
         spoilt = spoilt | bad.to(tl.int32)
         at = count + tl.cumsum(live.to(tl.int64), 0) - 1
         tl.store(classes + at, cols, mask=live)
@@ -76,6 +77,7 @@ def gather_live(
 def live_row(
     s_ptr, t_ptr, label_ptr, mask_ptr, top_ptr, grad_ptr, classes, keys, n, s_a, s_b, t_a, t_b, grad_row, B, vocab,
     ignore, HAS_LABEL: tl.constexpr, HAS_TOP: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+    BOTH: tl.constexpr = False,
 ):  # fmt: skip
     """`row_at` and `gather_live` of row n: its logits, its classes, NaN for one that is spoilt or of a strange label,
     whether it is kept, g, and how many live."""
@@ -83,7 +85,7 @@ def live_row(
         s_ptr, t_ptr, label_ptr, top_ptr, grad_ptr, n, s_a, s_b, t_a, t_b, grad_row, B, vocab, ignore, HAS_LABEL,
         HAS_TOP,
     )  # fmt: skip
-    count, spoilt = gather_live(s_row, t_row, mask_ptr, classes, keys, limit, edge, last, HAS_MASK, BLOCK)
+    count, spoilt = gather_live(s_row, t_row, mask_ptr, classes, keys, limit, edge, last, HAS_MASK, BLOCK, BOTH)
     nan = (nan + tl.where(spoilt, float("nan"), 0.0)).to(tl.float32)  # it lives long: one register
     return s_row, t_row, limit, nan, keep, g, count
 
