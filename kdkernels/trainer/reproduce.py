@@ -25,7 +25,8 @@ def run(name: str, out, cache, seeds: int = 3, show=print) -> dict:
     for seed in range(seeds):
         path = Path(out) / f"seed-{seed}" / "figures.json"
         if not path.exists():
-            lab = Lab(path.parent, cache, seed, lambda text, seed=seed: show(f"{name}, seed {seed}: {text}"))
+            kind = getattr(recipe, "LAB", Lab)
+            lab = kind(path.parent, cache, seed, lambda text, seed=seed: show(f"{name}, seed {seed}: {text}"))
             files.write_json(path, recipe.run(lab))
         found.append(read_json(path))
     arms = {arm: [figures[arm] for figures in found] for arm in found[0]}
