@@ -117,7 +117,8 @@ def test_the_rows_compared_are_those_that_foretell_the_response(lab):
 def test_speculative_distillation_reads_what_the_teacher_has_mended(lab, monkeypatch):
     """Algorithm 1 of the step's own random numbers, and of the student as it is at that step."""
     net, batch = lab.student().double(), lab.batch(lab.data().few, 3, 4)
-    monkeypatch.setattr(lab, "teacher", lambda teacher=lab.teacher().double(): teacher)
+    teacher = lab.teacher().double()
+    monkeypatch.setattr(lab, "teacher", lambda: teacher)
     with torch.no_grad():
         net.get_input_embeddings().weight.mul_(8)  # surer, and elsewhere than the teacher
     u = torch.rand(4, 7, 2, generator=lab.noise(3))
@@ -245,7 +246,7 @@ def test_a_run_with_a_schedule_goes_on_where_it_was_stopped(lab, tmp_path, monke
 
 
 def test_heads_that_are_shared(lab):
-    """The LM head of the teacher serves the student, whose embedding is not tied to it; ATSC moves it, SimKD does not."""
+    """The LM head of the teacher serves the student, whose embedding is not tied to it; ATSC moves it."""
     pretrained = frozen(simkd_lm.Halves(lab.teacher()))
     frozen_net, moving = (simkd_lm.reusing(lab, teacher) for teacher in
                           (pretrained, simkd_lm.Halves(lab.teacher()).requires_grad_(True)))  # fmt: skip

@@ -20,6 +20,7 @@ from . import checkpoint
 from .config import UserError
 from .images import STUDENT, TEACHER, ConvNet, Pairs
 
+
 class Batch(NamedTuple):
     """One of a training run's: `at` are the pictures' numbers, `noise` a generator that is this step's own."""
 
@@ -43,7 +44,7 @@ class Update(NamedTuple):
     lr: float = 0.05
 
 
-class Lab:
+class Runs:
     """Args: folder of the run, folder of what runs share (teachers), seed, show(text), share of all steps to make."""
 
     CLIP = 5.0  # largest norm of a gradient
@@ -59,41 +60,22 @@ class Lab:
         one._data = self._data
         return one
 
-    def data(self, **options) -> Pairs:
-        key = tuple(sorted(options.items()))
-        self._data[key] = self._data.get(key) or Pairs(**options)
-        return self._data[key]
-
     def rng(self, name: str, step: int = 0) -> numpy.random.Generator:
         return numpy.random.default_rng([self.seed, zlib.crc32(name.encode()), step])
 
     def noise(self, step: int) -> torch.Generator:
         return torch.Generator().manual_seed(int(self.rng("noise", step).integers(1 << 62)))
 
-    def student(self, widths=STUDENT, classes=100) -> ConvNet:
-        """Every student of a seed starts from the same weights."""
-        torch.manual_seed(self.seed)
-        return ConvNet(widths, classes)
+    def data(self) -> Any:
+        """What is trained on: something with a key."""
+        raise NotImplementedError
 
-    def teacher(self, loss=None, name="ce", data=None, widths=TEACHER, steps=1200, seed=1000, lr=0.05,
-                start: ConvNet | None = None) -> ConvNet:  # fmt: skip
-        """Trained once for all recipes: loss(logits, labels), cross-entropy if none; from the weights of `start`."""
-        torch.manual_seed(seed)
-        net, one = ConvNet(widths), self.shared(seed)
-        if start is not None:
-            net.load_state_dict(start.state_dict())
-        data, loss = data or self.data(), loss or nn.functional.cross_entropy
-        key = hashlib.sha256(json.dumps([name, data.key, widths, steps, seed, lr]).encode()).hexdigest()[:12]
-        update = Update(lambda b: loss(net(b.images), b.labels), list(net.parameters()), lr)
-        return frozen(one.train(f"image-teacher-{name}-{key}", net, [update], steps=steps, data=data))
-
-    def batch(self, data, step: int, size: int):
-        at = data.draw(self.rng("batches", step), size)
-        images, labels, masks = (x[at] for x in data.train)
-        return Batch(step, at, images, labels, masks, self.noise(step))
+    def batch(self, data, step: int, size: int) -> Any:
+        """That of a step, the same whenever it is asked for."""
+        raise NotImplementedError
 
     def optimizer(self, update: Update) -> torch.optim.Optimizer:
-        return torch.optim.SGD(update.parameters, lr=update.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        raise NotImplementedError
 
     def train(self, name: str, net: nn.Module, updates: list[Update], *, steps=800, size=64, data=None, every=200):
         """`net` after `steps` steps, each of all updates in turn; from its file, as far as that has come."""
@@ -142,6 +124,39 @@ class Lab:
                 mine = f"{i}/{j}/"
                 optimizer.state[p] |= {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
         return header["step"], tensors["curve"].tolist()
+
+class Lab(Runs):
+    """Runs of convolutional networks on small images, with momentum."""
+
+    def data(self, **options) -> Pairs:
+        key = tuple(sorted(options.items()))
+        self._data[key] = self._data.get(key) or Pairs(**options)
+        return self._data[key]
+
+    def batch(self, data, step: int, size: int):
+        at = data.draw(self.rng("batches", step), size)
+        images, labels, masks = (x[at] for x in data.train)
+        return Batch(step, at, images, labels, masks, self.noise(step))
+
+    def optimizer(self, update: Update) -> torch.optim.Optimizer:
+        return torch.optim.SGD(update.parameters, lr=update.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+    def student(self, widths=STUDENT, classes=100) -> ConvNet:
+        """Every student of a seed starts from the same weights."""
+        torch.manual_seed(self.seed)
+        return ConvNet(widths, classes)
+
+    def teacher(self, loss=None, name="ce", data=None, widths=TEACHER, steps=1200, seed=1000, lr=0.05,
+                start: ConvNet | None = None) -> ConvNet:  # fmt: skip
+        """Trained once for all recipes: loss(logits, labels), cross-entropy if none; from the weights of `start`."""
+        torch.manual_seed(seed)
+        net, one = ConvNet(widths), self.shared(seed)
+        if start is not None:
+            net.load_state_dict(start.state_dict())
+        data, loss = data or self.data(), loss or nn.functional.cross_entropy
+        key = hashlib.sha256(json.dumps([name, data.key, widths, steps, seed, lr]).encode()).hexdigest()[:12]
+        update = Update(lambda b: loss(net(b.images), b.labels), list(net.parameters()), lr)
+        return frozen(one.train(f"image-teacher-{name}-{key}", net, [update], steps=steps, data=data))
 
     def distil(self, name: str, loss, teacher, *, net=None, data=None, **options) -> ConvNet:
         """A student trained with loss(student_logits, teacher_logits, labels); teacher: a net, or logits (N, C) of all

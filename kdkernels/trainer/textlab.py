@@ -20,9 +20,8 @@ from . import models
 from .config import Config
 from .data import END_OF_TEXT, Corpus, find_text, split
 from .evaluate import evaluate
-from .lab import Lab, Update, frozen
+from .lab import Runs, Update, frozen
 from .sampling import AS_IS, Judge, respond
-from ..files import replacing
 
 PROMPT, RESPONSE = 32, 32
 VOCAB = 2048
@@ -100,8 +99,8 @@ def responses(logits: Tensor) -> Tensor:
     return logits[:, PROMPT - 1 : -1].flatten(0, 1)
 
 
-class TextLab(Lab):
-    """A Lab whose nets are language models, trained with AdamW."""
+class TextLab(Runs):
+    """Runs of small language models, with AdamW."""
 
     CLIP = 1.0
 

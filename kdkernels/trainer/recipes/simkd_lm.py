@@ -26,7 +26,8 @@ class Halves(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.body, self.head = copy.deepcopy(model.model), nn.Linear(*model.lm_head.weight.T.shape, bias=False)
+        classes, width = model.lm_head.weight.shape
+        self.body, self.head = copy.deepcopy(model.model), nn.Linear(width, classes, bias=False)
         self.head.load_state_dict(model.lm_head.state_dict())
 
     def features(self, tokens):
