@@ -61,7 +61,7 @@ def report(result: dict) -> str:
 
 
 def command(options) -> int:
-    """Reproduce a published system on small images, for some seeds, and say whether its claim holds there."""
+    """Reproduce a published system at a small size, for some seeds, and say whether its claim holds there."""
     if others := sorted(set(vars(options)) - FLAGS - {"run"}):
         raise UserError(f"--recipe takes {', '.join(map(flag, sorted(FLAGS - {'recipe'})))}, not {flag(others[0])}")
     seeds = getattr(options, "seeds", 3)

@@ -28,7 +28,7 @@ VOCAB = 2048
 TEACHER = dict(hidden=128, ffn=384, heads=4, layers=4)
 STUDENT = dict(hidden=64, ffn=192, heads=4, layers=2)
 STEPS, SIZE, LR = 150, 16, 1e-3  # of distillation
-FIGURE = "acceptance 1 - TVD on the student's own continuations of held-out text ('given': on the text itself), %"
+FIGURE = "acceptance 1 - TVD on the student's own continuations of held-out prompts (given: on the text's), %"
 
 
 class Pieces:
