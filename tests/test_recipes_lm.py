@@ -11,7 +11,7 @@ from kdkernels.trainer import data, models, recipes, textlab
 from kdkernels.trainer.config import Config
 from kdkernels.trainer.lab import frozen
 from kdkernels.trainer.recipes import akl, atsc, distillm, divergences, dkd, on_policy, simkd_lm, skd, taid
-from kdkernels.trainer.sampling import AS_IS, Judge, Taste, draw, respond
+from kdkernels.trainer.sampling import AS_IS, Judge, Taste, draw, nucleus, respond
 
 NAMES = [name for name in recipes.names() if hasattr(recipes.load(name), "LAB")]
 S, T = (3 * torch.randn(6, 100, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in range(2))
@@ -63,10 +63,12 @@ def algorithm_1(student, prompt, u, taste, judge):
 
 
 def drawn(logits, u, taste):
-    chances = sorted(((p, -i) for i, p in enumerate((logits / taste.temperature).softmax(-1).tolist())), reverse=True)
-    sums = list(itertools.accumulate((p for p, _ in chances), initial=0.0))
-    nucleus = sum(before < taste.top_p for before in sums[:-1])
-    return -next(i for (_, i), after in zip(chances, sums[1:], strict=True) if after > u * sums[nucleus])
+    p = (logits / taste.temperature).softmax(-1).tolist()
+    order = sorted(range(len(p)), key=lambda i: -p[i])
+    sums = itertools.accumulate((p[i] for i in order), initial=0.0)
+    nucleus = sorted(i for i, before in zip(order, sums, strict=False) if before < taste.top_p)
+    sums = list(itertools.accumulate(p[i] for i in nucleus))
+    return next(i for i, reached in zip(nucleus, sums, strict=True) if reached > u * sums[-1])
 
 
 @pytest.mark.parametrize("top_k", [1, 4, 40, None])
@@ -100,6 +102,9 @@ def test_tokens_are_drawn_with_their_probabilities():
     torch.testing.assert_close(shares(AS_IS), logits.exp(), rtol=0, atol=2e-4)
     torch.testing.assert_close(shares(Taste(0.5)), (2 * logits).softmax(-1), rtol=0, atol=2e-4)
     torch.testing.assert_close(shares(Taste(1.0, 0.5)), torch.tensor([0, 4, 0, 3]) / 7, rtol=0, atol=2e-4)
+    p = logits.exp()
+    torch.testing.assert_close(nucleus(p[None], 0.5, guess=1)[0], torch.tensor([0.0, 0.4, 0.0, 0.3]))
+    assert draw(logits[None], torch.tensor([1.0]), Taste(1.0, 0.5)) == 3  # as a u next to 1 may round
 
 
 def test_the_rows_compared_are_those_that_foretell_the_response(lab):
@@ -215,6 +220,7 @@ def test_distillm_takes_its_own_text_when_the_fixed_does_not_help(lab, monkeypat
 def test_a_run_with_a_schedule_goes_on_where_it_was_stopped(lab, tmp_path, monkeypatch):
     """Bit by bit, with AdamW's moments, the share of own text and the store of it."""
     monkeypatch.setattr(distillm, "EVERY", 1)
+    monkeypatch.setattr(distillm, "CAPACITY", 32)
     monkeypatch.setattr(distillm, "MORE", -math.inf)  # more of its own text at every look
     start = lab.student().state_dict()
 

@@ -31,11 +31,20 @@ class Judge(NamedTuple):
 
 def draw(logits: Tensor, u: Tensor, taste: Taste) -> Tensor:
     """Tokens (N,) where the distribution function of the rows (N, V) reaches u (N,), uniform in [0, 1)."""
-    p, order = (logits / taste.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= taste.top_p, 0.0)
-    reached = p.cumsum(-1)
-    place = (reached <= u[:, None].to(p) * reached[:, -1:]).sum(-1, keepdim=True)
-    return order.gather(-1, place.minimum((p > 0).sum(-1, keepdim=True) - 1))[:, 0]
+    p = (logits / taste.temperature).softmax(-1)
+    reached = (nucleus(p, taste.top_p) if taste.top_p < 1 else p).cumsum(-1)
+    total = reached[:, -1:]
+    place = (reached <= u[:, None].to(p) * total).sum(-1)
+    return place.minimum((reached < total).sum(-1))  # u * total may round to the total
+
+
+def nucleus(p: Tensor, mass: float, guess: int = 64) -> Tensor:
+    """p (N, V), 0 for all but the fewest most likely tokens that have the mass."""
+    top = p.topk(min(guess, p.shape[1])).values
+    inside = top.cumsum(-1) - top < mass
+    if inside[:, -1].any() and guess < p.shape[1]:
+        return nucleus(p, mass, 4 * guess)
+    return p.masked_fill(p < top.masked_fill(~inside, torch.inf).amin(-1, keepdim=True), 0.0)
 
 
 class Reading:

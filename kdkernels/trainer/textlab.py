@@ -27,7 +27,7 @@ PROMPT, RESPONSE = 32, 32
 VOCAB = 2048
 TEACHER = dict(hidden=128, ffn=384, heads=4, layers=4)
 STUDENT = dict(hidden=64, ffn=192, heads=4, layers=2)
-STEPS, SIZE, LR = 150, 16, 1e-3  # of distillation
+STEPS, SIZE, LR = 100, 16, 1e-3  # of distillation
 FIGURE = "acceptance 1 - TVD on the student's own continuations of held-out prompts (given: on the text's), %"
 
 
@@ -167,10 +167,10 @@ class TextLab(Runs):
         logits = responses(net(input_ids=tokens).logits)
         return kd.CrossEntropyLoss()(logits, labels=self.labels(tokens).flatten()).item()
 
-    def figures(self, arm: str, net) -> dict[str, float]:
-        """{arm: ..., arm, given: ...} as FIGURE says."""
+    def figures(self, arm: str, net, taste=AS_IS) -> dict[str, float]:
+        """{arm: ..., arm, given: ...} as FIGURE says; the continuations are drawn by `taste`."""
         held = self.data().held
-        own = self.written(net.eval(), held, torch.Generator().manual_seed(0))
+        own = self.written(net.eval(), held, torch.Generator().manual_seed(0), taste)
         return {arm: self._acceptance(net, own), f"{arm}, given": self._acceptance(net, held)}
 
     def _acceptance(self, net, tokens):

@@ -6,8 +6,8 @@ A token that the student draws (T = 0.5, top-p 0.5) stays if it is among the tea
 as they are; otherwise the teacher draws one (T = 0.2, top-p 0.5). The student drafts 5 tokens between two looks of the
 teacher; then one step on KL(p || q) over the tokens of the responses. K = V is on-policy distillation. (The released
 code tests another token than the drafted one, cuts the teacher's logits to the nucleus before it looks for the K, and
-leaves out the first token of the response.) Expected: above supervised and on-policy on the student's own text, the
-more the weaker the student.
+leaves out the first token of the response.) The figure is of text that the student draws as it does here, in all arms.
+Expected: above supervised and on-policy, the more the weaker the student.
 """
 
 import kdkernels as kd
@@ -35,7 +35,7 @@ def interleaved(lab):
 
 
 def run(lab):
-    figures, loss = supervised.baseline(lab), kd.ForwardKLLoss()
+    figures, loss = supervised.baseline(lab, STUDENT), kd.ForwardKLLoss()
     for arm, tokens in (("on-policy", on_policy.mixture(lab, 1.0, STUDENT)), ("SKD", interleaved(lab))):
-        figures |= lab.figures(arm, lab.distil(arm, loss, tokens))
+        figures |= lab.figures(arm, lab.distil(arm, loss, tokens), STUDENT)
     return figures
