@@ -219,16 +219,15 @@ def test_distillm_takes_its_own_text_when_the_fixed_does_not_help(lab, monkeypat
 
 def test_a_run_with_a_schedule_goes_on_where_it_was_stopped(lab, tmp_path, monkeypatch):
     """Bit by bit, with AdamW's moments, the share of own text and the store of it."""
-    monkeypatch.setattr(distillm, "EVERY", 1)
-    monkeypatch.setattr(distillm, "CAPACITY", 32)
-    monkeypatch.setattr(distillm, "MORE", -math.inf)  # more of its own text at every look
+    for name, value in dict(EVERY=1, CAPACITY=32, MORE=-math.inf, RISE=1.0).items():  # text of the store from step 3
+        monkeypatch.setattr(distillm, name, value)
     start = lab.student().state_dict()
 
     def train(where, stop=None):
         lab.folder = tmp_path / where
         net = lab.student()
         net.load_state_dict(start)
-        net.schedule = distillm.Adaptive(lab, 12)
+        net.schedule = distillm.Adaptive(lab, 1)
 
         def loss(s, t, labels):
             steps.append(None)
@@ -242,7 +241,7 @@ def test_a_run_with_a_schedule_goes_on_where_it_was_stopped(lab, tmp_path, monke
 
     monkeypatch.setattr(lab, "train", lambda *given, train=lab.train, **options: train(*given, every=5, **options))
     whole = train("whole")
-    assert whole[0]["schedule.count"] > 0 and whole[0]["schedule.phi"] == 1
+    assert whole[0]["schedule.count"] == 32 and whole[0]["schedule.phi"] == 1
     with pytest.raises(KeyboardInterrupt):
         train("stopped", stop=8)
     resumed = train("stopped")
