@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdkernels.trainer import data, models, recipes, textlab
+from kdkernels.trainer import data, models, recipes, reproduce, textlab
 from kdkernels.trainer.config import Config
 from kdkernels.trainer.lab import frozen
-from kdkernels.trainer.recipes import akl, atsc, distillm, divergences, dkd, on_policy, simkd_lm, skd, taid
+from kdkernels.trainer.recipes import akl, atsc, distillm, divergences, dkd, on_policy, simkd_lm, skd, supervised, taid
 from kdkernels.trainer.sampling import AS_IS, Judge, Taste, draw, nucleus, respond
 
 NAMES = [name for name in recipes.names() if hasattr(recipes.load(name), "LAB")]
@@ -283,3 +283,11 @@ def test_every_recipe_runs_and_says_what_it_is(name, lab):
     files = {path: path.stat().st_mtime_ns for path in lab.folder.iterdir()}
     assert recipe.run(lab) == figures  # from what it has written
     assert files == {path: path.stat().st_mtime_ns for path in lab.folder.iterdir()}
+
+
+def test_the_runner_knows_where_a_recipe_works(lab, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(supervised, "LAB", lambda *args: given.append(args) or lab)
+    result = reproduce.run("supervised", tmp_path / "out", tmp_path / "cache", seeds=1)
+    assert given[0][:3] == (tmp_path / "out/seed-0", tmp_path / "cache", 0)
+    assert result["trend"][0]["holds"] == "one seed" and "supervised" in reproduce.report(result)
