@@ -6,7 +6,7 @@ KL(q || (1 - a) p + a q), a = 0.1, the skewed reverse KL. phi, the share of batc
 0 and rises by 0.1 whenever the cross-entropy on held-out text did not fall below where it was when it last rose (every
 10 steps; the code asks for 0.1 nats more than that, in runs of many epochs). A step's text is written anew with
 probability phi (1 - step / total), or while the store of such texts is not full, kept there, and otherwise is one from
-the store: off-policy. 256 texts fit (in the code 1000). Expected: above the KLs.
+the store: off-policy. 64 texts fit (in the code 1000). Expected: above the KLs.
 """
 
 import math
@@ -24,7 +24,7 @@ SOURCE = "Ko et al. 2024, DistiLLM: towards streamlined distillation for large l
 CLAIM = "Skewed KLs are better than the KLs, and better still with the student's own text, adaptively."
 TREND = [("DistiLLM", "supervised"), ("skew reverse KL", "reverse KL"), ("DistiLLM", "skew reverse KL")]
 LOSS = kd.SkewReverseKLLoss(alpha=0.1)
-EVERY, RISE, MORE, CAPACITY = 10, 0.1, 0.0, 256
+EVERY, RISE, MORE, CAPACITY = 10, 0.1, 0.0, 64
 
 
 class Adaptive(nn.Module):
