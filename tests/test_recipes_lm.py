@@ -3,11 +3,12 @@
 import itertools
 import math
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kdkernels.trainer import data, models, recipes, reproduce, textlab
+from kdkernels.trainer import models, recipes, reproduce, textlab
 from kdkernels.trainer.config import Config
 from kdkernels.trainer.lab import frozen
 from kdkernels.trainer.recipes import akl, atsc, distillm, divergences, dkd, on_policy, simkd_lm, skd, supervised, taid
@@ -25,15 +26,19 @@ def lab(tmp_path, monkeypatch, texts):
                  STUDENT=dict(hidden=16, ffn=16, heads=2, layers=1))  # fmt: skip
     for name, value in small.items():
         monkeypatch.setattr(textlab, name, value)
-    lab = textlab.TextLab(tmp_path / "run", tmp_path / "cache", 0, lambda text: None, share=0.02)
+    lab = textlab.TextLab(tmp_path / "run", tmp_path / "cache", 1, lambda text: None, share=0.05)
     lab._data["text"] = textlab.Text(texts[0], texts[1:], vocab=300, few=40, held=8)
     return lab
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """The folder of what is cached, and that of the trainer's source to read."""
-    return tmp_path_factory.mktemp("texts"), data.__file__.rpartition("/")[0]
+    """The folder of what is cached, and texts of words that come as often as words do."""
+    folder, rng = tmp_path_factory.mktemp("texts"), numpy.random.default_rng(0)
+    words = ["".join(rng.choice([*"abcdefgh"], 2 + i % 4)) for i in range(200)]
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(" ".join(words[k] for k in rng.zipf(1.5, 200) % 200))
+    return folder / "cache", *map(str, folder.glob("*.txt"))
 
 
 @pytest.fixture(scope="module")
@@ -119,19 +124,36 @@ def test_the_rows_compared_are_those_that_foretell_the_response(lab):
     assert lab.cross_entropy(net, tokens) == pytest.approx(sum(wanted) / len(wanted), rel=1e-5)
 
 
+def test_the_student_is_compared_with_the_teacher_on_the_same_text(lab):
+    given, texts = [], [lab.data().held[:4], lab.data().held[4:]]
+
+    def loss(*rows):
+        given.append([x.detach().clone() for x in rows])
+        return (rows[0] - rows[1]).square().mean()
+
+    net = lab.student()
+    lab.distil("net", loss, lambda student, batch: texts[batch.step % 2], net=net)
+    s, t, labels = given[0]
+    for found, model in ((s, lab.student()), (t, lab.teacher())):
+        torch.testing.assert_close(found, model(input_ids=texts[0]).logits[:, 4:11].flatten(0, 1))
+    assert torch.equal(labels.view(4, 7)[texts[0][:, 5:] != lab.data().end][:3], texts[0][0, 5:8])
+    torch.testing.assert_close(given[1][1], lab.teacher()(input_ids=texts[1]).logits[:, 4:11].flatten(0, 1))
+    assert not torch.equal(net.model.norm.weight, lab.student().model.norm.weight)
+
+
 def test_speculative_distillation_reads_what_the_teacher_has_mended(lab, monkeypatch):
     """Algorithm 1 of the step's own random numbers, and of the student as it is at that step."""
-    net, batch = lab.student().double(), lab.batch(lab.data().few, 3, 4)
+    net, batch = lab.student().double(), lab.batch(lab.data().few, 3, 8)
     teacher = lab.teacher().double()
     monkeypatch.setattr(lab, "teacher", lambda: teacher)
-    with torch.no_grad():
-        net.get_input_embeddings().weight.mul_(8)  # surer, and elsewhere than the teacher
-    u = torch.rand(4, 7, 2, generator=lab.noise(3))
+    weights = torch.randn(lab.data().vocab, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    net.lm_head.weight = torch.nn.Parameter(net.lm_head.weight.detach() + 0.2 * weights)  # of another mind
+    u = torch.rand(8, 7, 2, generator=lab.noise(3))
     judge = skd.judge(lab.teacher())
     assert judge.top_k == 25 and judge.taste == (0.2, 0.5) and skd.STUDENT == (0.5, 0.5)
     rows = [algorithm_1(net, x[:5], of, skd.STUDENT, judge) for x, of in zip(batch.inputs, u, strict=True)]
     assert skd.interleaved(lab)(net, batch).tolist() == [text for text, _ in rows]
-    assert 0 < sum(mended for _, mended in rows) < 4 * 7
+    assert 0 < sum(mended for _, mended in rows) < 8 * 7
 
 
 def test_the_mixture_of_own_and_fixed_text(lab):
@@ -274,12 +296,15 @@ def test_heads_that_are_shared(lab):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_recipe_runs_and_says_what_it_is(name, lab):
+def test_every_recipe_runs_and_says_what_it_is(name, lab, monkeypatch):
+    for setting, value in dict(EVERY=1, MORE=-math.inf, RISE=1.0).items():  # five steps are all there are
+        monkeypatch.setattr(distillm, setting, value)
     recipe = recipes.load(name)
     assert f"kdkernels distill --recipe {name}\n" in recipe.__doc__ and "xpected" in recipe.__doc__
     figures = recipe.run(lab)
     assert all(arm in figures for pair in recipe.TREND for arm in pair) and recipe.CLAIM.endswith(".")
     assert all(0 <= value <= 100 for value in figures.values())
+    assert len({str(curve) for curve in lab.curves.values()}) == len(lab.curves)  # no arm does what another does
     files = {path: path.stat().st_mtime_ns for path in lab.folder.iterdir()}
     assert recipe.run(lab) == figures  # from what it has written
     assert files == {path: path.stat().st_mtime_ns for path in lab.folder.iterdir()}
