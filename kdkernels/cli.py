@@ -74,7 +74,7 @@ def add_distill(commands):
     one.set_defaults(run=run_distill)
     one.add_argument("--quick", action="store_true", help="a small run: about two minutes on two cores")
     one.add_argument("--resume", metavar="RUN_DIR", help="go on with a run that was killed")
-    one.add_argument("--recipe", metavar="NAME", help="instead, reproduce a published system on small images (see "
+    one.add_argument("--recipe", metavar="NAME", help="instead, reproduce a published system at a small size (see "
                      "`kdkernels recipes`); with --seeds, --out, --cache and --threads alone")  # fmt: skip
     one.add_argument("--seeds", type=int, metavar="INT", help="of a recipe (default: 3)")
     groups = add_settings(one)

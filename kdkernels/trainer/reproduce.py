@@ -25,7 +25,8 @@ def run(name: str, out, cache, seeds: int = 3, show=print) -> dict:
     for seed in range(seeds):
         path = Path(out) / f"seed-{seed}" / "figures.json"
         if not path.exists():
-            lab = Lab(path.parent, cache, seed, lambda text, seed=seed: show(f"{name}, seed {seed}: {text}"))
+            kind = getattr(recipe, "LAB", Lab)
+            lab = kind(path.parent, cache, seed, lambda text, seed=seed: show(f"{name}, seed {seed}: {text}"))
             files.write_json(path, recipe.run(lab))
         found.append(read_json(path))
     arms = {arm: [figures[arm] for figures in found] for arm in found[0]}
@@ -60,7 +61,7 @@ def report(result: dict) -> str:
 
 
 def command(options) -> int:
-    """Reproduce a published system on small images, for some seeds, and say whether its claim holds there."""
+    """Reproduce a published system at a small size, for some seeds, and say whether its claim holds there."""
     if others := sorted(set(vars(options)) - FLAGS - {"run"}):
         raise UserError(f"--recipe takes {', '.join(map(flag, sorted(FLAGS - {'recipe'})))}, not {flag(others[0])}")
     seeds = getattr(options, "seeds", 3)
