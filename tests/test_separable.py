@@ -352,8 +352,8 @@ def test_weights_of_each_group_and_groups_that_look_at_the_label():
     s, t, y = batch(6, 9, scale=2.0)
     y = y.index_fill(0, torch.tensor([2]), -100)
     kept = y >= 0
-    split = [kd.GroupedKLLoss(GROUPS, between=0.0, within=tuple(float(g == k) for k in range(3)), reduction="none")(s, t)
-             for g in range(3)]  # fmt: skip
+    split = [kd.GroupedKLLoss(GROUPS, between=0.0, within=within, reduction="none")(s, t)
+             for within in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))]  # fmt: skip
     torch.testing.assert_close(sum(split), kd.GroupedKLLoss(GROUPS, between=0.0, reduction="none")(s, t))
     assert min(x.abs().min() for x in split) > 1e-6
     with pytest.raises(ValueError, match=r"within.*3 groups, got 2"):

@@ -3,17 +3,18 @@ student.
 
     kdkernels distill --recipe dfpt
 
-After each stage of the frozen teacher a prompt block (a 1 x 1 convolution to a quarter of the channels; convolutions of
-1, 3 and 5 pixels on half of these, each with a 1 x 1 behind it; a 1 x 1 back) adds to the features, 0 at first; a second
-head makes logits of them. Each batch has two updates. Prompts and second head: CE + a T^2 KL(p || p') + b T^2 KL(q || p')
-of the first path's p, the prompt path's p' and the student's q, a constant. Then the student: KD from p'. No code and no
-weights are public: a = b = 1, T = 4, KD's alpha = 0.9 and the sum as the fusion are our choices. DFPT-KD+ would train
-the whole path, and is not here. Expected: above KD.
+After each stage of the frozen teacher a prompt block (a 1 x 1 convolution to a quarter of the channels; convolutions
+of 1, 3 and 5 pixels on half of these, each with a 1 x 1 behind it; a 1 x 1 back) adds to the features, 0 at first; a
+second head makes logits of them. Each batch has two updates. Prompts and second head: CE + a T^2 KL(p || p') + b T^2
+KL(q || p') of the first path's p, the prompt path's p' and the student's q, a constant. Then the student: KD from p'.
+No code and no weights are public: a = b = 1, T = 4, KD's alpha = 0.9 and the sum as the fusion are our choices.
+DFPT-KD+ would train the whole path, and is not here. Expected: above KD.
 """
 
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import kdkernels as kd
@@ -44,9 +45,9 @@ class Prompt(nn.Module):
             nn.init.zeros_(p)
 
     def forward(self, x):
-        x = self.down(x).relu()
+        x = F.gelu(self.down(x))
         for partial, point in zip(self.partial, self.point, strict=True):
-            x = point(torch.cat((partial(x[:, : self.part]), x[:, self.part :]), 1)).relu()
+            x = F.gelu(point(torch.cat((partial(x[:, : self.part]), x[:, self.part :]), 1)))
         return self.up(x)
 
 
@@ -90,7 +91,7 @@ def updates(net):
             p, q = dual.teacher.eval()(batch.images), student.eval()(batch.images)
         student.train()
         own = dual(batch.images)
-        return nn.functional.cross_entropy(own, batch.labels) + stay(own, p) + approach(own, q)
+        return F.cross_entropy(own, batch.labels) + stay(own, p) + approach(own, q)
 
     def distil(batch):
         with torch.no_grad():

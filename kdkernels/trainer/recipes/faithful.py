@@ -98,6 +98,7 @@ def bounds(net, x, labels, radius):
         if isinstance(layer, nn.Conv2d):
             middle, width = layer(middle), F.conv2d(width, layer.weight.abs(), padding=layer.padding)
         elif isinstance(layer, nn.BatchNorm2d):
+            assert layer.running_var is not None
             scale = layer.weight / (layer.running_var + layer.eps).sqrt()
             middle, width = layer(middle), width * scale.abs()[:, None, None]
         else:  # monotone
@@ -115,7 +116,8 @@ def certificate(student, teacher, x, labels, radius):
     """(N,) an upper bound of |q_y - p_y| in the balls."""
     parts = []
     for part, own in zip(x.split(50), labels.split(50), strict=True):
-        (q_low, q_high), (p_low, p_high) = ([v.exp() for v in bounds(net, part, own, radius)] for net in (student, teacher))
+        both = (bounds(net, part, own, radius) for net in (student, teacher))
+        (q_low, q_high), (p_low, p_high) = ((low.exp(), high.exp()) for low, high in both)
         parts.append(torch.maximum(q_high - p_low, p_high - q_low))
     return torch.cat(parts)
 
@@ -137,7 +139,7 @@ def faithfulness(student, teacher, data, noise):
 def run(lab):
     data, teacher = lab.data(), frozen(lab.teacher())
     figures = {"teacher": accuracy(teacher, data)}
-    arms = {"KD": dict(radius=0.0), "teacher held": dict(held=True), "faithful": {}}
+    arms: dict[str, dict] = {"KD": dict(radius=0.0), "teacher held": dict(held=True), "faithful": {}}
     for arm, options in arms.items():
         net = lab.student()
         update = Update(loss(net, teacher, **options), list(net.parameters()))

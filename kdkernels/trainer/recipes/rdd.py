@@ -1,4 +1,4 @@
-"""Relative difficulty distillation: which pixels of a segmentation the student learns from depends on how hard they are.
+"""Relative difficulty distillation: how hard a pixel is for the two nets decides whether the student learns from it.
 
     kdkernels distill --recipe rdd
 
