@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from textbook import kl, logp, ltkd
 
 import kdkernels as kd
+from benchmarks.pages import bayes_teacher
 from kdkernels.trainer import images
 from kdkernels.trainer.lab import Batch, Lab, frozen
 from kdkernels.trainer.recipes import cmkd, dfpt, faithful, grouped, rdd
@@ -210,3 +211,15 @@ def test_the_certificate_bounds_what_ascent_finds():
                 near = x + radius * torch.randn(x.shape).sign()
                 own = net_(near).softmax(-1).gather(1, y[:, None])[:, 0]
                 assert (low <= own + 1e-6).all() and (own <= high + 1e-6).all()
+
+
+def test_the_posterior_of_the_mixture_is_that_of_its_densities():
+    mixture = bayes_teacher.Mixture()
+    x, _ = mixture.draw(30)
+    each = torch.distributions.MultivariateNormal(mixture.means[:, None], torch.eye(mixture.means.shape[1]))
+    torch.testing.assert_close(mixture.logits(x).softmax(-1), each.log_prob(x).T.softmax(-1))
+    runs = [{"loss": name, "n": 5, "seed": 0, "distance": d, "teacher": -d, "student": d**2}
+            for name, d in (("cross-entropy", 2.0), ("squared error", 1.0))]  # fmt: skip
+    found = bayes_teacher.summary(runs)
+    assert found["rank correlation with the student's error"] == pytest.approx({"distance": 1.0, "teacher": -1.0})
+    assert found["of which squared error has the smaller"] == {"distance": 1, "student": 1}
