@@ -100,15 +100,14 @@ def test_the_prompt_path_begins_as_the_teacher_and_learns_beside_it(lab):
 def test_the_student_is_told_by_the_prompt_path_and_the_prompts_by_teacher_and_student():
     both, here = dfpt.Both(net(1), dfpt.DualPath(net(0))), batch()
     prompt, learn = dfpt.updates(both)
+    both.student.train()
     q, p = both.student(here.images), both.dual.teacher(here.images)
     with torch.no_grad():
         both.dual.second.bias[3] += 2.0
         own = both.dual(here.images)
-        told = kd.KDLoss(temperature=dfpt.T, alpha=0.9)(both.student.train()(here.images), own, here.labels)
+        told = kd.KDLoss(temperature=dfpt.T, alpha=0.9)(q, own, here.labels)
         torch.testing.assert_close(learn.loss(here), told)
-        both.student.eval()
         two = [dfpt.T**2 * kl(logp(x / dfpt.T), logp(own / dfpt.T)).mean() for x in (p, q)]
-    both.student.load_state_dict(net(1).state_dict())
     want = F.cross_entropy(own, here.labels) + dfpt.A * two[0] + dfpt.B * two[1]
     torch.testing.assert_close(prompt.loss(here), want)
     assert {id(v) for v in prompt.parameters} == {id(v) for v in both.dual.own()}

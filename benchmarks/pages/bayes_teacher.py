@@ -116,8 +116,9 @@ def draw(numbers: dict, path: Path) -> None:
     from .drawings import WIDTH, pyplot, save
 
     figure, axes = pyplot.subplots(1, 2, figsize=(WIDTH, 3.4), sharey=True, layout="constrained")
-    for axis, key, label in zip(axes, ("distance", "teacher"), ("teacher's mean |p − P|²", "teacher's excess error, %"),
-                                strict=True):  # fmt: skip
+    shown = {"distance": ("teacher's mean |p − P|²", (0.01, 0.02, 0.05, 0.1, 0.2)),
+             "teacher": ("teacher's excess error, %", (1, 2, 4, 8))}  # fmt: skip
+    for axis, (key, (label, ticks)) in zip(axes, shown.items(), strict=True):
         for name, marker in zip(LOSSES, "ox", strict=True):
             rows = [row for row in numbers["runs"] if row["loss"] == name]
             columns = [[row[name] for row in rows] for name in (key, "student")]
@@ -126,6 +127,8 @@ def draw(numbers: dict, path: Path) -> None:
         axis.axhline(least, color="gray", ls=":", lw=1, label="of the posterior itself")
         axis.set_xlabel(label)
         axis.set_xscale("log")
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
+        axis.set_xticks([], minor=True)
     axes[0].set_ylabel("student's excess error, %")
     axes[0].legend(frameon=False, title="teacher trained with", fontsize=8)
     for axis, value in zip(axes, numbers["rank correlation with the student's error"].values(), strict=True):

@@ -2,10 +2,10 @@
 
     kdkernels distill --recipe faithful
 
-(1 - alpha) CE(q(x)) + alpha KL(p(x') || q(x')), x' the picture within 0.05 of x in every pixel at which that KL is
-largest, by projected gradient ascent: both nets are at x', the teacher is not held at x. The paper's exact loss was not
-available; alpha = 0.9, the radius and 3 steps of ascent are our choices. Measured on test pictures that both nets get
-right, each against its own teacher:
+(1 - alpha) CE(q(x)) + alpha KL(p(x') || q(x')), x' the picture within 0.02 of x in every pixel at which that KL is
+largest, by projected gradient ascent: both nets are at x', the teacher is not held at x. The teacher is the usual one,
+trained further with the cross-entropy at the x' where that is largest. The paper's exact loss was not available; alpha =
+0.9, the radius, 2 steps of ascent and the teacher are our choices. Measured on test pictures that both nets get right:
 
     agreement   % of them at which ascent (10 steps, on KL and on the gap) finds no x' with two answers: at most this
                 is the agreement in the ball
@@ -16,6 +16,8 @@ Expected: more of the first two than KD at the same alpha, and than with the tea
 bound of both nets apart, which nothing here trains for.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,14 +25,15 @@ from torch import nn
 import kdkernels as kd
 
 from ..images import accuracy
-from ..lab import Update, frozen
+from ..lab import Lab, Update, frozen
 
 SOURCE = "Lamb et al. 2023, Faithful knowledge distillation (arXiv 2306.04431)"
 CLAIM = "A student distilled at adversarial points agrees more with its teacher around the data."
 FIGURE = "top-1 accuracy, agreement, closeness and certified closeness, %"
 TREND = [("agreement, faithful", "agreement, KD"), ("closeness, faithful", "closeness, KD"),
          ("agreement, faithful", "agreement, teacher held")]  # fmt: skip
-ALPHA, RADIUS, ASCENT, TEST, CERTIFIED, STEPS = 0.9, 0.05, 3, 500, 5e-4, 400
+ALPHA, RADIUS, ASCENT, TEST, CERTIFIED = 0.9, 0.02, 2, 500, 5e-4
+STEPS, TEACHER_STEPS = 500, 300
 
 
 def ascend(objective, x, radius, steps, noise):
@@ -48,6 +51,25 @@ def ascend(objective, x, radius, steps, noise):
     return best.detach()
 
 
+def robust(net):
+    """Cross-entropy at adversarial points, of a batch."""
+    rows = kd.CrossEntropyLoss(reduction="none")
+
+    def of(batch):
+        net.eval()  # the ascent is no batch to normalise by
+        at = ascend(lambda x: rows(net(x), labels=batch.labels), batch.images, RADIUS, ASCENT, batch.noise)
+        return F.cross_entropy(net.train()(at), batch.labels)
+
+    return of
+
+
+def robust_teacher(lab):
+    shared, net = Lab(lab.cache, lab.cache, 1000, lab.show, lab.share), copy.deepcopy(lab.teacher()).requires_grad_(True)
+    name = f"robust-teacher-{lab.data().key.replace(' ', '-')}-{RADIUS}-{ASCENT}-{TEACHER_STEPS}"
+    update = Update(robust(net), list(net.parameters()), 0.02)
+    return frozen(shared.train(name, net, [update], steps=TEACHER_STEPS, data=lab.data()))
+
+
 def divergence(student, teacher):
     rows = kd.ForwardKLLoss(reduction="none")
     return lambda x: rows(student(x), teacher(x))
@@ -60,7 +82,7 @@ def loss(net, teacher, radius=RADIUS, held=False):
     def of(batch):
         at = batch.images
         if radius:
-            net.eval()  # the ascent is no batch to normalise by
+            net.eval()
             with torch.no_grad():
                 there = teacher(at)
             fixed = (lambda x: there) if held else teacher
@@ -137,7 +159,7 @@ def faithfulness(student, teacher, data, noise):
 
 
 def run(lab):
-    data, teacher = lab.data(), frozen(lab.teacher())
+    data, teacher = lab.data(), robust_teacher(lab)
     figures = {"teacher": accuracy(teacher, data)}
     arms: dict[str, dict] = {"KD": dict(radius=0.0), "teacher held": dict(held=True), "faithful": {}}
     for arm, options in arms.items():

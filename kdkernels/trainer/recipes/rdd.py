@@ -26,7 +26,7 @@ FIGURE = "mean intersection over union, %"
 TREND = [("RDD", "KD"), ("KD", "cross-entropy")]
 CLASSES, TEACHER, STUDENT = 11, (16, 64, 64), (6, 12, 12)
 FIRST, AUXILIARY, SURE, HARDEST, KL = 0.1, 0.4, 0.7, 0.024, 1.0
-STEPS, TEACHER_STEPS = 800, 1000
+STEPS, TEACHER_STEPS = 400, 800
 
 
 class SegNet(nn.Module):
