@@ -9,7 +9,7 @@ import kdkernels as kd
 from benchmarks.pages import bayes_teacher
 from kdkernels.trainer import images
 from kdkernels.trainer.lab import Batch, Lab, frozen
-from kdkernels.trainer.recipes import cmkd, dfpt, faithful, grouped, rdd
+from kdkernels.trainer.recipes import bayesian_teacher, cmkd, dfpt, faithful, grouped, rdd
 from kdkernels.trainer.recipes import ltkd as longtail
 
 S, T = (3 * torch.randn(6, 100, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in range(2))
@@ -112,6 +112,15 @@ def test_the_student_is_told_by_the_prompt_path_and_the_prompts_by_teacher_and_s
     torch.testing.assert_close(prompt.loss(here), want)
     assert {id(v) for v in prompt.parameters} == {id(v) for v in both.dual.own()}
     assert {id(v) for v in learn.parameters} == {id(v) for v in both.student.parameters()}
+
+
+def test_an_ensemble_is_told_as_the_mean_of_tempered_distributions():
+    several = torch.stack((T, S.flip(0), T.roll(1, 0)))
+    loss = kd.KDLoss(temperature=bayesian_teacher.T, alpha=1.0)
+    mean = (several / bayesian_teacher.T).softmax(-1).mean(0)
+    want = bayesian_teacher.T**2 * kl(mean.log(), logp(S / bayesian_teacher.T)).mean()
+    torch.testing.assert_close(loss(S, bayesian_teacher.ensemble(several)), want)
+    assert (loss(S, bayesian_teacher.mixture(several)) - want).abs() > 1e-2  # tempered after it was mixed
 
 
 def segmenters():
