@@ -203,6 +203,18 @@ def test_both_nets_are_at_the_adversarial_point(held):
     assert torch.equal(student.asked[-1], here.images) and value > plain
 
 
+def test_the_certificate_is_exact_for_two_classes_of_a_linear_net():
+    linear = net(3)
+    linear.body = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Conv2d(1, 4, 3, padding=1)).eval()
+    linear.body[0].running_var[:], linear.body[0].weight.data[:] = 0.3, -2.0
+    linear.head = torch.nn.Linear(80, 2)
+    x, y = DATA.test[0][:10], torch.arange(10) % 2
+    (slope,) = torch.autograd.grad(linear(x.requires_grad_()).gather(1, y[:, None]).sum() * 2 - linear(x).sum(), x)
+    for bound, sign in zip(faithful.bounds(linear, x, y, 0.05), (-1, 1), strict=True):
+        worst = linear(x + sign * 0.05 * slope.sign()).log_softmax(-1).gather(1, y[:, None])[:, 0]
+        torch.testing.assert_close(bound, worst, rtol=1e-4, atol=1e-5)
+
+
 def test_the_certificate_bounds_what_ascent_finds():
     student, teacher, (x, y, _) = net(1), net(0), (v[:20] for v in DATA.test)
     measure = faithful.gap(student, teacher, y)

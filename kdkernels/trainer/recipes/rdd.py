@@ -24,9 +24,9 @@ SOURCE = "Liang et al. 2024, Relative difficulty distillation for semantic segme
 CLAIM = "Letting the relative difficulty of pixels choose what to learn from is better than learning from all."
 FIGURE = "mean intersection over union, %"
 TREND = [("RDD", "KD"), ("KD", "cross-entropy")]
-CLASSES, TEACHER, STUDENT = 11, (16, 64, 64), (6, 12, 12)
+CLASSES, TEACHER, STUDENT = 11, (16, 64, 64), (8, 24, 24)
 FIRST, AUXILIARY, SURE, HARDEST, KL = 0.1, 0.4, 0.7, 0.024, 1.0
-STEPS, TEACHER_STEPS = 400, 800
+STEPS, TEACHER_STEPS, LR = 400, 600, 0.2
 
 
 class SegNet(nn.Module):
@@ -101,7 +101,7 @@ def trained(lab, name, make, widths, **options):
     """A net of these widths, every one of a seed from the same weights, trained with make(net)(batch)."""
     torch.manual_seed(lab.seed)
     net = SegNet(widths)
-    return lab.train(name, net, [Update(make(net), list(net.parameters()))], **options)
+    return lab.train(name, net, [Update(make(net), list(net.parameters()), LR)], **options)
 
 
 def run(lab):
