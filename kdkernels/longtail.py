@@ -66,7 +66,7 @@ class LTKDLoss(GroupedKLLoss):
             counted = torch.ones(teacher.shape[:-1].numel(), dtype=torch.bool, device=teacher.device)
             for x, nothing in ((rows.labels, self.ignore_index), (rows.weight, 0)):
                 counted = counted if x is None else counted & (x.reshape(-1) != nothing)
-            total = args.new_zeros(int(groups.max()) + 1)
+            total = args.new_zeros(self._count)
             for at, logits in blocks(teacher):
                 scaled = logits[:, : rows.vocab].double() * (inverse if len(inverse) == 1 else inverse[at])
                 scaled = scaled if rows.mask is None else torch.where(rows.mask, scaled, -math.inf)

@@ -4,8 +4,8 @@
 
 CE + w [(1 - h) (1 - Pearson) + h (1 - Spearman)], h = H(p) / log V the teacher's entropy at temperature 4: pictures
 that are hard for the teacher lean on ranks. The paper's weights are not public: w = 20, at which the slopes of both
-terms are of the size of the cross-entropy's, and the entropy are our choices. Expected: above KD, and above Pearson
-alone.
+terms are of the size of the cross-entropy's, and the entropy are our choices. Expected: 74%, beside 75% of KD and 76%
+of Pearson alone: with these weights the claim does not hold here.
 """
 
 import kdkernels as kd

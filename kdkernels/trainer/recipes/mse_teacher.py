@@ -6,6 +6,7 @@ The teacher's loss is sum_i (q_i - [i = y])^2 in place of the cross-entropy (`sp
 the raw logits, which the paper's code has too and a later paper used). It starts from the weights of the cross-
 entropy's teacher, which is our choice: the slope of the squared error vanishes where a net is sure and wrong. The
 students are those of `kd`. Expected: a teacher of a lower accuracy and a student of a higher one.
+`python -m benchmarks.pages.bayes_teacher` looks at both losses where the posterior is known.
 """
 
 import copy
