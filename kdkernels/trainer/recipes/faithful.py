@@ -13,8 +13,8 @@ right:
     closeness   100 (1 - gap), gap the largest |q_y(x') - p_y(x')| found: a lower bound of the largest there is
     certified   100 (1 - an upper bound of it), by interval bounds through both nets, in a ball of radius 0.0005
 
-Expected: more agreement than KD at the same alpha, at the price of accuracy, and closer to the teacher than a student
-whose teacher is held at x. Hardly closer than KD's: at the first steps of learning it is less sure than its teacher.
+Expected: agreement 54, beside 36 of KD at the same alpha and 56 with the teacher held at x, at the price of accuracy
+(55, 63, 49); closeness 28, beside 33 and 24: closer than with the teacher held, and not than KD, after these 500 steps.
 """
 
 import copy
