@@ -250,8 +250,10 @@ def test_import_is_light():
 
 
 @pytest.mark.parametrize(
-    "name", ["rows", "linear", "ranks", "rank_distillation", "pages.rank_gradients", "gpu", "separable"]
-)
+    "name",
+    ["rows", "linear", "ranks", "rank_distillation", "pages.rank_gradients", "pages.alpha_beta", "pages.bayes_teacher",
+     "gpu", "separable"],
+)  # fmt: skip
 def test_benchmarks_say_what_they_measure(name):
     run = [sys.executable, "-m", f"benchmarks.{name}", "--help"]
     done = subprocess.run(run, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)

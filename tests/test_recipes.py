@@ -33,6 +33,7 @@ Y = torch.randint(100, (6,), generator=torch.Generator().manual_seed(2))
 def lab(tmp_path):
     lab = Lab(tmp_path / "run", tmp_path / "cache", 0, lambda text: None, share=0.004)
     lab._data[()] = lab._data[("train", comparative.CALLS),] = images.Pairs(train=300, test=200)
+    lab._data[("imbalance", 20.0),] = lab._data[()]
     return lab
 
 
