@@ -16,7 +16,7 @@ import torch
 import kdkernels as kd
 
 from ..merged import refusal
-from . import checkpoint, models, report
+from . import checkpoint, models, parallel, report
 from .config import TEACHER_FIELDS, UserError, check, require
 from .data import Corpus
 from .distill import need_extra, set_up, trained_teacher
@@ -39,6 +39,8 @@ def write_cache(cfg, top_k, temperature=1.0, teacher_file=""):
         cfg.tokenizer = str(path / "tokenizer.json")
     check(cfg)
     need_extra()
+    if parallel.size() > 1:
+        raise UserError("`kdkernels cache` runs in one process, without torchrun")
     set_up(cfg)
     with report.progress("tokenise (characters)", "") as bar:
         corpus = Corpus(cfg).load(bar)
@@ -99,7 +101,7 @@ def read_teacher(path, cfg, corpus):
 
 
 class CachedTeacher:
-    """f(step, inputs) -> the teacher of a step's batch, from the cache of a run."""
+    """f(step, row, inputs) -> the teacher of the rows from `row` on of a step's batch, from the cache of a run."""
 
     def __init__(self, cfg, corpus, crc, loss):
         self.cfg = cfg
@@ -121,12 +123,13 @@ class CachedTeacher:
             return
         inputs, labels = (x.to(self.cfg.device) for x in corpus.batch(STREAM, 0, self.cfg.batch))
         try:
-            loss(torch.zeros(1, corpus.vocab_size, device=self.cfg.device), self(0, inputs)[:1], labels.flatten()[:1])
+            student = torch.zeros(1, corpus.vocab_size, device=self.cfg.device)
+            loss(student, self(0, 0, inputs)[:1], labels.flatten()[:1])
         except ValueError as error:
             raise UserError(f"--teacher-cache {self.cfg.teacher_cache}: {error}") from None
 
-    def __call__(self, step, inputs):
-        first = step * self.cfg.batch
+    def __call__(self, step, row, inputs):
+        first = step * self.cfg.batch + row
         try:
             found = self.reader.examples(range(first, first + len(inputs)), inputs)
         except kd.cache.CacheError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .. import files
-from . import recipes
+from . import parallel, recipes
 from .checkpoint import read_json
 from .config import Config, UserError, flag
 from .distill import need_extra
@@ -66,7 +66,9 @@ def command(options) -> int:
     seeds = getattr(options, "seeds", 3)
     if seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {seeds}")
-    need_extra()
+    need_extra("sklearn")
+    if parallel.size() > 1:
+        raise UserError("--recipe runs in one process, without torchrun")
     if threads := getattr(options, "threads", 0):
         torch.set_num_threads(threads)
     recipes.load(options.recipe)  # before anything is written
