@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tensorboard.backend.event_processing import event_accumulator
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import kdkernels as kd
@@ -75,8 +77,8 @@ def run(*arguments, **options):
 
 @pytest.fixture(scope="module")
 def forked(tmp_path_factory):
-    """call(*arguments, kill="", command="distill") -> exit status, output. A process of its own, without the seconds
-    that importing takes: it is forked from one that has only imported."""
+    """call(*arguments, kill="", command="distill", ranks=1) -> exit status, output of the first rank. A process of its
+    own, without the seconds that importing takes: it is forked from one that has only imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["kdkernels.trainer.caching", "transformers.models.llama.modeling_llama", "matplotlib.pyplot", "rich", "pytest"]
@@ -87,18 +89,34 @@ def forked(tmp_path_factory):
         forkserver.ensure_running()
     log = tmp_path_factory.mktemp("forked") / "log"
 
-    def call(*arguments, kill="", command="distill"):
-        process = context.Process(target=child, args=([command, *map(str, arguments)], log, kill))
-        process.start()
-        process.join(60)
-        process.kill()  # nothing happens to one that has ended
-        process.join()
-        return process.exitcode, log.read_text()
+    def call(*arguments, kill="", command="distill", ranks=1):
+        given = [command, *map(str, arguments)]
+        world = [{}] if ranks == 1 else [started(rank, ranks, log.parent / "port") for rank in range(ranks)]
+        logs = [log.with_suffix(f".{rank}") for rank in range(ranks)]
+        processes = [context.Process(target=child, args=(given, *one, kill)) for one in zip(logs, world, strict=True)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+            process.kill()  # nothing happens to one that has ended
+            process.join()
+        return processes[0].exitcode, logs[0].read_text()
 
     return call
 
 
-def child(arguments, log, kill):
+def started(rank, ranks, folder):
+    """The environment that torchrun gives a rank, at a port that is free."""
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            folder.write_text(str(free.getsockname()[1]))
+    return {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost",
+            "MASTER_PORT": folder.read_text()}  # fmt: skip
+
+
+def child(arguments, log, variables, kill):
+    os.environ.update(variables)
     from kdkernels.cli import main
     from kdkernels.trainer import caching
 
@@ -236,6 +254,52 @@ def test_damaged_checkpoint_and_cached_teacher(place, whole, forked, tmp_path):
     path.write_bytes(raw[: len(raw) // 2])
     status, shown = forked("--resume", out)
     assert status == 2 and str(path) in shown and "damaged" in shown
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks(place, whole, forked, kind, tmp_path):
+    """They learn what one learns from the same batches, and go on after a kill in the same bytes. DDP by torchrun."""
+    flags = [*fresh(place, tmp_path / "out", place / "cache"), "--parallel", kind]
+    if kind == "ddp":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run([*torchrun, *command(*flags)[1:]], env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.count("held-out text") == 1, done.stdout + done.stderr
+    else:
+        status, shown = forked(*flags, ranks=2)
+        assert status == 0, shown
+    near(tmp_path / "out", whole[0])
+    flags[flags.index("--out") + 1] = tmp_path / "killed"
+    status, shown = forked(*flags, kill="student 12", ranks=2)
+    assert status == -signal.SIGKILL, shown
+    status, shown = forked("--resume", tmp_path / "killed", ranks=2)
+    assert status == 0, shown
+    for name in ("ce.safetensors", "distilled.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+    assert records(tmp_path / "killed") == records(tmp_path / "out")
+
+
+def near(folder, whole):
+    """The same losses and table to rounding."""
+    mine, theirs = ([r for r in records(x) if r["stage"] == "student"] for x in (folder, whole))
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.get("loss", {}) == pytest.approx(b.get("loss", {}), rel=1e-4)
+    for figures, others in zip(table_of(folder).values(), table_of(whole).values(), strict=True):
+        assert figures == pytest.approx(others, abs=2e-3)
+
+
+def test_accumulated_gradients(place, whole, forked, tmp_path):
+    """Three parts, of which the last has fewer rows: what one part learns. TensorBoard has the journal."""
+    status, shown = forked(*fresh(place, tmp_path / "out", place / "cache"), "--accumulate", "3")
+    assert status == 0 and "distilled agreement 0." in shown, shown
+    near(tmp_path / "out", whole[0])
+    accumulator = event_accumulator.EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    for name in ("ce", "distilled"):
+        points = accumulator.Scalars(f"student/loss/{name}")
+        want = [(r["step"], r["loss"][name]) for r in records(tmp_path / "out") if "loss" in r]
+        assert [p.step for p in points] == [step for step, _ in want]
+        assert [p.value for p in points] == pytest.approx([value for _, value in want])
+    held = accumulator.Scalars("student/held_out/distilled/agreement")
+    assert [p.step for p in held] == [0, 15, 30]
 
 
 def test_finished_run_shows_its_table(whole):
