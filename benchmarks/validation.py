@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from kdkernels import files
-from kdkernels.trainer import recipes, reproduce
+from kdkernels.trainer import images, lab, recipes, reproduce
 from kdkernels.trainer.config import Config
 from kdkernels.trainer.lab import Lab, Update
 
@@ -53,7 +53,7 @@ def locked(path):
         yield time.perf_counter() - start
 
 
-def first_loss(train, lab, name, net, updates, options):
+def first_loss(train, where, name, net, updates, options):
     """Of the run as it would start; leaves net as it was."""
 
     def stop(batch):
@@ -61,7 +61,7 @@ def first_loss(train, lab, name, net, updates, options):
 
     kept = {k: v.clone() for k, v in net.state_dict().items()}
     try:
-        train(lab, name, net, [Update(stop, updates[0].parameters, updates[0].lr), *updates[1:]], **options)
+        train(where, name, net, [Update(stop, updates[0].parameters, updates[0].lr), *updates[1:]], **options)
     except FirstLoss as found:
         return found.args[0]
     finally:
@@ -100,10 +100,15 @@ def sharing(train, common, spent, share=1.0):
     return shared
 
 
+def prepare():
+    """A process draws each set of pictures once."""
+    torch.set_num_threads(1)
+    lab.Pairs = functools.cache(images.Pairs)
+
+
 def work(task, out, cache, share):
     """One seed of a recipe, after those before it; -> name, seed, an error or None."""
     name, seed = task
-    torch.set_num_threads(1)
     spent, train, folder = dict(teachers=0.0, waited=0.0), Lab.train, out / name
     path = folder / f"seconds-{seed}.json"
     before = json.loads(path.read_text()) if path.exists() else dict(own=0.0, teachers=0.0)
@@ -139,7 +144,7 @@ def run_all(names, options):
     """-> {name: error} of what failed. Seed by seed, each for all recipes, so that one that is stopped has all."""
     failed, seeds = {}, dict.fromkeys(names, options.seeds)
     one = functools.partial(work, out=options.out, cache=options.cache, share=options.share)
-    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+    with multiprocessing.get_context("spawn").Pool(options.jobs, prepare) as pool:
         for seed in range(options.seeds):
             tasks = [(name, seed) for name in names if seed < seeds[name] and name not in failed]
             tasks = [t for t in tasks if not (options.out / t[0] / f"seed-{seed}" / "figures.json").exists()]
@@ -196,9 +201,9 @@ def spread(values):
 
 def table(record):
     """Markdown: a line for each thing that a claim says of two arms."""
-    about = f"`python -m benchmarks.validation` on {record['machine']}, {record['processes']} processes, "
-    lines = ["# Validation", "", f"{about}commit {record['commit']}. Mean ± standard deviation; a trend holds (yes, no) "
-             "where the mean difference, seed by seed, is more than two standard errors from 0.", "",
+    about = f"on {record['machine']}, {record['processes']} processes, commit {record['commit']}"
+    lines = ["# Validation", "", f"`python -m benchmarks.validation` {about}. Mean ± standard deviation; a trend holds "
+             "(yes, no) where the mean difference, seed by seed, is more than two standard errors from 0.", "",
              "| recipe | claim | figure | seeds | here | holds |", "|" + "---|" * 6]  # fmt: skip
     for one in record["recipes"]:
         if "failed" in one:
@@ -231,6 +236,7 @@ def draw(record, path):
         axis.errorbar(statistics.mean(apart), place, xerr=error, fmt="o", color=COLOURS[trend["holds"]], capsize=3)
     names = [f"{one['recipe']}: {t['better']} > {t['worse']}" for one, t in shown]
     axis.set_yticks(range(len(shown)), names, fontsize=8)
+    axis.set_ylim(-0.6, len(shown) - 0.4)
     axis.axvline(0, color="black", lw=0.8)
     axis.set_xscale("symlog", linthresh=1)
     axis.set_xlabel("difference in points, ± 2 standard errors (right: as claimed)")

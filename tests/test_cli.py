@@ -23,6 +23,7 @@ def test_help_and_version(capsys):
         ("--help",): ["distill", "cache", "losses", "doctor"],
         ("cache", "--help"): "--teacher --top-k --temperature --quick --seed".split(),
         ("distill", "--help"): "--quick --resume --loss --gamma --set (default: --checkpoint-every".split(),
+        ("probe", "--help"): ["logit(q_c)", "--tokens"],
         ("doctor", "--help"): ["backends"],
         ("losses", "--help"): ["formula"],
         ("--version",): ["kdkernels"],
@@ -166,6 +167,14 @@ def test_missing_extra(capsys, monkeypatch):
     monkeypatch.setattr(distill, "find", lambda name: None if name == "transformers" else name)
     message = fails(capsys, "distill")
     assert "transformers" in message and "pip install 'kdkernels[train]'" in message
+    monkeypatch.setattr(distill, "find", lambda name: None if name == "sklearn" else name)
+    assert "missing: sklearn. " in fails(capsys, "distill", "--recipe", "kd")
+
+
+def test_a_recipe_for_which_there_is_no_room(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 3 << 20}))
+    message = fails(capsys, "distill", "--recipe", "kd", "--out", tmp_path / "run", "--cache", tmp_path)
+    assert f"too little room in {tmp_path}: 3 MB free" in message and not list(tmp_path.iterdir())
 
 
 def test_resume_needs_a_run(capsys, tmp_path):
@@ -250,7 +259,8 @@ def test_import_is_light():
 
 
 @pytest.mark.parametrize(
-    "name", ["rows", "linear", "ranks", "rank_distillation", "pages.rank_gradients", "gpu", "separable"]
+    "name",
+    "rows linear ranks rank_distillation pages.rank_gradients gpu separable validation curves".split(),
 )
 def test_benchmarks_say_what_they_measure(name):
     run = [sys.executable, "-m", f"benchmarks.{name}", "--help"]

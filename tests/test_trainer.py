@@ -307,6 +307,24 @@ def test_finished_run_shows_its_table(whole):
     assert done.returncode == 0 and "held-out text" in done.stdout
 
 
+def test_probe_of_a_run(place, whole, forked, tmp_path):
+    """The figures that the run's own table has too; and what it says of a folder that lacks something."""
+    status, shown = forked(whole[0], "--tokens", "2048", "--out", tmp_path / "probe", command="probe")
+    assert status == 0 and "distilled: logit(q_c) = " in shown, shown
+    saved, table = json.loads((tmp_path / "probe" / "probe.json").read_text()), table_of(whole[0])
+    for name, row in (("ce", "cross-entropy only"), ("distilled", list(table)[-1])):
+        figures = saved[name]
+        assert figures["student"]["cross_entropy"] == pytest.approx(table[row]["ce"], rel=1e-5)
+        assert figures["teacher"]["cross_entropy"] == pytest.approx(table["teacher"]["ce"], rel=1e-5)
+        for key in ("kl", "agreement", "acceptance"):
+            assert figures[key] == pytest.approx(table[row][key], rel=1e-4)
+        assert (tmp_path / "probe" / f"{name}.png").exists()
+    shutil.copytree(whole[0], tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    status, shown = forked(tmp_path / "run", command="probe")
+    assert status == 2 and "has not finished" in shown, shown
+
+
 def test_full_disk(place, tmp_path):
     """A file that may not grow stands for a disk that is full."""
 

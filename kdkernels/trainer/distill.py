@@ -116,12 +116,19 @@ def teaching(cfg, corpus, teacher, crc, loss):
     return cached
 
 
+def teacher_of(cfg, corpus):
+    """What decides the weights of the teacher."""
+    return {name: getattr(cfg, name) for name in TEACHER_FIELDS} | {"text": corpus.key}
+
+
+def teacher_file(cfg, corpus):
+    return Path(cfg.cache) / f"teacher-{fingerprint(teacher_of(cfg, corpus))}.safetensors"
+
+
 def trained_teacher(cfg, corpus, journal):
     """-> the teacher in evaluation mode and its checksum: from the cache, or trained (and resumed) there."""
-    wanted = {name: getattr(cfg, name) for name in TEACHER_FIELDS} | {"text": corpus.key}
-    key = fingerprint(wanted)
-    path = Path(cfg.cache) / f"teacher-{key}.safetensors"
-    partial = Path(cfg.cache) / f"teacher-{key}.partial.safetensors"
+    wanted, path = teacher_of(cfg, corpus), teacher_file(cfg, corpus)
+    key, partial = fingerprint(wanted), path.with_suffix(".partial.safetensors")
     if not path.exists():
         check_room(Path(cfg.cache), 2 * STATE * models.size(cfg, corpus.vocab_size, cfg.layers))
         trained = models.build(cfg, corpus.vocab_size, cfg.layers)

@@ -9,9 +9,10 @@ from .. import files
 from . import parallel, recipes
 from .checkpoint import read_json
 from .config import Config, UserError, flag
-from .distill import need_extra
+from .distill import check_room, need_extra
 from .lab import Lab
 
+ROOM = 100 << 20  # bytes, more than any recipe writes
 FLAGS = {"recipe", "seeds", "out", "cache", "threads"}
 
 
@@ -73,6 +74,7 @@ def command(options) -> int:
         torch.set_num_threads(threads)
     recipes.load(options.recipe)  # before anything is written
     out = Path(getattr(options, "out", "") or Path("runs") / options.recipe)
+    check_room(out, ROOM)
     result = run(options.recipe, out, getattr(options, "cache", Config().cache), seeds)
     print(f"\n{report(result)}\nin {out}", flush=True)
     return 0
