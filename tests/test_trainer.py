@@ -256,22 +256,22 @@ def test_damaged_checkpoint_and_cached_teacher(place, whole, forked, tmp_path):
     assert status == 2 and str(path) in shown and "damaged" in shown
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_ranks(place, whole, forked, kind, tmp_path):
-    """They learn what one learns from the same batches, and go on after a kill in the same bytes. DDP by torchrun."""
+@pytest.mark.parametrize(("kind", "ranks"), [("ddp", 3), ("fsdp", 2)])
+def test_ranks(place, whole, forked, kind, ranks, tmp_path):
+    """They learn what one learns from the same batches, and go on after a kill in the same bytes. FSDP2 by torchrun."""
     flags = [*fresh(place, tmp_path / "out", place / "cache"), "--parallel", kind]
-    if kind == "ddp":
+    if kind == "fsdp":
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         done = subprocess.run([*torchrun, *command(*flags)[1:]], env=environment(), capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.count("held-out text") == 1, done.stdout + done.stderr
     else:
-        status, shown = forked(*flags, ranks=2)
+        status, shown = forked(*flags, ranks=ranks)
         assert status == 0, shown
     near(tmp_path / "out", whole[0])
     flags[flags.index("--out") + 1] = tmp_path / "killed"
-    status, shown = forked(*flags, kill="student 12", ranks=2)
+    status, shown = forked(*flags, kill="student 12", ranks=ranks)
     assert status == -signal.SIGKILL, shown
-    status, shown = forked("--resume", tmp_path / "killed", ranks=2)
+    status, shown = forked("--resume", tmp_path / "killed", ranks=ranks)
     assert status == 0, shown
     for name in ("ce.safetensors", "distilled.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name

@@ -68,7 +68,9 @@ def wrap(model, cfg):
     if size() == 1:
         return model
     if cfg.parallel == "ddp":
-        return DistributedDataParallel(model)
+        # Without this the first step of a process would add gradients in another order than the next: not the same bits
+        # after a resume. Torch warns once that it finds none.
+        return DistributedDataParallel(model, find_unused_parameters=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
