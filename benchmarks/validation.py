@@ -22,12 +22,13 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 
 from kdkernels import files
-from kdkernels.trainer import images, lab, recipes, reproduce
+from kdkernels.trainer import recipes, reproduce
 from kdkernels.trainer.config import Config
 from kdkernels.trainer.lab import Lab, Update
 
@@ -100,25 +101,37 @@ def sharing(train, common, spent, share=1.0):
     return shared
 
 
+def defining(name):
+    """The class of the labs that has it."""
+    return next(one for one in Lab.__mro__ if name in vars(one))
+
+
 def prepare():
-    """A process draws each set of pictures once."""
+    """A process reads its data once."""
     torch.set_num_threads(1)
-    lab.Pairs = functools.cache(images.Pairs)
+    init, data = defining("__init__").__init__, {}
+
+    def shared(self, *given, **options):
+        init(self, *given, **options)
+        self._data = data
+
+    defining("__init__").__init__ = shared
 
 
 def work(task, out, cache, share):
     """One seed of a recipe, after those before it; -> name, seed, an error or None."""
     name, seed = task
-    spent, train, folder = dict(teachers=0.0, waited=0.0), Lab.train, out / name
+    spent, folder = dict(teachers=0.0, waited=0.0), out / name
+    labs, train = defining("train"), Lab.train
     path = folder / f"seconds-{seed}.json"
     before = json.loads(path.read_text()) if path.exists() else dict(own=0.0, teachers=0.0)
-    Lab.train, start = sharing(train, out / "common", spent, share), time.perf_counter()
+    labs.train, start = sharing(train, out / "common", spent, share), time.perf_counter()
     try:
         reproduce.run(name, folder, cache, seed + 1, lambda text: None)
     except Exception as error:  # the others go on, and the table says it
         return name, seed, f"{type(error).__name__}: {error}"
     finally:
-        Lab.train = train
+        labs.train = train
         own = time.perf_counter() - start - sum(spent.values())
         files.write_json(path, dict(own=before["own"] + own, teachers=before["teachers"] + spent["teachers"]))
     return name, seed, None
@@ -140,15 +153,20 @@ def fitting(times, seeds, budget):
     return found
 
 
+def processes(jobs):
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), prepare)
+
+
 def run_all(names, options):
     """-> {name: error} of what failed. Seed by seed, each for all recipes, so that one that is stopped has all."""
     failed, seeds = {}, dict.fromkeys(names, options.seeds)
     one = functools.partial(work, out=options.out, cache=options.cache, share=options.share)
-    with multiprocessing.get_context("spawn").Pool(options.jobs, prepare) as pool:
+    with processes(options.jobs) as pool:
         for seed in range(options.seeds):
             tasks = [(name, seed) for name in names if seed < seeds[name] and name not in failed]
             tasks = [t for t in tasks if not (options.out / t[0] / f"seed-{seed}" / "figures.json").exists()]
-            for name, _, error in pool.imap_unordered(one, tasks):
+            for done in as_completed([pool.submit(one, task) for task in tasks]):
+                name, _, error = done.result()
                 took = seconds(options.out, name, seed)
                 print(f"{name}, seed {seed}: {error or ''} {took['own']:.0f} s, teachers {took['teachers']:.0f} s",
                       flush=True)  # fmt: skip

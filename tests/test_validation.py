@@ -2,6 +2,7 @@
 
 import functools
 import json
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ def small(monkeypatch):
 def test_two_recipes_from_end_to_end(small, monkeypatch, tmp_path, capsys):
     """In this process; then again, when nothing is left to do; then with a recipe that fails."""
 
-    class Pool:
-        def __init__(self, jobs, prepare):
+    class Processes:
+        def __init__(self, jobs):
             pass
 
         def __enter__(self):
@@ -31,12 +32,14 @@ def test_two_recipes_from_end_to_end(small, monkeypatch, tmp_path, capsys):
         def __exit__(self, *error):
             pass
 
-        def imap_unordered(self, function, tasks):
-            ran.extend(tasks)
-            return map(function, tasks)
+        def submit(self, function, task):
+            ran.append(task)
+            done: Future = Future()
+            done.set_result(function(task))
+            return done
 
     ran: list = []
-    monkeypatch.setattr(validation.multiprocessing, "get_context", lambda how: type("Context", (), {"Pool": Pool}))
+    monkeypatch.setattr(validation, "processes", Processes)
     places = {f"--{name}": str(tmp_path / name) for name in ("out", "cache", "results")}
     given = ["--recipe", "kd", "ttm", "--seeds", "2", "--share", "0.004", *(x for pair in places.items() for x in pair)]
     assert validation.main(given) == 0
@@ -111,3 +114,24 @@ def test_the_textbook_of_a_curve_is_another_computation(small, monkeypatch, tmp_
     fused, textbook = curves.pairs()["kd"]
     monkeypatch.setattr(curves, "pairs", lambda: {"kd": (lambda *row: 1.001 * fused(*row), textbook)})
     assert curves.measure(tmp_path, tmp_path, share=0.004)["kd"]["relative"] > 5e-4
+
+
+def test_the_large_vocabulary_goes_on_with_the_runs_that_have_begun(monkeypatch, tmp_path):
+    commands = []
+
+    def run(command, check):
+        commands.append(command)
+        out = next(x for x in tmp_path.iterdir() if str(x) in command)
+        table = {"cross-entropy only": {"acceptance": 0.5}, "distilled": {"acceptance": 0.5 + len(commands) / 100}}
+        (out / "results.json").write_text(json.dumps({"table": table}))
+
+    for loss in validation.FULL:
+        for seed in range(2):
+            (tmp_path / f"full-{loss}-{seed}").mkdir()
+    (tmp_path / "full-jsd-1" / "config.json").write_text("{}")
+    monkeypatch.setattr(validation.subprocess, "run", run)
+    found = validation.large(type("Options", (), dict(out=tmp_path, cache="c", seeds=2)))
+    assert found["arms"]["wttm"] == pytest.approx([51, 55]) and found["arms"]["cross-entropy"] == [50, 50]
+    assert [x["holds"] for x in found["trend"]] == ["within noise"] * 2 + ["yes"] * 2  # 3, 4, 5, 6 +- 4
+    assert commands[-1][3:] == ["distill", "--resume", str(tmp_path / "full-jsd-1")]
+    assert commands[0][3:8] == ["distill", "--loss", "wttm", "--seed", "0"]
