@@ -97,7 +97,7 @@ def add_cache(commands):
     one.add_argument("--temperature", type=float, metavar="FLOAT", default=1.0,
                      help="the teacher's temperature in the loss to come (default: 1)")  # fmt: skip
     add_settings(one, without=("loss", "teacher_cache", "tail", "val_tokens", "curve_tokens", "keep_layers", "lr",
-                               "eval_every", "out"))  # fmt: skip
+                               "eval_every", "out", "parallel"))  # fmt: skip
 
 
 def add_probe(commands):

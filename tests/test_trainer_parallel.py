@@ -113,7 +113,7 @@ def test_ranks_add_up_their_gradients(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=on_a_rank, args=(rank, port, str(tmp_path))) for rank in range(2)]
     for rank in ranks:
         rank.start()

@@ -19,11 +19,11 @@ from ..merged import refusal
 from . import checkpoint, models, parallel, report
 from .config import TEACHER_FIELDS, UserError, check, require
 from .data import Corpus
-from .distill import need_extra, set_up, trained_teacher
+from .distill import check_room, need_extra, set_up, trained_teacher
 from .models import logits_of
 
 STREAM = 1  # of the students' batches
-SHARD_BYTES = 32 << 20
+SHARD_BYTES, BYTES = 32 << 20, 6  # BYTES of a token of a position: its number and its log-probability
 
 
 def batches_of(cfg, corpus):
@@ -47,6 +47,8 @@ def write_cache(cfg, top_k, temperature=1.0, teacher_file=""):
     if not 1 <= top_k <= corpus.vocab_size:
         raise UserError(f"--top-k must be between 1 and the {corpus.vocab_size} tokens, got {top_k}")
     out = Path(cfg.out)
+    if not out.exists():
+        check_room(out, cfg.steps * cfg.batch * cfg.seq_len * BYTES * top_k)
     if teacher_file and path.is_dir():
         teacher, checksum = models.pretrained(path, cfg, corpus.vocab_size)
         name = f"sha256 {checksum}"
@@ -57,7 +59,7 @@ def write_cache(cfg, top_k, temperature=1.0, teacher_file=""):
     try:
         writer = kd.cache.Writer(
             out, vocab_size=corpus.vocab_size, k=top_k, temperature=temperature, log_tail=top_k < corpus.vocab_size,
-            teacher=name, data=batches_of(cfg, corpus), shard_rows=max(1, SHARD_BYTES // (6 * top_k)),
+            teacher=name, data=batches_of(cfg, corpus), shard_rows=max(1, SHARD_BYTES // (BYTES * top_k)),
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None
