@@ -276,6 +276,7 @@ def test_ranks(place, whole, forked, kind, ranks, tmp_path):
     for name in ("ce.safetensors", "distilled.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
     assert records(tmp_path / "killed") == records(tmp_path / "out")
+    check_board(tmp_path / "killed")
 
 
 def near(folder, whole):
@@ -288,18 +289,25 @@ def near(folder, whole):
 
 
 def test_accumulated_gradients(place, whole, forked, tmp_path):
-    """Three parts, of which the last has fewer rows: what one part learns. TensorBoard has the journal."""
+    """Three parts, of which the last has fewer rows: what one part learns."""
     status, shown = forked(*fresh(place, tmp_path / "out", place / "cache"), "--accumulate", "3")
     assert status == 0 and "distilled agreement 0." in shown, shown
     near(tmp_path / "out", whole[0])
-    accumulator = event_accumulator.EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    check_board(tmp_path / "out")
+
+
+def check_board(folder):
+    """TensorBoard has what the journal has, once."""
+    found = event_accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
+    journal = [r for r in records(folder) if r["stage"] == "student"]
     for name in ("ce", "distilled"):
-        points = accumulator.Scalars(f"student/loss/{name}")
-        want = [(r["step"], r["loss"][name]) for r in records(tmp_path / "out") if "loss" in r]
-        assert [p.step for p in points] == [step for step, _ in want]
-        assert [p.value for p in points] == pytest.approx([value for _, value in want])
-    held = accumulator.Scalars("student/held_out/distilled/agreement")
-    assert [p.step for p in held] == [0, 15, 30]
+        losses = [(r["step"], r["loss"][name]) for r in journal if "loss" in r]
+        held = [(r["step"], r["held_out"][name]["agreement"]) for r in journal if "held_out" in r]
+        assert len(losses) == 30 and len(held) == 3
+        for tag, want in ((f"student/loss/{name}", losses), (f"student/held_out/{name}/agreement", held)):
+            points = found.Scalars(tag)
+            assert [point.step for point in points] == [step for step, _ in want]
+            assert [point.value for point in points] == pytest.approx([value for _, value in want])
 
 
 def test_finished_run_shows_its_table(whole):
