@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import curves, validation
+from benchmarks.sharing import sharing
 from kdkernels.trainer import images, lab, recipes
 from kdkernels.trainer.lab import Lab, Update
 
@@ -78,7 +79,7 @@ def test_only_equal_runs_are_shared(small, tmp_path):
         trained.append((self.folder.name, before))
         return found
 
-    share = validation.sharing(train, tmp_path / "common", spent)
+    share = sharing(train, tmp_path / "common", spent)
 
     def run(folder, scale=1.0, **options):
         here = Lab(tmp_path / folder, tmp_path / "cache", 0, lambda text: None)
