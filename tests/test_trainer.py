@@ -426,11 +426,11 @@ def test_distilled_from_a_cache(place, whole, teacher_cache, forked, tmp_path):
 
 
 def test_a_cache_of_all_classes_is_the_teacher(place, whole, forked, tmp_path):
-    """But for the rounding of its log-probabilities to float16."""
+    """But for the rounding of its log-probabilities to float16; in parts of a batch too."""
     out = tmp_path / "all"
     status, shown = forked(*cached(place, place / "cache", out, "--top-k", "400"), command="cache")
     assert status == 0, shown
-    flags = [*fresh(place, tmp_path / "out", place / "cache"), "--teacher-cache", out]
+    flags = [*fresh(place, tmp_path / "out", place / "cache"), "--teacher-cache", out, "--accumulate", "3"]
     status, shown = forked(*flags)
     assert status == 0, shown
     mine, theirs = ([r["loss"]["distilled"] for r in records(x) if r["stage"] == "student" and "loss" in r]
