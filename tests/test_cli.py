@@ -171,6 +171,14 @@ def test_missing_extra(capsys, monkeypatch):
     assert "missing: sklearn. " in fails(capsys, "distill", "--recipe", "kd")
 
 
+def test_what_torchrun_cannot_start(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--recipe runs in one process" in fails(capsys, "distill", "--recipe", "kd", "--out", tmp_path)
+    assert "`kdkernels cache` runs in one process" in fails(capsys, "cache", "--out", tmp_path)
+    assert "DISTLoss compares the rows" in fails(capsys, "distill", "--loss", "dist", "--out", tmp_path / "run")
+
+
 def test_a_recipe_for_which_there_is_no_room(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 3 << 20}))
     message = fails(capsys, "distill", "--recipe", "kd", "--out", tmp_path / "run", "--cache", tmp_path)
