@@ -147,11 +147,11 @@ def test_distill_names_both_spellings_of_a_loss(capsys):
 
 
 def test_every_loss_has_a_short_name():
-    from kdkernels.trainer.losses import loss_class, make_loss, short
+    from kdkernels.trainer.losses import loss_class, make_loss, resolve, short
 
     for name, cls in kd.catalogue().items():
         assert loss_class(short(name)) is loss_class(name) is cls
-        assert isinstance(make_loss(name, {}), cls)
+        assert isinstance(make_loss(name, {}), cls) and isinstance(make_loss(name, resolve(name, {})), cls)
 
 
 def test_settings_that_cannot_work(capsys):
