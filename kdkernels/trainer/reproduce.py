@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 
 from .. import files
-from . import recipes
+from . import parallel, recipes
 from .checkpoint import read_json
 from .config import Config, UserError, flag
-from .distill import need_extra
+from .distill import check_room, need_extra
 from .lab import Lab
 
+ROOM = 100 << 20  # bytes, more than any recipe writes
 FLAGS = {"recipe", "seeds", "out", "cache", "threads"}
 
 
@@ -67,11 +68,14 @@ def command(options) -> int:
     seeds = getattr(options, "seeds", 3)
     if seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {seeds}")
-    need_extra()
+    need_extra("sklearn")
+    if parallel.size() > 1:
+        raise UserError("--recipe runs in one process, without torchrun")
     if threads := getattr(options, "threads", 0):
         torch.set_num_threads(threads)
     recipes.load(options.recipe)  # before anything is written
     out = Path(getattr(options, "out", "") or Path("runs") / options.recipe)
+    check_room(out, ROOM)
     result = run(options.recipe, out, getattr(options, "cache", Config().cache), seeds)
     print(f"\n{report(result)}\nin {out}", flush=True)
     return 0
