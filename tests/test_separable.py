@@ -308,6 +308,25 @@ def test_sinkhorn():
     assert gradcheck(kd.SinkhornLoss(iterations=3, ce_weight=1.0), (s, t, y[kept]))
 
 
+def test_sinkhorn_at_a_small_epsilon_and_without_rows():
+    s, t, _ = batch(6, 9, scale=3.0)
+    q, p = (s / 2).softmax(-1), (t / 2).softmax(-1)
+    for epsilon in (0.02, 1e-3, 1e-5):  # where exp(-C / epsilon) is 0 throughout
+        cost = (q[:, None] - p).abs().sum(-1)
+        log_plan = -cost / epsilon
+        for _ in range(20):
+            log_plan = log_plan - log_plan.logsumexp(1, keepdim=True)
+            log_plan = log_plan - log_plan.logsumexp(0)
+        leaf = s.clone().requires_grad_()
+        value = kd.SinkhornLoss(epsilon=epsilon)(leaf, t)
+        torch.testing.assert_close(value, (log_plan.exp() * cost).sum() / 6, rtol=1e-9, atol=0)
+        assert torch.autograd.grad(value, leaf)[0].isfinite().all() and value > 0.1
+    none = s[:0].clone().requires_grad_()
+    value = kd.SinkhornLoss()(none, t[:0])
+    value.backward()
+    assert value == 0 and none.grad.shape == (0, 9)
+
+
 def test_sinkhorn_some_classes_at_a_time(monkeypatch):
     s, t, y = batch(6, 90, scale=2.0)
     y = y.index_fill(0, torch.tensor([1]), -100)
