@@ -189,7 +189,8 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
             given: the other keywords of a call. On vocabulary shards agreement costs one more all_gather.
 
         Raises:
-            TypeError, ValueError: as in a call.
+            TypeError, ValueError: as in a call; the rows are not of the same classes, as with a `SparseTeacher`, a
+                `SharedVocab`, or vocabularies of unrelated tokenizers.
         """
         from .observe import with_metrics
 

@@ -139,7 +139,7 @@ class LinearLoss(nn.Module):
             group = parallel.join(group, x.student_hidden, len(x.student_head), vocab, code)
             group.local(x.labels, self.loss.ignore_index, self.loss.validate)  # raises on every rank
         if sparse is not None:
-            merged.split(self.loss)  # once, for all chunks
+            merged.prepare(self.loss)  # once, for all chunks
             sparse = sparse.reshape(len(x.student_hidden))
         value = LinearRows.apply(self._plan(x, vocab, cast, number, sparse, group), torch.is_grad_enabled(), *x)
         return value.view(shape) if self.loss.reduction == "none" else value

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from .loss import Program
 
@@ -24,6 +27,7 @@ def reducing(loss: Any, reduction: str) -> Any:
 
 def part_of(loss: Any, at: slice, rows: int) -> Any:
     """The loss of some of the rows; its points may have coefficients of each."""
+    loss._uses  # noqa: B018  (prepares a sum again if an option of a term has changed)
     part = copy.copy(loss)
     for name in ("_single", "_double"):
         code, args = vars(loss).get(name, (None, ()))
@@ -33,4 +37,15 @@ def part_of(loss: Any, at: slice, rows: int) -> Any:
             part.__dict__[name] = Program(code, args[at])
     if "_split" in vars(loss):
         part.__dict__["_split"] = tuple(part_of(one, at, rows) for one in vars(loss)["_split"])
+    return with_terms(part, lambda term: part_of(term, at, rows)) if hasattr(loss, "terms") else part
+
+
+def with_terms(part: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of a sum, which is changed, with its terms changed."""
+    new = {id(term): change(term) for term in part.terms}
+    part.__dict__["_modules"] = {**part._modules, "terms": nn.ModuleList(new[id(term)] for term in part.terms)}
+    if "_others" in vars(part):  # of a MixedSumLoss
+        first = vars(part)["_first"]
+        part.__dict__["_first"] = None if first is None else change(first)
+        part.__dict__["_others"] = [(weight, new[id(term)]) for weight, term in vars(part)["_others"]]
     return part

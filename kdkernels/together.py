@@ -78,6 +78,10 @@ class MixedSumLoss(Weighted, BaseLoss):
                                     if not of_log_partition(term)]  # fmt: skip
         self.__dict__.pop("_split", None)
 
+    def _check_temperature(self, temperature) -> None:
+        if vars(self)["_first"] is not None:
+            vars(self)["_first"]._check_temperature(temperature)
+
     def _evaluate(self, rows, student_logits, num_items, temperature):
         first, later = self._plan(rows, num_items, temperature)
         total = 0.0 if first is None else Together.apply(rows.student, rows.teacher, first)

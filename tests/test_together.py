@@ -175,3 +175,17 @@ def test_nested_and_refused():
     ):
         with pytest.raises(kind, match=message):
             make()
+
+
+@pytest.mark.parametrize("others", [[kd.SpearmanLoss()], [kd.PearsonLoss("probs"), kd.ReverseKLLoss()], [KL, KL]])
+def test_coefficients_of_each_row_in_a_linear_loss(others):
+    rows, eye = batch(5, 23), torch.eye(23, dtype=F64)
+    first = kd.AlphaBetaLoss(torch.linspace(0.2, 1.0, 5), 0.2)
+    loss = sum(others, first)
+    hidden = rows.s.clone().requires_grad_()
+    for _ in "ab":
+        got = kd.LinearLoss(loss, chunk=2)(hidden, eye, rows.t, eye)
+        (slope,) = torch.autograd.grad(got, hidden)
+        want = results([(1, x) for x in (first, *others)], rows._replace(y=None), one_by_one=True)
+        torch.testing.assert_close((got.detach(), slope), want)
+        first.alpha = torch.linspace(1.0, 2.0, 5)
