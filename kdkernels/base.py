@@ -77,6 +77,9 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         self.__dict__["_uses"] = options.uses(self)
         self.__dict__.pop("_split", None)
 
+    def _draw(self) -> None:
+        """Draws what a call draws at random, for the calls of this (a copy) that are to have the same."""
+
     def _pick(self, student: Tensor, teacher: Tensor | None):
         """The backend for these logits, and its operators; None for one that runs the definition."""
         backend = backends.pick(student, teacher)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from . import call, merged, parallel
 from .base import BaseLoss
 from .options import check_number
+from .parts import fixed
 from .sparse import SparseTeacher
 from .sweep import BLOCK_CPU, Inputs, LinearRows, Plan, cast_dtype
 
@@ -182,7 +182,7 @@ class LinearLoss(nn.Module):
         scales = (self.student_logit_scale, self.teacher_logit_scale)
         caps = (self.student_softcap, self.teacher_softcap)
         name = backend.__name__.rpartition(".")[-1]
-        return Plan(copy.copy(self.loss), name, cast, chunk, block, budget // 8, vocab, scales, caps, temperature,
+        return Plan(fixed(self.loss), name, cast, chunk, block, budget // 8, vocab, scales, caps, temperature,
                     self._kept, sparse, shards)  # fmt: skip
 
     def __getstate__(self) -> dict:

@@ -25,9 +25,17 @@ def reducing(loss: Any, reduction: str) -> Any:
     return part
 
 
+def fixed(loss: Any) -> Any:
+    """A copy for all of a call: later options do not reach it, and what it draws at random is drawn."""
+    part = copy.copy(loss)
+    part._draw()
+    if "_split" in vars(loss):
+        part.__dict__["_split"] = tuple(fixed(one) for one in vars(loss)["_split"])
+    return with_terms(part, fixed) if hasattr(loss, "terms") else part
+
+
 def part_of(loss: Any, at: slice, rows: int) -> Any:
     """The loss of some of the rows; its points may have coefficients of each."""
-    loss._uses  # noqa: B018  (prepares a sum again if an option of a term has changed)
     part = copy.copy(loss)
     for name in ("_single", "_double"):
         code, args = vars(loss).get(name, (None, ()))
@@ -42,6 +50,7 @@ def part_of(loss: Any, at: slice, rows: int) -> Any:
 
 def with_terms(part: Any, change: Callable[[Any], Any]) -> Any:
     """A copy of a sum, which is changed, with its terms changed."""
+    part._uses  # noqa: B018  (prepares a sum again if an option of a term has changed)
     new = {id(term): change(term) for term in part.terms}
     part.__dict__["_modules"] = {**part._modules, "terms": nn.ModuleList(new[id(term)] for term in part.terms)}
     if "_others" in vars(part):  # of a MixedSumLoss
