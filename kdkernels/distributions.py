@@ -110,6 +110,7 @@ class ULDLoss(RowsLoss):
     """
 
     kernels = "ULD"
+    unsharded = "it sorts whole rows"
 
     def forward(self, student_logits, teacher_logits=None, labels=None, **call):
         s, t = self._filled(student_logits, teacher_logits, labels, call)
@@ -177,6 +178,7 @@ class GroupedKLLoss(RowsLoss):
         balanced: w_g = 1, so that a group counts whatever its mass.
     """
 
+    unsharded = "its groups are of classes of whole rows"
     groups: Any
     _count: int
 
