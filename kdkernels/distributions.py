@@ -105,12 +105,13 @@ class ULDLoss(RowsLoss):
 
     For teachers with a vocabulary of their own: teacher_logits may be of another width than student_logits (the
     narrower row is filled up with probabilities of 0; vocab_size and vocab_mask are then refused). Rows belong together
-    as they stand: align the positions of two tokenizers first. The authors add the cross-entropy, with this at 1.5.
-    Equal probabilities share their slopes.
+    as they stand: align the positions of two tokenizers first. The heads of a `LinearLoss` may be of two sizes. The
+    authors add the cross-entropy, with this at 1.5. Equal probabilities share their slopes.
     """
 
     kernels = "ULD"
     unsharded = "it sorts whole rows"
+    any_width = True
 
     def forward(self, student_logits, teacher_logits=None, labels=None, **call):
         s, t = self._filled(student_logits, teacher_logits, labels, call)

@@ -37,8 +37,8 @@ class MixedSumLoss(Weighted, BaseLoss):
     that compare rows (`SpearmanLoss`, `KendallLoss`, `PlackettLuceLoss`, `PearsonLoss`) take turns row by row, so that
     the logits are read from memory once and one gradient is written: for a reduced loss, when only the student wants a
     gradient, neither in float16 nor under torch.compile. All others, and all losses on other backends, are computed one
-    after the other, as those of shards are, each with its own collectives. The terms keep options of their own, which may change; reduction and ignore_index are those of
-    the sum, which the terms have to agree on.
+    after the other, as those of vocabulary shards are, each with collectives of its own. The terms keep options of
+    their own, which may change; reduction and ignore_index are those of the sum, which the terms have to agree on.
 
     Args:
         terms: pairs (weight, loss).
@@ -88,7 +88,7 @@ class MixedSumLoss(Weighted, BaseLoss):
             vars(self)["_first"]._check_temperature(temperature)
 
     def weighed(self, temperature) -> list:
-        """Pairs (weight, loss) of losses of the sum's reduction, each for itself. Raises if not all take temperature."""
+        """Pairs (weight, loss), of the sum's reduction, each for itself. Raises if not all may have the temperature."""
         self._check_temperature(temperature)
         return [(w, self._reducing(term)) for w, term in zip(self.weights, self.terms, strict=True)]
 

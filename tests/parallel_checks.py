@@ -422,8 +422,9 @@ def refusals(rank, world):
         kd.SpearmanLoss()(s, t, group=group)
     with raises(ValueError, "AKLLoss cannot be computed on vocabulary shards"):
         kd.AKLLoss()(s, t, group=group)
+    sums = kd.ForwardKLLoss() + kd.SpearmanLoss()
     for loss, why in ((kd.ULDLoss(), "it sorts whole rows"), (kd.GroupedKLLoss(), "its groups are of classes of whole"),
-                      (kd.ForwardKLLoss() + kd.SpearmanLoss(), "of its SpearmanLoss, it looks at whole rows")):  # fmt: skip
+                      (sums, "of its SpearmanLoss, it looks at whole rows")):  # fmt: skip
         with raises(ValueError, f"{type(loss).__name__} cannot be computed on vocabulary shards: {why}"):
             loss(s, t, group=group)
     with raises(ValueError, "must call the same loss"):
@@ -440,6 +441,6 @@ def refusals(rank, world):
                 slope.sum().backward()
 
 
-CHECKS = {f.__name__: f for f in (every_loss, a_loss_of_ones_own, correlated_probabilities, wide_rows, sums_of_several_families,
-                                  kernels_in_single, call_options, deleted_classes, few_collectives, metrics,
-                                  gradient_without_a_graph, data_parallel, dtensors, fused_linear, refusals)}
+CHECKS = {f.__name__: f for f in (every_loss, a_loss_of_ones_own, correlated_probabilities, sums_of_several_families,
+                                  wide_rows, kernels_in_single, call_options, deleted_classes, few_collectives,
+                                  metrics, gradient_without_a_graph, data_parallel, dtensors, fused_linear, refusals)}
