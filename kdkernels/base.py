@@ -40,6 +40,8 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     """Whether several classes may be one outcome, as in a `SparseTeacher`: it compares distributions."""
     unsharded: str | None = "it looks at whole rows"
     """Why it cannot be computed on vocabulary shards, or None."""
+    numbered = False
+    """Whether it knows classes by their numbers."""
     any_width = False
     """Whether the teacher's rows may be of a width of their own, in a call without vocab_size and vocab_mask."""
     standardize = False

@@ -174,7 +174,8 @@ class GroupedKLLoss(RowsLoss):
             balanced=True, between=alpha, within=beta, and has kernels;
             a function of the log-probabilities log q and log p, (n, V) float64 of some of the rows without a gradient,
             that returns (n, V).
-            None: one group, and so KL(p || q) times `within`.
+            None: one group, and so KL(p || q) times `within`. A `SparseTeacher` or `SharedVocab` may come with None
+            and "label", with a function if tail="renormalise".
         between, within: weights.
         balanced: w_g = 1, so that a group counts whatever its mass.
     """
@@ -206,6 +207,8 @@ class GroupedKLLoss(RowsLoss):
                 raise ValueError(f"groups must have shape (V,), got {tuple(self.groups.shape)}")
         elif isinstance(self.groups, str) and self.groups != "label":
             raise ValueError(f"groups must be integers, a function or 'label', got {self.groups!r}")
+        self.__dict__["numbered"] = isinstance(self.groups, Tensor)
+        self.__dict__["merges"] = self.groups is None or isinstance(self.groups, str)
         check_number("between", self.between)
         check_number("within", self.within)
         check_bool("balanced", self.balanced)

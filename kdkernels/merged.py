@@ -147,6 +147,8 @@ def refusal(loss: BaseLoss, tail: str = "bucket") -> str:
     name = type(loss).__name__
     if not loss.rowwise:
         return f"{name} compares a class in all rows, and the classes of this teacher differ: it needs teacher_logits"
+    if loss.numbered:
+        return f"{name} has a group for each class by its number, and this teacher's outcomes have others"
     if tail == "renormalise":
         return ""
     if not loss.merges:

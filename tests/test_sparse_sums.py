@@ -127,3 +127,24 @@ def test_what_is_refused():
             call()
     slope = run(kd.ForwardKLLoss() + kd.ReverseKLLoss(), x.s, thin)[1]
     assert slope.is_sparse
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_groups_of_outcomes(backend):
+    """The label's is DKD's, in the bucket too; one group is KL; a group for each class is none for each outcome."""
+    x = batch(4, V, 2.0)
+    kl, y = kd.ForwardKLLoss(), x.y.clone()
+    pairs = ((kd.GroupedKLLoss("label", 0.7, 3.0, balanced=True), kd.DKDLoss(0.7, 3.0)), (kd.GroupedKLLoss(), kl),
+             (kd.GroupedKLLoss("label"), kl))  # fmt: skip
+    bucket = kd.SparseTeacher.from_logits(x.t, K)
+    y[0] = x.t[0].argmin()  # in the bucket
+    tails = [(tail, kd.SparseTeacher.from_logits(x.t, K, tail=tail, labels=y)) for tail in ("spread", "renormalise")]
+    for kind, teacher in (("bucket", bucket), ("shared", kd.SharedVocab(SHARED, V)(x.t)), *tails):
+        with kd.use_backend(backend):
+            for one, other in pairs:
+                torch.testing.assert_close(run(one, x.s, teacher, y), run(other, x.s, teacher, y))
+            with pytest.raises(ValueError, match="GroupedKLLoss has a group for each class by its number"):
+                kd.GroupedKLLoss(torch.arange(V) % 3)(x.s, teacher)
+            if kind != "renormalise":
+                with pytest.raises(ValueError, match="compares classes one by one"):
+                    kd.GroupedKLLoss(lambda q, p: (q > p).long())(x.s, teacher)
