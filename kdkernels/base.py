@@ -72,7 +72,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         return self
 
     def minimizer(self, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Student logits at which the distillation term is smallest."""
+        """Student logits at which the distillation term is smallest. NotImplementedError if no formula gives them."""
         return teacher_logits
 
     def _prepare(self) -> None:
