@@ -63,8 +63,8 @@ class RankLoss(BaseLoss):
         self.reduction, self.ignore_index, self.validate = reduction, ignore_index, validate
 
     def minimizer(self, teacher_logits, labels=None):
-        raise NotImplementedError(f"{type(self).__name__} is not least at the teacher's logits: it wants its order, with "
-                                  "gaps as wide as they get, for which there is no closed form")  # fmt: skip
+        raise NotImplementedError(f"{type(self).__name__} has no minimizer in closed form: it wants the order of "
+                                  "teacher_logits, with gaps as wide as they get")  # fmt: skip
 
     def _prepare(self) -> None:
         super()._prepare()
