@@ -40,6 +40,10 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     """Whether several classes may be one outcome, as in a `SparseTeacher`: it compares distributions."""
     unsharded: str | None = "it looks at whole rows"
     """Why it cannot be computed on vocabulary shards, or None."""
+    numbered = False
+    """Whether it knows classes by their numbers."""
+    any_width = False
+    """Whether the teacher's rows may be of a width of their own, in a call without vocab_size and vocab_mask."""
     standardize = False
     teacher_temperature: float | None = None
     temperature: float
@@ -68,7 +72,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         return self
 
     def minimizer(self, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Student logits at which the distillation term is smallest."""
+        """Student logits at which the distillation term is smallest. NotImplementedError if no formula gives them."""
         return teacher_logits
 
     def _prepare(self) -> None:
@@ -76,6 +80,9 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         self.check()
         self.__dict__["_uses"] = options.uses(self)
         self.__dict__.pop("_split", None)
+
+    def _draw(self) -> None:
+        """Draws what a call draws at random, for the calls of this (a copy) that are to have the same."""
 
     def _pick(self, student: Tensor, teacher: Tensor | None):
         """The backend for these logits, and its operators; None for one that runs the definition."""
@@ -189,7 +196,8 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
             given: the other keywords of a call. On vocabulary shards agreement costs one more all_gather.
 
         Raises:
-            TypeError, ValueError: as in a call.
+            TypeError, ValueError: as in a call; the rows are not of the same classes, as with a `SparseTeacher`, a
+                `SharedVocab`, or vocabularies of unrelated tokenizers.
         """
         from .observe import with_metrics
 

@@ -63,8 +63,9 @@ class Writer:
         names = {v: n for n, v in VALUES.items()}
         if dtype not in names:
             raise ValueError(f"dtype must be torch.float16 or torch.bfloat16, got {dtype}")
-        for name, count in (("vocab_size", vocab_size), ("k", k), ("shard_rows", shard_rows)):
+        for name, count in (("vocab_size", vocab_size), ("shard_rows", shard_rows)):
             check_count(name, count)
+        check_count("k", k, most=vocab_size)
         check_number("temperature", temperature, above=0)
         self.folder, self.shard_rows = Path(folder), shard_rows
         kinds = dict(log_probs=names[dtype], indices="uint16" if vocab_size <= NO_CLASS else "int32")
@@ -192,6 +193,8 @@ class Reader:
 
     def example(self, number: int, tokens: Tensor | None = None) -> SparseTeacher:
         """The rows (R, k) of an example. With its tokens it is an error if the cache was made from others."""
+        if not hasattr(number, "__index__"):
+            raise TypeError(f"example must be an int, got {number!r}; examples(numbers) reads several, row_range rows")
         if not 0 <= number < len(self):
             raise IndexError(f"example must be in [0, {len(self)}), got {number}")
         shard = bisect.bisect_right(self._examples, number) - 1

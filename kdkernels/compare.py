@@ -62,6 +62,10 @@ class RankLoss(BaseLoss):
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.reduction, self.ignore_index, self.validate = reduction, ignore_index, validate
 
+    def minimizer(self, teacher_logits, labels=None):
+        raise NotImplementedError(f"{type(self).__name__} has no minimizer in closed form: it wants the order of "
+                                  "teacher_logits, with gaps as wide as they get")  # fmt: skip
+
     def _prepare(self) -> None:
         super()._prepare()
         self.__dict__["_cross_entropy"] = cross_entropy_of(self)

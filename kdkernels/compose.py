@@ -97,10 +97,13 @@ class SumLoss(Weighted, Loss):
             prepare()
         return vars(self)["_uses"]
 
-    def _prepared(self, rows, num_items, temperature):
+    def _check_temperature(self, temperature) -> None:
         if temperature is not None and self._mixed:
             own = [term.temperature for term in self.terms]
             raise ValueError(f"temperature would replace that of all terms, which have different ones: {own}")
+
+    def _prepared(self, rows, num_items, temperature):
+        self._check_temperature(temperature)
         return super()._prepared(rows, num_items, temperature)
 
     def _at(self, term: Loss, point: Point) -> Point:

@@ -56,6 +56,9 @@ class PearsonLoss(Comparison):
             self.__dict__["_in_sums"] = _PearsonInSums(**{name: getattr(self, name) for name in shared})
         return self.__dict__["_in_sums"]
 
+    def minimizer(self, teacher_logits, labels=None):
+        return teacher_logits
+
     def settings(self):
         return 1.0, 0, self.space == "probs"
 
@@ -113,6 +116,9 @@ class DISTLoss(RankLoss):
         check_number("gamma", self.gamma, least=0)
         if self.reduction != "mean":
             raise ValueError(f"reduction must be 'mean' for a loss over whole batches, got {self.reduction!r}")
+
+    def minimizer(self, teacher_logits, labels=None):
+        return teacher_logits
 
     def _prepare(self):
         super()._prepare()

@@ -106,11 +106,13 @@ class ULDLoss(RowsLoss):
 
     For teachers with a vocabulary of their own: teacher_logits may be of another width than student_logits (the
     narrower row is filled up with probabilities of 0; vocab_size and vocab_mask are then refused). Rows belong together
-    as they stand: align the positions of two tokenizers first. The authors add the cross-entropy, with this at 1.5.
-    Equal probabilities share their slopes.
+    as they stand: align the positions of two tokenizers first. The heads of a `LinearLoss` may be of two sizes. The
+    authors add the cross-entropy, with this at 1.5. Equal probabilities share their slopes.
     """
 
     kernels = "ULD"
+    unsharded = "it sorts whole rows"
+    any_width = True
 
     def forward(self, student_logits, teacher_logits=None, labels=None, **call):
         s, t = self._filled(student_logits, teacher_logits, labels, call)
@@ -173,11 +175,13 @@ class GroupedKLLoss(RowsLoss):
             balanced=True, between=alpha, within=beta, and has kernels;
             a function of the log-probabilities log q and log p, (n, V) float64 of some of the rows without a gradient,
             and, if it has a parameter of that name, their labels (n,), that returns (n, V).
-            None: one group, and so KL(p || q) times `within`.
+            None: one group, and so KL(p || q) times `within`. A `SparseTeacher` or `SharedVocab` may come with None
+            and "label", with a function if tail="renormalise".
         between, within: weights; `within` may be a tuple of one for each group, and a group with weight 0 is left out.
         balanced: w_g = 1, so that a group counts whatever its mass.
     """
 
+    unsharded = "its groups are of classes of whole rows"
     groups: Any
     within: Any
     _count: int
@@ -209,6 +213,8 @@ class GroupedKLLoss(RowsLoss):
                 raise ValueError(f"groups must have shape (V,), got {tuple(self.groups.shape)}")
         elif isinstance(self.groups, str) and self.groups != "label":
             raise ValueError(f"groups must be integers, a function or 'label', got {self.groups!r}")
+        self.__dict__["numbered"] = isinstance(self.groups, Tensor)
+        self.__dict__["merges"] = self.groups is None or isinstance(self.groups, str)
         check_number("between", self.between)
         for weight in self.within if isinstance(self.within, tuple) else (self.within,):
             check_number("within", weight)

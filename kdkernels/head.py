@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Head(NamedTuple):
@@ -50,3 +52,22 @@ def slices(count: int, size: int) -> Iterator[slice]:
 def fitting(width: int, dtype: torch.dtype, scratch: int) -> int:
     """Rows of a (., width) matrix that fit into `scratch` bytes."""
     return max(1, scratch // (width * dtype.itemsize))
+
+
+def checked_scale(head: Any, scale: Any) -> Tensor | None:
+    """The unit of a quantised teacher_head, () or (V, G); None of another."""
+    quantised = isinstance(head, Tensor) and head.dtype in QUANTISED
+    if scale is None or not quantised:
+        if quantised or scale is not None:
+            got = f"{getattr(head, 'dtype', type(head).__name__)} and {'no ' if scale is None else 'a '}scale"
+            raise ValueError(f"teacher_head_scale belongs to a teacher_head in int8 or float8, got {got}")
+        return None
+    if not isinstance(scale, Tensor) or not scale.is_floating_point():
+        raise TypeError(f"teacher_head_scale must be a floating-point tensor, got {getattr(scale, 'dtype', scale)!r}")
+    if scale.device != head.device:
+        raise ValueError(f"teacher_head_scale must be on teacher_head's device {head.device}, got {scale.device}")
+    shaped = scale.reshape(()) if scale.numel() == 1 else scale[:, None] if scale.dim() == 1 else scale
+    if shaped.dim() and (shaped.dim() != 2 or len(shaped) != len(head) or head.shape[-1] % max(shaped.shape[1], 1)):
+        raise ValueError(f"teacher_head_scale must be a scalar, (V,) or (V, G) with G groups of columns of "
+                         f"teacher_head {tuple(head.shape)}, got {tuple(scale.shape)}")  # fmt: skip
+    return shaped.to(torch.promote_types(shaped.dtype, torch.float32))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,12 +9,13 @@ from torch import Tensor, nn
 
 from . import call, merged, parallel
 from .base import BaseLoss
+from .head import checked_scale
 from .options import check_number
+from .parts import fixed
 from .sparse import SparseTeacher
 from .sweep import BLOCK_CPU, Inputs, LinearRows, Plan, cast_dtype
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 BUDGET_CPU, BUDGET = 256 << 20, 1 << 30
 
 
@@ -139,7 +139,7 @@ class LinearLoss(nn.Module):
             group = parallel.join(group, x.student_hidden, len(x.student_head), vocab, code)
             group.local(x.labels, self.loss.ignore_index, self.loss.validate)  # raises on every rank
         if sparse is not None:
-            merged.split(self.loss)  # once, for all chunks
+            merged.prepare(self.loss)  # once, for all chunks
             sparse = sparse.reshape(len(x.student_hidden))
         value = LinearRows.apply(self._plan(x, vocab, cast, number, sparse, group), torch.is_grad_enabled(), *x)
         return value.view(shape) if self.loss.reduction == "none" else value
@@ -175,14 +175,18 @@ class LinearLoss(nn.Module):
             copies = 1 if in_place and self.student_softcap is None else 2
             widest = vocab if shards is None else max(end - start for start, end in shards.spans)
             own = widest * copies * cast_dtype(x.student_hidden, cast).itemsize
-            other = 0 if x.teacher_hidden is None else widest * cast_dtype(x.teacher_hidden, cast).itemsize
+            second = vocab if x.teacher_head is None else len(x.teacher_head)
+            if self.loss.any_width and second != vocab:  # the narrower rows are filled up, and have another gradient
+                own += 2 * max(second, vocab) * cast_dtype(x.student_hidden, cast).itemsize
+            second = widest if shards is not None else second
+            other = 0 if x.teacher_hidden is None else second * cast_dtype(x.teacher_hidden, cast).itemsize
             rows, chunk = max(len(x.student_hidden), 1), max(budget // (own + other), 1)
             chunk = max(chunk, (budget - block * other) // own)
             chunk = -(-rows // -(-rows // chunk))  # as many chunks, but of one size
         scales = (self.student_logit_scale, self.teacher_logit_scale)
         caps = (self.student_softcap, self.teacher_softcap)
         name = backend.__name__.rpartition(".")[-1]
-        return Plan(copy.copy(self.loss), name, cast, chunk, block, budget // 8, vocab, scales, caps, temperature,
+        return Plan(fixed(self.loss), name, cast, chunk, block, budget // 8, vocab, scales, caps, temperature,
                     self._kept, sparse, shards)  # fmt: skip
 
     def __getstate__(self) -> dict:
@@ -261,12 +265,13 @@ def _check_teacher(loss: BaseLoss, x: Inputs, student: call.Shaped, vocab_size: 
     else:
         if x.teacher_hidden is None or x.teacher_head is None:
             raise ValueError(f"{type(loss).__name__} needs teacher_hidden and teacher_head, or teacher_logits")
-        x = _check_scale(x)
+        x = x._replace(teacher_head_scale=checked_scale(x.teacher_head, x.teacher_head_scale))
         quantised = x.teacher_head_scale is not None
         _check_head("teacher", x.teacher_hidden, x.teacher_head, x.teacher_bias, cast, quantised)
         shape = torch.Size((*x.teacher_hidden.shape[:-1], len(x.teacher_head)))
         source, device = "teacher_hidden and teacher_head", x.teacher_hidden.device
-    fits = shape[-1] == student.shape[-1] if vocab_size is None else shape[-1] >= vocab_size
+    free = loss.any_width and vocab_size is None and x.mask is None
+    fits = free or (shape[-1] == student.shape[-1] if vocab_size is None else shape[-1] >= vocab_size)
     if shape[:-1] != student.shape[:-1] or not fits:
         raise ValueError(f"{source} must give logits of the student's shape {tuple(student.shape)}, got {tuple(shape)}")
     if device != student.device:
@@ -277,24 +282,9 @@ def _check_teacher(loss: BaseLoss, x: Inputs, student: call.Shaped, vocab_size: 
         if y is not None and y.requires_grad and torch.is_grad_enabled() and not any(y is own for own in tied):
             raise ValueError(f"{name} requires grad, but LinearLoss gives a teacher no gradient: it keeps no logits "
                              f"to pass one through; pass {name}.detach(), or call the loss on logits")  # fmt: skip
-    return x._replace(**{n: None if getattr(x, n) is None else getattr(x, n).detach() for n in names})
-
-
-def _check_scale(x: Inputs) -> Inputs:
-    """With teacher_head_scale () or (V, G), where there is one."""
-    head, scale = x.teacher_head, x.teacher_head_scale
-    quantised = isinstance(head, Tensor) and head.dtype in QUANTISED
-    if scale is None or not quantised:
-        if quantised or scale is not None:
-            got = f"{getattr(head, 'dtype', type(head).__name__)} and {'no ' if scale is None else 'a '}scale"
-            raise ValueError(f"teacher_head_scale belongs to a teacher_head in int8 or float8, got {got}")
+    x = x._replace(**{n: None if getattr(x, n) is None else getattr(x, n).detach() for n in names})
+    if vocab_size is None:
         return x
-    if not isinstance(scale, Tensor) or not scale.is_floating_point():
-        raise TypeError(f"teacher_head_scale must be a floating-point tensor, got {getattr(scale, 'dtype', scale)!r}")
-    if scale.device != head.device:
-        raise ValueError(f"teacher_head_scale must be on teacher_head's device {head.device}, got {scale.device}")
-    shaped = scale.reshape(()) if scale.numel() == 1 else scale[:, None] if scale.dim() == 1 else scale
-    if shaped.dim() and (shaped.dim() != 2 or len(shaped) != len(head) or head.shape[-1] % max(shaped.shape[1], 1)):
-        raise ValueError(f"teacher_head_scale must be a scalar, (V,) or (V, G) with G groups of columns of "
-                         f"teacher_head {tuple(head.shape)}, got {tuple(scale.shape)}")  # fmt: skip
-    return x._replace(teacher_head_scale=shaped.to(torch.promote_types(shaped.dtype, torch.float32)))
+    if x.teacher_logits is not None:
+        return x._replace(teacher_logits=x.teacher_logits[..., :vocab_size])
+    return x._replace(teacher_head=x.teacher_head[:vocab_size])

@@ -21,10 +21,31 @@ if TYPE_CHECKING:
 
 def run(loss: BaseLoss, student: Tensor, teacher: Merged, labels=None, **given) -> Tensor:
     """The loss as called with such a teacher. A loss that knows no teacher is not given one."""
+    function = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run
+    return function(loss, student, teacher, labels, None, **given)
+
+
+def _run(loss: Any, student: Tensor, teacher: Merged, labels, seen: dict | None, **given) -> Tensor:
+    call.check_logits("student_logits", student)
+    if hasattr(loss, "terms"):
+        return _of_terms(loss, student, teacher, labels, **given)
     if not loss._uses.teacher:
-        return loss(student, None, labels, **given)
-    function = torch.compiler.disable(evaluate) if torch.compiler.is_compiling() else evaluate
-    return function(loss, student, teacher, labels, **given)
+        return loss(student, None, labels, **given | {"vocab_size": teacher.vocab(given.get("vocab_size"), student)})
+    return evaluate(loss, student, teacher, labels, seen=seen, **given)
+
+
+def _of_terms(loss: Any, student: Tensor, teacher: Merged, labels, **given) -> Tensor:
+    """A sum: its terms one by one, for a cross-entropy is that of whole rows and a divergence that of the outcomes,
+    which terms of one temperature share."""
+    from .parts import reducing
+
+    loss._check_temperature(given.get("temperature"))
+    if teacher.sparse_gradient and not all(term._uses.teacher for term in loss.terms):
+        raise ValueError("sparse_gradient needs losses that look at the teacher: the gradient of others is dense")
+    seen: dict = {}
+    terms = [x if x.reduction == loss.reduction else reducing(x, loss.reduction) for x in loss.terms]
+    each = [w * _run(x, student, teacher, labels, seen, **given) for w, x in zip(loss.weights, terms, strict=True)]
+    return sum(each[1:], each[0])
 
 
 def check_whole(student, teacher: Merged, group) -> None:
@@ -47,10 +68,9 @@ def value_and_grad(loss: BaseLoss, student: Tensor, teacher: Merged, labels, out
 
 
 def evaluate(loss: BaseLoss, student: Tensor, teacher: Merged, labels=None, *, row_weight=None, num_items=None,
-             temperature=None, vocab_size=None, vocab_mask=None) -> Tensor:  # fmt: skip
+             temperature=None, vocab_size=None, vocab_mask=None, seen=None) -> Tensor:  # fmt: skip
     """The loss of student (..., V) and a teacher of outcomes: of both rows of outcomes, and of the student's own
-    logits what is added to it, the cross-entropy."""
-    call.check_logits("student_logits", student)
+    logits what is added to it, the cross-entropy. seen: outcomes of other losses of the same call, by temperatures."""
     vocab = teacher.vocab(vocab_size, student)
     labels, mask, weight = call.check_rows(loss, student, vocab, labels, row_weight, temperature, vocab_mask)
     own = loss.temperature if temperature is None else temperature
@@ -70,11 +90,16 @@ def evaluate(loss: BaseLoss, student: Tensor, teacher: Merged, labels=None, *, r
         assert labels is not None  # check_rows has asked for them
         kept = (labels >= 0) & (labels < vocab) & (labels != loss.ignore_index)
         parts.append(Part(torch.where(kept, labels, -1)[:, None], inverse_of(1.0, student)))
-    s, *more = Outcomes.apply(student, vocab, mask, wide, teacher.sparse_gradient, *parts)
-    t = teacher.outcomes(inverse_of(other, student), wide)
-    if mask is not None:
-        k = parts[0].classes.shape[1]
-        t = torch.cat((t[:, :k].masked_fill(gone(parts[0].classes, mask), -math.inf), t[:, k:]), -1)
+    seen = {} if seen is None else seen
+    key = id(own) if isinstance(own, Tensor) else own, loss.teacher_temperature, apart
+    if key not in seen:
+        s, *more = Outcomes.apply(student, vocab, mask, wide, teacher.sparse_gradient, *parts)
+        t = teacher.outcomes(inverse_of(other, student), wide)
+        if mask is not None:
+            k = parts[0].classes.shape[1]
+            t = torch.cat((t[:, :k].masked_fill(gone(parts[0].classes, mask), -math.inf), t[:, k:]), -1)
+        seen[key] = s, more, t
+    s, more, t = seen[key]
     term, entropy = split(loss)
     at = _positions(loss, teacher, labels, t.shape[1])
     value = _value(term, s, t, at, rows, num_items, temperature)
@@ -91,6 +116,12 @@ def _value(loss: BaseLoss, s: Tensor, t: Tensor | None, labels, rows: call.Rows,
     s = s.view(*lead, s.shape[1])
     t = t if t is None else t.view(s.shape)
     return loss._evaluate(call.Rows(s, t, labels, None, rows.weight, s.shape[-1]), s, num_items, temperature)
+
+
+def prepare(loss: Any) -> None:
+    """Makes what `split` keeps, once for all chunks of a call."""
+    for term in getattr(loss, "terms", (loss,)):
+        split(term)
 
 
 def split(loss: BaseLoss) -> tuple[BaseLoss, BaseLoss]:
@@ -116,6 +147,8 @@ def refusal(loss: BaseLoss, tail: str = "bucket") -> str:
     name = type(loss).__name__
     if not loss.rowwise:
         return f"{name} compares a class in all rows, and the classes of this teacher differ: it needs teacher_logits"
+    if loss.numbered:
+        return f"{name} has a group for each class by its number, and this teacher's outcomes have others"
     if tail == "renormalise":
         return ""
     if not loss.merges:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import call, tape
-from .buckets import blocks
+from .buckets import Merged, blocks
 from .compose import SumLoss, joins
 from .logpartition import ForwardKLLoss
 from .loss import Loss, Point
@@ -84,8 +84,14 @@ class _Observed(SumLoss):
 def with_metrics(loss: Any, student, teacher, labels, agreement: bool, given: dict) -> tuple[Tensor, RowMetrics]:
     """The body of `BaseLoss.with_metrics`."""
     check_bool("agreement", agreement)
+    if isinstance(teacher, Merged):
+        raise ValueError(f"with_metrics needs teacher_logits of all classes, got a {type(teacher).__name__}: metrics "
+                         "of merged outcomes are none of the rows'")  # fmt: skip
     if not joins(loss):
         value, more = loss(student, teacher, labels, **given), given.keys() - {"num_items", "row_weight"}
+        if loss._uses.teacher and teacher.shape != student.shape and given.get("vocab_size") is None:  # ULDLoss
+            raise ValueError(f"with_metrics needs teacher_logits of student_logits' shape {tuple(student.shape)}, got "
+                             f"{tuple(teacher.shape)}")  # fmt: skip
         with torch.no_grad():
             own = _divergence(loss).with_metrics(
                 student, teacher, labels, agreement=agreement, **{name: given[name] for name in more}

@@ -24,7 +24,7 @@ from .dtensor import is_sharded as is_sharded  # of what a call is given
 from .dtensor import unwrapped
 from .ops import Once, points_of, with_sums
 from .options import ELSEWHERE, check_count, readable
-from .out import check_out
+from .out import check_out, handed_over
 
 _NOT_AGAIN = "kdkernels: the gradient of a loss on vocabulary shards is not itself differentiable"
 IGNORED, STRANGE = ELSEWHERE + 1, ELSEWHERE - 1  # labels of a row left out; of a class that no rank has
@@ -148,12 +148,23 @@ def forward(loss, group, num_items, *given):
 
 
 def _forward(loss, group, num_items, *given):
+    check_loss(loss)
+    if hasattr(loss, "weighed"):  # a MixedSumLoss
+        values = [weight * _forward(term, group, num_items, *given) for weight, term in loss.weighed(given[4])]
+        return sum(values[1:], values[0])
     loss, rows = split(loss, group, *given)
     return loss._evaluate(rows, rows.student, num_items, given[4])
 
 
 def value_and_grad(loss, group, num_items, out, accumulate, *given):
     """(the reduced loss, the gradient of this rank's student logits)."""
+    check_loss(loss)
+    if hasattr(loss, "weighed"):
+        _, *pair, _ = unwrapped(group, *given[:3])
+        check_out(loss, out, accumulate, *pair)
+        terms = [(w, *value_and_grad(x, group, num_items, None, False, *given)) for w, x in loss.weighed(given[4])]
+        value, gradient = (sum(weight * found[k] for weight, *found in terms) for k in (0, 1))
+        return value, handed_over(gradient, out, accumulate)
     loss, rows = split(loss, group, *given)
     check_out(loss, out, accumulate, rows.student, rows.teacher)
     return loss._value_and_grad(rows, rows.student.detach(), num_items, given[4], out, accumulate)
@@ -166,7 +177,6 @@ def split(loss, group, student, teacher, labels, row_weight, temperature, vocab_
         TypeError, ValueError: as in a call, on the rank with the argument at fault and (another) on all others; the
             loss cannot be cut into shards; the ranks hold different rows or make different calls.
     """
-    check_loss(loss)
     loss = loss.on_shards()
     group, student, teacher, labels = unwrapped(group, student, teacher, labels)
     check_group(group)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from .loss import Program
 
@@ -22,6 +25,15 @@ def reducing(loss: Any, reduction: str) -> Any:
     return part
 
 
+def fixed(loss: Any) -> Any:
+    """A copy for all of a call: later options do not reach it, and what it draws at random is drawn."""
+    part = copy.copy(loss)
+    part._draw()
+    if "_split" in vars(loss):
+        part.__dict__["_split"] = tuple(fixed(one) for one in vars(loss)["_split"])
+    return with_terms(part, fixed) if hasattr(loss, "terms") else part
+
+
 def part_of(loss: Any, at: slice, rows: int) -> Any:
     """The loss of some of the rows; its points may have coefficients of each."""
     part = copy.copy(loss)
@@ -33,4 +45,16 @@ def part_of(loss: Any, at: slice, rows: int) -> Any:
             part.__dict__[name] = Program(code, args[at])
     if "_split" in vars(loss):
         part.__dict__["_split"] = tuple(part_of(one, at, rows) for one in vars(loss)["_split"])
+    return with_terms(part, lambda term: part_of(term, at, rows)) if hasattr(loss, "terms") else part
+
+
+def with_terms(part: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of a sum, which is changed, with its terms changed."""
+    part._uses  # noqa: B018  (prepares a sum again if an option of a term has changed)
+    new = {id(term): change(term) for term in part.terms}
+    part.__dict__["_modules"] = {**part._modules, "terms": nn.ModuleList(new[id(term)] for term in part.terms)}
+    if "_others" in vars(part):  # of a MixedSumLoss
+        first = vars(part)["_first"]
+        part.__dict__["_first"] = None if first is None else change(first)
+        part.__dict__["_others"] = [(weight, new[id(term)]) for weight, term in vars(part)["_others"]]
     return part

@@ -151,9 +151,14 @@ class KendallLoss(Comparison):
             generator = torch.Generator().manual_seed(self.seed)
             self.__dict__["_places"] = torch.rand(self.shifts, generator=generator, dtype=torch.float64)
 
+    def _draw(self):
+        self.__dict__["_drawn"] = self.columns()
+
     def columns(self):
         if self.mode == "topk":
             return None
+        if "_drawn" in vars(self):
+            return vars(self)["_drawn"]
         return torch.rand(self.shifts, dtype=torch.float64) if self._places is None else self._places
 
     def definition(self, s, t, live, args):

@@ -36,7 +36,7 @@ class RowsLoss(Loss):
     kernels = ""
     """The attribute of a backend that has kernels of the distance, if any does."""
     _cross_entropy: Loss
-    unsharded: str | None = "it sums over the classes what both log-partitions have to be known for"
+    unsharded: str | None = "it looks at whole rows"
 
     def points(self):
         return Q, P

@@ -36,8 +36,8 @@ class SparseTeacher(Merged):
     loss takes it.
 
     The cross-entropy is that of the student's whole rows, its labels any class; with label smoothing it reads them once
-    more, and its gradient is added in their dtype. To a loss that needs the label's class
-    (DKD) the bucket is the label's class where it holds it; `from_logits(labels=)` keeps labels out of the bucket.
+    more, and its gradient is added in their dtype. A sum of losses is that of its terms apart. To a loss that needs the
+    label's class (DKD) the bucket is that where it holds it; `from_logits(labels=)` keeps labels out of the bucket.
 
     The teacher is a constant. The student's logits are read once in the forward and once in the backward, beside the
     gradient nothing is as large as they are. Double backward raises; under torch.compile a call is a graph break.

@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
     student_head: Any  # (V, H)
     student_bias: Any
     teacher_hidden: Any  # (N, H2)
-    teacher_head: Any  # (V2, H2)
+    teacher_head: Any  # (V2, H2), once checked as wide as the loss wants them
     teacher_bias: Any
     teacher_head_scale: Any  # () or (V2, G): the unit of a quantised head, of groups of H2 / G columns
     teacher_logits: Any  # (N, V2)
@@ -108,8 +108,9 @@ def _sweep(plan, x, factor, wants, per_row):
     s_buffer = memory[: chunk * vocab].view(chunk, vocab)
     g_buffer = torch.empty_like(s_buffer) if student.softcap is not None and any(wants) else s_buffer
     t_dtype = dtype if teacher is None else cast_dtype(x.teacher_hidden, plan.cast)
-    known = plan.sparse if x.teacher_logits is None else x.teacher_logits[:, :vocab]
-    t_buffer = s_buffer if teacher is None else s_buffer.new_empty((min(plan.block, chunk), vocab), dtype=t_dtype)
+    known = plan.sparse if x.teacher_logits is None else x.teacher_logits
+    t_size = min(plan.block, chunk), 0 if teacher is None else len(teacher.weight)
+    t_buffer = s_buffer if teacher is None else s_buffer.new_empty(t_size, dtype=t_dtype)
     whole = reducing(plan.loss, "none" if per_row else "sum")
     grads, values, product = _empty(x, wants, vocab, rows > chunk), [], None
     if grads.head is not None and grads.head.dtype != dtype:
@@ -171,10 +172,10 @@ def _heads(plan: Plan, x: Inputs) -> tuple[Head, Head | None]:
     if x.teacher_head is None:
         return student, None
     dtype, unit = cast_dtype(x.teacher_hidden, plan.cast), x.teacher_head_scale
-    weight = x.teacher_head[: plan.vocab]
+    weight = x.teacher_head
     if unit is None:
         weight = weight.to(dtype)
-    bias = None if x.teacher_bias is None else x.teacher_bias[: plan.vocab].to(dtype)
+    bias = None if x.teacher_bias is None else x.teacher_bias[: len(weight)].to(dtype)
     return student, Head(weight, bias, unit, plan.scales[1], plan.softcaps[1], plan.scratch)
 
 

@@ -37,8 +37,8 @@ class MixedSumLoss(Weighted, BaseLoss):
     that compare rows (`SpearmanLoss`, `KendallLoss`, `PlackettLuceLoss`, `PearsonLoss`) take turns row by row, so that
     the logits are read from memory once and one gradient is written: for a reduced loss, when only the student wants a
     gradient, neither in float16 nor under torch.compile. All others, and all losses on other backends, are computed one
-    after the other. The terms keep options of their own, which may change; reduction and ignore_index are those of
-    the sum, which the terms have to agree on.
+    after the other, as those of vocabulary shards are, each with collectives of its own. The terms keep options of
+    their own, which may change; reduction and ignore_index are those of the sum, which the terms have to agree on.
 
     Args:
         terms: pairs (weight, loss).
@@ -77,6 +77,20 @@ class MixedSumLoss(Weighted, BaseLoss):
         self.__dict__["_others"] = [(w, term) for w, term in zip(self.weights, self.terms, strict=True)
                                     if not of_log_partition(term)]  # fmt: skip
         self.__dict__.pop("_split", None)
+
+    @property
+    def unsharded(self) -> str | None:  # type: ignore[override]
+        whole = [term for term in self.terms if term.unsharded]
+        return f"of its {type(whole[0]).__name__}, {whole[0].unsharded}" if whole else None
+
+    def _check_temperature(self, temperature) -> None:
+        if vars(self)["_first"] is not None:
+            vars(self)["_first"]._check_temperature(temperature)
+
+    def weighed(self, temperature) -> list:
+        """Pairs (weight, loss), of the sum's reduction, each for itself. Raises if not all may have the temperature."""
+        self._check_temperature(temperature)
+        return [(w, self._reducing(term)) for w, term in zip(self.weights, self.terms, strict=True)]
 
     def _evaluate(self, rows, student_logits, num_items, temperature):
         first, later = self._plan(rows, num_items, temperature)

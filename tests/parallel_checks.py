@@ -146,6 +146,30 @@ def correlated_probabilities(rank, world):
         kd.PearsonLoss()(*batch, group=dist.group.WORLD)
 
 
+def sums_of_several_families(rank, world):
+    """Term by term; in a buffer, and from hidden states, too."""
+    batch, widths = rows(5, 23), WIDTHS[world]
+    for reduction in ("mean", "none"):
+        one = kd.JSDLoss(temperature=2.0, reduction=reduction)
+        terms = one, kd.TVDLoss(reduction=reduction), kd.PearsonLoss("probs", ce_weight=0.1, reduction=reduction)
+        loss = one + 0.5 * terms[1] + 2.0 * terms[2]
+        assert type(loss) is kd.MixedSumLoss
+        for backend in ("cpu", "reference"):
+            both(loss, backend, batch, rank, widths, what=f"{backend} {reduction}")
+    loss = kd.ForwardKLLoss() + kd.PearsonLoss("probs")
+    s, t = (own(x, rank, widths) for x in batch[:2])
+    value, gradient = loss.value_and_grad(*batch)
+    out = torch.ones_like(s)
+    near(loss.value_and_grad(s, t, batch.y, out=out, accumulate=True, group=dist.group.WORLD)[0], value)
+    near(out - 1, own(gradient, rank, widths))
+    hidden, eye = batch.s.clone().requires_grad_(), torch.eye(23, dtype=F64)
+    part = eye.split(widths)[rank]
+    linear = kd.LinearLoss(loss, chunk=2)
+    near(linear(hidden, part, batch.t, part, batch.y, group=dist.group.WORLD).detach(), value)
+    linear(hidden, part, batch.t, part, batch.y, group=dist.group.WORLD).backward()
+    near(hidden.grad, gradient)
+
+
 def wide_rows(rank, world):
     """Wider than a tile and than a segment of the CPU's kernels."""
     widths = [40000, *[700] * (world - 2), 3000]
@@ -410,6 +434,11 @@ def refusals(rank, world):
         kd.SpearmanLoss()(s, t, group=group)
     with raises(ValueError, "AKLLoss cannot be computed on vocabulary shards"):
         kd.AKLLoss()(s, t, group=group)
+    sums = kd.ForwardKLLoss() + kd.SpearmanLoss()
+    for loss, why in ((kd.ULDLoss(), "it sorts whole rows"), (kd.GroupedKLLoss(), "its groups are of classes of whole"),
+                      (sums, "of its SpearmanLoss, it looks at whole rows")):  # fmt: skip
+        with raises(ValueError, f"{type(loss).__name__} cannot be computed on vocabulary shards: {why}"):
+            loss(s, t, group=group)
     with raises(ValueError, "must call the same loss"):
         kd.JSDLoss(0.3 + 0.1 * rank)(s, t, group=group)
     with raises(TypeError, "group must be a process group"):
@@ -424,6 +453,6 @@ def refusals(rank, world):
                 slope.sum().backward()
 
 
-CHECKS = {f.__name__: f for f in (every_loss, a_loss_of_ones_own, correlated_probabilities, wide_rows,
-                                  kernels_in_single, call_options, deleted_classes, few_collectives, metrics,
-                                  gradient_without_a_graph, data_parallel, dtensors, fused_linear, refusals)}
+CHECKS = {f.__name__: f for f in (every_loss, a_loss_of_ones_own, correlated_probabilities, sums_of_several_families,
+                                  wide_rows, kernels_in_single, call_options, deleted_classes, few_collectives,
+                                  metrics, gradient_without_a_graph, data_parallel, dtensors, fused_linear, refusals)}

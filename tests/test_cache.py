@@ -308,6 +308,11 @@ def test_wrong_use(cache, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             writer.add(wrong, tokens)
+    with pytest.raises(ValueError, match=r"k must be in \[1, 5\], got 8"):
+        Writer(tmp_path / "y", vocab_size=5, k=8)
+    for wrong in (slice(0, 2), 1.0, "0"):
+        with pytest.raises(TypeError, match=r"example must be an int, got .*examples\(numbers\) reads several"):
+            Reader(cache)[wrong]
     for number in (-1, 11):
         with pytest.raises(IndexError, match=rf"\[0, 11\), got {number}"):
             Reader(cache)[number]

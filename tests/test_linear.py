@@ -574,6 +574,27 @@ def test_no_tensor_is_as_large_as_the_logits(name, loss, options, dtype):
     assert seen.peak <= room < 2 * n * v * dtype.itemsize  # the logits alone
 
 
+FAMILIES = [kd.SpearmanLoss(), kd.PearsonLoss("probs"), kd.JSDLoss(), kd.AKLLoss(), kd.ULDLoss(),
+            kd.GroupedKLLoss(torch.arange(3000) % 7), kd.ForwardKLLoss() + kd.SpearmanLoss(top_k=64)]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", FAMILIES, ids=lambda loss: type(loss).__name__)
+def test_nor_is_one_of_another_family(loss):
+    x, n, v = batch(F32, **BIG), BIG["n"], BIG["v"]
+    linear = kd.LinearLoss(loss, 32)
+
+    def step():
+        y = x.leaves()
+        linear(y.hidden, y.head, y.t_hidden, y.t_head, y.labels).backward()
+
+    seen, widest = allocations(step), Widest()
+    with widest:
+        step()
+    chunks, heads = 10 if isinstance(loss, kd.AKLLoss) else 3, v * (H + 1) * 16 + n * (H + H2) * 16 + kd.sweep.CACHED
+    assert widest.numel <= 32 * v and seen.largest <= 32 * v * 8
+    assert seen.peak <= chunks * 32 * v * 4 + heads < 2 * n * v * 4  # AKL's share takes copies, in float64 too
+
+
 @pytest.mark.parametrize("rows", [512, 2048])
 def test_the_memory_does_not_grow_with_the_rows(rows):
     """Beyond the gradient of the hidden states, and it keeps to the budget; whole when all fits."""

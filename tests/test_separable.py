@@ -421,3 +421,32 @@ def test_weights_of_each_group_and_groups_that_look_at_the_label():
         torch.testing.assert_close(label(s[kept], t[kept], y[kept]), label(s, t, y))
     with pytest.raises(ValueError, match="needs labels"):
         kd.GroupedKLLoss(own)(s, t)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("widths", [(20, 37), (37, 20)], ids=str)
+def test_uld_from_heads_of_two_vocabularies(widths, reduction):
+    g = torch.Generator().manual_seed(1)
+    hidden, others = torch.randn(7, 4, generator=g, dtype=F64), torch.randn(7, 5, generator=g, dtype=F64)
+    heads = [torch.randn(v, h, generator=g, dtype=F64) for v, h in zip(widths, (4, 5), strict=True)]
+    bias = torch.randn(widths[1], generator=g, dtype=F64)
+    y, loss = torch.tensor([0, 3, -100, 7, 1, 2, 5]), kd.ULDLoss(ce_weight=0.5, reduction=reduction)
+    t, found = others @ heads[1].T + bias, []
+    ways = (lambda s, w: loss(s @ w.T, t, y),
+            lambda s, w: kd.LinearLoss(loss, chunk=3)(s, w, teacher_logits=t, labels=y),
+            lambda s, w: kd.LinearLoss(loss)(s, w, others, heads[1], y, teacher_bias=bias))  # fmt: skip
+    for way in ways:
+        leaves = hidden.clone().requires_grad_(), heads[0].clone().requires_grad_()
+        value = way(*leaves)
+        found.append((value.detach(), *torch.autograd.grad(value.square().sum(), leaves)))
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0])
+    cut, y = dict(vocab_size=18, labels=y), y.clamp(max=17)
+    got = kd.LinearLoss(loss, chunk=3)(hidden, heads[0], others, heads[1], teacher_bias=bias, **cut)
+    torch.testing.assert_close(got, loss((hidden @ heads[0].T)[:, :18], t[:, :18], y))
+    for wrong, message in ((dict(vocab_mask=torch.ones(widths[0], dtype=torch.bool)), "student's shape"),
+                           (dict(labels=torch.full((7,), widths[0])), "labels must be in")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            kd.LinearLoss(loss)(hidden, heads[0], others, heads[1], **(dict(labels=y) | wrong))
+    with pytest.raises(ValueError, match="student's shape"):
+        kd.LinearLoss(loss + kd.ForwardKLLoss(reduction=reduction))(hidden, heads[0], others, heads[1], y)

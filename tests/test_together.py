@@ -175,3 +175,39 @@ def test_nested_and_refused():
     ):
         with pytest.raises(kind, match=message):
             make()
+
+
+@pytest.mark.parametrize("others", [[kd.SpearmanLoss()], [kd.PearsonLoss("probs"), kd.ReverseKLLoss()], [KL, KL]])
+def test_coefficients_of_each_row_in_a_linear_loss(others):
+    rows, eye = batch(5, 23), torch.eye(23, dtype=F64)
+    first = kd.AlphaBetaLoss(torch.linspace(0.2, 1.0, 5), 0.2)
+    loss = sum(others, first)
+    hidden = rows.s.clone().requires_grad_()
+    for _ in "ab":
+        got = kd.LinearLoss(loss, chunk=2)(hidden, eye, rows.t, eye)
+        (slope,) = torch.autograd.grad(got, hidden)
+        want = results([(1, x) for x in (first, *others)], rows._replace(y=None), one_by_one=True)
+        torch.testing.assert_close((got.detach(), slope), want)
+        first.alpha = torch.linspace(1.0, 2.0, 5)
+
+
+@pytest.mark.parametrize("reduction, dtype", [("none", F64), ("mean", F16), ("mean", F64)], ids=str)
+@pytest.mark.parametrize("also", [None, kd.ForwardKLLoss, "sparse"])
+def test_random_shifts_are_drawn_once_a_linear_call(also, reduction, dtype):
+    """The whole rows' loss draws once, and the backward that makes its chunks again must not see other pairs."""
+    rows, eye = batch(5, 23), torch.eye(23, dtype=dtype)
+    loss = kd.KendallLoss("shifts", shifts=2, tau=1.0, reduction=reduction)
+    loss = loss + also(reduction=reduction) if isinstance(also, type) else loss
+    s, t = (x.to(dtype) for x in (rows.s, rows.t))
+    t = kd.SparseTeacher.from_logits(t, 12, tail="renormalise") if also == "sparse" else t
+    found = []
+    for run in (loss, lambda s, t: kd.LinearLoss(loss, chunk=2)(s, eye, teacher_logits=t)):
+        torch.manual_seed(3)
+        leaf = s.clone().requires_grad_()
+        value = run(leaf, t)
+        for _ in "ab":
+            leaf.grad = None
+            (4 * value.sum()).backward(retain_graph=True)
+        found.append((value.detach(), leaf.grad))
+    near = dict(rtol=0.01, atol=0.002) if dtype == F16 else {}
+    torch.testing.assert_close(*found, **near)
