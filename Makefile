@@ -33,6 +33,10 @@ lint: $(VENV)/installed  ## style and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+docs: build  ## the API reference: build/docs/index.html
+	@$(PIP) -e '.[docs]' --no-build-isolation $(TORCH)
+	$(PY) -m benchmarks.pages.reference
+
 build: build/built  ## set up, and compile what changed in csrc/
 
 clean:  ## remove what was compiled (the environment stays: rm -r .venv)
@@ -63,4 +67,4 @@ build/built: $(VENV)/installed $(SOURCES)
 	@$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
-.PHONY: help demo test lint build clean
+.PHONY: help demo test lint docs build clean

@@ -40,6 +40,8 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     """Whether several classes may be one outcome, as in a `SparseTeacher`: it compares distributions."""
     unsharded: str | None = "it looks at whole rows"
     """Why it cannot be computed on vocabulary shards, or None."""
+    work = ""
+    """What a step costs that its points or phi do not say; `kdkernels losses` prints it (w: the bytes of a logit)."""
     standardize = False
     teacher_temperature: float | None = None
     temperature: float

@@ -33,7 +33,7 @@ def reverse_kl(q: Moment, p: Moment):
 
 
 class ForwardKLLoss(Loss):
-    """KL(p || q) = sum_i p_i log(p_i / q_i). [Hinton et al. 2015]"""
+    """`KL(p || q) = sum_i p_i log(p_i / q_i)`. [Hinton et al. 2015]"""
 
     def points(self):
         return Q, P
@@ -49,7 +49,7 @@ def cross_entropy_of(loss: BaseLoss) -> ForwardKLLoss:
 
 
 class KDLoss(ForwardKLLoss):
-    """(1 - alpha) CE(q_1, y) + alpha T^2 KL(p || q). [Hinton et al. 2015, sec. 2]
+    """`(1 - alpha) CE(q_1, y) + alpha T^2 KL(p || q)`. [Hinton et al. 2015, sec. 2]
 
     Args:
         temperature: T of the KL term; the cross-entropy is at temperature 1.
@@ -81,7 +81,7 @@ class KDLoss(ForwardKLLoss):
 
 
 class ReverseKLLoss(Loss):
-    """KL(q || p) = sum_i q_i log(q_i / p_i). [Gu et al. 2024, MiniLLM]"""
+    """`KL(q || p) = sum_i q_i log(q_i / p_i)`. [Gu et al. 2024, MiniLLM]"""
 
     def points(self):
         return Q, P
@@ -91,7 +91,7 @@ class ReverseKLLoss(Loss):
 
 
 class TTMLoss(Loss):
-    """KL(p^ || q) with the power-transformed teacher p^_i = p_i^gamma / sum_j p_j^gamma. [Zheng & Yang 2024, eq. 14]
+    """`KL(p^ || q), p^_i = p_i^gamma / sum_j p_j^gamma`, the power-transformed teacher. [Zheng & Yang 2024, eq. 14]
 
     No temperature on the student and no T^2 factor, as published.
 
@@ -117,7 +117,7 @@ class TTMLoss(Loss):
 
 
 class WTTMLoss(TTMLoss):
-    """U KL(p^ || q) with p^ of TTM and the weight U = sum_i p_i^gamma. [Zheng & Yang 2024, eq. 20]
+    """`U KL(p^ || q), U = sum_i p_i^gamma`, `p^` as in TTM. [Zheng & Yang 2024, eq. 20]
 
     1 <= U <= V^(1 - gamma): large for uncertain teachers.
 
@@ -148,7 +148,7 @@ class WTTMLoss(TTMLoss):
 
 
 class HellingerLoss(Loss):
-    """1 - sum_i sqrt(p_i q_i): the squared Hellinger distance. [Hellinger 1909]"""
+    """`1 - sum_i sqrt(p_i q_i)`: the squared Hellinger distance. [Hellinger 1909]"""
 
     def points(self):
         return Q, P, Point(student=0.5, teacher=0.5)
@@ -158,7 +158,7 @@ class HellingerLoss(Loss):
 
 
 class DKDLoss(Loss):
-    """alpha KL([p_y, 1 - p_y] || [q_y, 1 - q_y]) + beta KL(p^ || q^), p^ and q^ without y. [Zhao et al. 2022, eq. 7]
+    """`alpha KL([p_y, 1 - p_y] || [q_y, 1 - q_y]) + beta KL(p^ || q^)`, hats without y. [Zhao et al. 2022, eq. 7]
 
     The moments leave the label's class out, so that 1 - p_y never cancels.
 
@@ -189,7 +189,7 @@ class DKDLoss(Loss):
 
 
 class CrossEntropyLoss(Loss):
-    """-log softmax(s)_y, from the student and the labels alone, at temperature 1. [Szegedy et al. 2016, sec. 7]
+    """`-log softmax(s)_y`, from the student and the labels alone, at temperature 1. [Szegedy et al. 2016, sec. 7]
 
     Args:
         label_smoothing: in [0, 1], towards the uniform distribution.
@@ -210,7 +210,7 @@ class CrossEntropyLoss(Loss):
 
 
 class BrierLoss(Loss):
-    """sum_i (q_i - 1[i = y])^2, from the student and the labels alone. [Brier 1950; Hamidi et al. 2024]"""
+    """`sum_i (q_i - 1[i = y])^2`, from the student and the labels alone. [Brier 1950; Hamidi et al. 2024]"""
 
     needs_teacher = False
     needs_labels = True
@@ -230,7 +230,7 @@ class BrierLoss(Loss):
 
 
 class LogitMSELoss(Loss):
-    """sum_i (s_i - 1[i = y])^2, from the student's logits and the labels alone. [Hui & Belkin 2021]"""
+    """`sum_i (s_i - 1[i = y])^2`, from the student's logits and the labels alone. [Hui & Belkin 2021]"""
 
     needs_teacher = False
     needs_labels = True
@@ -252,7 +252,7 @@ def _one_hot(like: Tensor, labels: Tensor | None) -> Tensor:
 
 
 class TAIDLoss(Loss):
-    """KL(u || q) with the detached mixture u = softmax((1 - tau) s + tau t). [Shing et al. 2025, eq. 3]
+    """`KL(u || q), u = softmax((1 - tau) s + tau t)` detached. [Shing et al. 2025, eq. 3]
 
     The authors train on the cross-entropy of u and q: the same gradient q - u, another constant.
 

@@ -16,7 +16,7 @@ from .rowwise import CLASSES
 
 
 class SinkhornLoss(RankLoss):
-    """sum_ij P_ij C_ij / N over the rows of a batch, C_ij = sum_k |q_ik - p_jk|. [Cui et al. 2024, SinKD]
+    """`sum_ij P_ij C_ij / N, C_ij = sum_k |q_ik - p_jk|`, over the rows of a batch. [Cui et al. 2024, SinKD]
 
     P is exp(-C / epsilon), its rows and then its columns divided by their sums, `iterations` times. The gradient goes
     through P, to the teacher as well. Torch computes it, in float32 for logits of 32 bits or less (sums and P in
@@ -29,6 +29,7 @@ class SinkhornLoss(RankLoss):
         reduction: "mean", over the kept rows, or "sum".
     """
 
+    work = "torch, in passes: 8 exp, 2 N differences"
     teacher_gradient = True
     rowwise = False
 

@@ -87,7 +87,7 @@ def test_losses(columns, capsys, monkeypatch):
     first = {line.split()[0] for line in shown.splitlines() if line.strip()}
     for name, cls in kd.catalogue().items():
         assert f"{name}(" in shown and short(name) in first
-        assert cls.__doc__.split()[0] in shown
+        assert cls.__doc__.split()[0].strip("`") in shown
     for words in ("tau=0.4", "t_squared=True)", "teacher, labels", "0.5 s + 0.5 t", "Renyi 1961", "ignore_index=-100"):
         assert words in " ".join(shown.split())
     assert "Point(" not in shown
@@ -101,7 +101,7 @@ def test_losses_without_rich(capsys, monkeypatch):
 
 
 def test_points_as_they_are_spelled():
-    from kdkernels.cli import spelled_point
+    from kdkernels.listing import spelled_point
 
     assert spelled_point(kd.Point(student=0.5, teacher=1)) == "0.5 s + t"
     assert spelled_point(kd.Point(student=-0.25, frozen=True)) == "-0.25 s (constant)"
