@@ -6,6 +6,7 @@ from typing import NamedTuple
 from .elements import HEADER, LINE, OPERANDS
 from .loss import MOMENTS
 from .options import MEAN_S
+from .rowwise import RowsLoss
 from .tape import Op
 
 EXPONENTIALS = (Op.EXP, Op.EXPM1, Op.LOG, Op.LOG1P, Op.SOFTPLUS)
@@ -74,7 +75,8 @@ def cost(loss):
     """-> the Cost of a Loss, from its points and its phi; None of one with neither, or with kernels of its own."""
     import kdkernels as kd
 
-    if not isinstance(loss, kd.Loss) or getattr(loss, "kernels", ""):
+    own = isinstance(loss, RowsLoss) and loss.kernels
+    if own or not isinstance(loss, kd.Loss):
         return None
     points, code = loss.all_points(), loss._single.code.tolist()
     tilted = [k for k, p in enumerate(points) if p.student or p.teacher]
