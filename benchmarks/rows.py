@@ -184,7 +184,7 @@ def main(arguments=None):
 
 def machine() -> str:
     from kdkernels.backends import cpu
-    from kdkernels.cli import processor
+    from kdkernels.doctor import processor
 
     return (f"{processor()}, {cpu.isa()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
             f"Python {platform.python_version()}")  # fmt: skip

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import backends, cache, correlation, distributions, logpartition, metrics, ranks, separable, tape
+from . import backends, cache, correlation, distributions, logpartition, longtail, metrics, ranks, separable, tape
 from .backends import BackendUnavailable, available_backends, use_backend
 from .base import BaseLoss
 from .compare import RankLoss
@@ -12,6 +12,7 @@ from .distributions import *  # noqa: F403
 from .functional import power_sum, power_transform
 from .linear import LinearLoss
 from .logpartition import *  # noqa: F403  (its __all__ is the catalogue)
+from .longtail import *  # noqa: F403
 from .loss import Label, Loss, Moment, Point
 from .observe import RowMetrics
 from .ranks import *  # noqa: F403
@@ -26,7 +27,7 @@ try:
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
-_FAMILIES = (logpartition, separable, distributions, ranks, correlation)
+_FAMILIES = (logpartition, separable, distributions, longtail, ranks, correlation)
 __all__ = [
     *(_CATALOGUE := [name for family in _FAMILIES for name in family.__all__]),
     "BackendUnavailable", "Label", "LinearLoss", "Loss", "MixedSumLoss", "Moment", "Point", "RankLoss", "RowMetrics",

@@ -1,15 +1,13 @@
-"""The command line: kdkernels distill | recipes | cache | losses | doctor."""
+"""The command line: kdkernels distill | recipes | cache | probe | losses | doctor."""
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import sys
 import time
 from pathlib import Path
 
 from .backends import BackendUnavailable
+from .doctor import run_doctor, version
 from .listing import print_catalogue, run_losses
 from .trainer.config import QUICK, Config, UserError, flag
 from .trainer.flags import HELP, absolute, add_settings
@@ -42,6 +40,7 @@ def parser():
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_distill(commands)
     add_cache(commands)
+    add_probe(commands)
     one = commands.add_parser("recipes", help="the published systems that `distill --recipe` reproduces",
                               description=run_recipes.__doc__)  # fmt: skip
     one.set_defaults(run=run_recipes)
@@ -53,13 +52,6 @@ def parser():
                               description=run_doctor.__doc__)  # fmt: skip
     one.set_defaults(run=run_doctor)
     return top
-
-
-def version():
-    try:
-        return importlib.metadata.version("kdkernels")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 def add_distill(commands):
@@ -74,7 +66,7 @@ def add_distill(commands):
     one.set_defaults(run=run_distill)
     one.add_argument("--quick", action="store_true", help="a small run: about two minutes on two cores")
     one.add_argument("--resume", metavar="RUN_DIR", help="go on with a run that was killed")
-    one.add_argument("--recipe", metavar="NAME", help="instead, reproduce a published system on small images (see "
+    one.add_argument("--recipe", metavar="NAME", help="instead, reproduce a published system at a small size (see "
                      "`kdkernels recipes`); with --seeds, --out, --cache and --threads alone")  # fmt: skip
     one.add_argument("--seeds", type=int, metavar="INT", help="of a recipe (default: 3)")
     groups = add_settings(one)
@@ -105,7 +97,31 @@ def add_cache(commands):
     one.add_argument("--temperature", type=float, metavar="FLOAT", default=1.0,
                      help="the teacher's temperature in the loss to come (default: 1)")  # fmt: skip
     add_settings(one, without=("loss", "teacher_cache", "tail", "val_tokens", "curve_tokens", "keep_layers", "lr",
-                               "eval_every", "out"))  # fmt: skip
+                               "eval_every", "out", "parallel"))  # fmt: skip
+
+
+def add_probe(commands):
+    one = commands.add_parser(
+        "probe",
+        help="how a student deviates from its teacher",
+        description="Where a student is surer than its teacher and where less: the slope of logit(q_c) on logit(p_c), "
+        "c the teacher's first choice, residuals by tail, agreement, calibration, conditional mutual information, "
+        "entropies. On held-out text for the run folder of `kdkernels distill`, on test pictures for two files.",
+        epilog="example: kdkernels probe runs/demo",
+    )
+    one.set_defaults(run=run_probe)
+    one.add_argument("paths", nargs="+", metavar="PATH", help="a finished run folder of `kdkernels distill`; or two "
+                     "safetensors files of a recipe, the student's and the teacher's")  # fmt: skip
+    one.add_argument("--tokens", type=int, default=4096, metavar="INT", help="held-out tokens (default: 4096)")
+    one.add_argument("--alpha", type=float, default=0.5, help="order of the Renyi entropy (default: 0.5)")
+    one.add_argument("--out", default="", metavar="PATH", help="folder to write (default: probe, beside the files)")
+
+
+def run_probe(options):
+    """Measure, print the tables, write probe.json and a plot for each student."""
+    from .trainer.probe import command
+
+    return command(options)
 
 
 def run_cache(options):
@@ -179,58 +195,3 @@ def assignment(text):
         return name.strip().replace("-", "_"), json.loads(value if equals else "")
     except ValueError:
         raise UserError(f'--set {text}: expected NAME=VALUE with a number, true, false, null or "text"') from None
-
-
-ADVICE = {
-    "cpu": "reinstall with a C++ compiler and ninja: pip install --no-build-isolation .",
-    "triton": "TRITON_INTERPRET=1 runs it in its interpreter, without a GPU and slowly",
-    "cuda": "needs a CUDA build of torch, nvcc and an NVIDIA GPU when kdkernels is built",
-}
-MISSING = {"triton": "pip install 'kdkernels[triton]' (Linux)"}
-
-
-def run_doctor(options):
-    """Say which backends run here and why the others do not, with versions, devices, instruction set and threads.
-    The exit status is 1 if KDKERNELS_BACKEND names a backend that cannot run here."""
-    import torch
-
-    import kdkernels as kd
-    from kdkernels import backends
-
-    print(f"kdkernels  {version()} in {Path(kd.__file__).parent}")
-    print(f"python     {platform.python_version()}, {platform.platform()}")
-    for name in ("torch", "triton", "numpy", "transformers", "tokenizers", "safetensors", "rich", "matplotlib"):
-        print(f"{name:<10} {installed(name)}")
-    isa = getattr(getattr(backends, "cpu", None), "isa", torch.backends.cpu.get_cpu_capability)
-    print(f"cpu        {processor()}, instruction set {isa()}, {torch.get_num_threads()} threads of {os.cpu_count()}")
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        print(f"gpu {index}      {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
-    libraries = sorted(p for p in Path(kd.__file__).parent.rglob("*") if p.suffix in (".so", ".pyd", ".dylib"))
-    print(f"libraries  {', '.join(map(str, libraries)) or 'none built'}")
-    states, forced = kd.available_backends(), os.environ.get("KDKERNELS_BACKEND")
-    state = states.get(forced, f"there is no such backend; known: {', '.join(states)}") if forced else "ok"
-    refused = "" if state == "ok" else f", and every loss raises: {state}"
-    print(f"forced     {f'KDKERNELS_BACKEND={forced}{refused}' if forced else 'none'}")
-    print("backends")
-    for name, state in states.items():
-        print(f"  {name:<10} {state}")
-        advice = MISSING.get(name) if state.startswith("needs the module") else ADVICE.get(name)
-        if state != "ok" and advice and not state.startswith("no such kernels"):
-            print(f"  {'':<10} -> {advice}")
-    return 1 if refused else 0
-
-
-def installed(name):
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed" + ("" if name in ("torch", "triton", "numpy") else " (pip install 'kdkernels[train]')")
-
-
-def processor():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

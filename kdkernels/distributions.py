@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -173,17 +174,20 @@ class GroupedKLLoss(RowsLoss):
             "label": the label's class is group 1 and the others are group 0, as in `DKDLoss`, which is this loss with
             balanced=True, between=alpha, within=beta, and has kernels;
             a function of the log-probabilities log q and log p, (n, V) float64 of some of the rows without a gradient,
-            that returns (n, V).
+            and, if it has a parameter of that name, their labels (n,), that returns (n, V).
             None: one group, and so KL(p || q) times `within`.
-        between, within: weights.
+        between, within: weights; `within` may be a tuple of one for each group, and a group with weight 0 is left out.
         balanced: w_g = 1, so that a group counts whatever its mass.
     """
 
     work = "5 w, 4 exp"
     groups: Any
+    within: Any
     _count: int
+    _asks_labels = False
 
-    def __init__(self, groups=None, between: float = 1.0, within: float = 1.0, balanced: bool = False, **options):
+    def __init__(self, groups=None, between: float = 1.0, within: float | tuple = 1.0, balanced: bool = False,
+                 **options):  # fmt: skip
         super().__init__(**options)
         self.between, self.within, self.balanced = between, within, balanced
         if groups is None or isinstance(groups, str) or callable(groups):
@@ -197,9 +201,11 @@ class GroupedKLLoss(RowsLoss):
 
     @property
     def needs_labels(self) -> bool:  # type: ignore[override]
-        return isinstance(self.groups, str)
+        return isinstance(self.groups, str) or self._asks_labels
 
     def check(self):
+        asks = callable(self.groups) and "labels" in inspect.signature(self.groups).parameters
+        self.__dict__["_asks_labels"] = asks
         if isinstance(self.groups, Tensor):
             _check_groups("groups", self.groups)
             if self.groups.dim() != 1:
@@ -207,7 +213,8 @@ class GroupedKLLoss(RowsLoss):
         elif isinstance(self.groups, str) and self.groups != "label":
             raise ValueError(f"groups must be integers, a function or 'label', got {self.groups!r}")
         check_number("between", self.between)
-        check_number("within", self.within)
+        for weight in self.within if isinstance(self.within, tuple) else (self.within,):
+            check_number("within", weight)
         check_bool("balanced", self.balanced)
         self.__dict__["_count"] = int(self.groups.max()) + 1 if isinstance(self.groups, Tensor) else 1
 
@@ -221,14 +228,20 @@ class GroupedKLLoss(RowsLoss):
         """(N,) from the log masses of the groups and the divergences within them, each (N, G)."""
         mass = log_p.exp()
         weighted = inner if self.balanced else mass * torch.where(mass == 0, 0.0, inner)
-        return self.between * _kl(log_p, log_q).sum(-1) + self.within * weighted.sum(-1)
+        between = self.between * _kl(log_p, log_q).sum(-1)
+        if not isinstance(self.within, tuple):
+            return between + self.within * weighted.sum(-1)
+        if len(self.within) < inner.shape[-1]:
+            raise ValueError(f"within must have a weight for each of {inner.shape[-1]} groups, got {len(self.within)}")
+        within = inner.new_tensor(self.within[: inner.shape[-1]])
+        return between + (within * torch.where(within == 0, 0.0, weighted)).sum(-1)
 
     def _by_kernels(self, kernels, rows, args, weight, divisor):
         labels, ignore = rows.labels, self.ignore_index
         if rows.weight is not None:  # a row that counts nothing passes nothing on, whatever it holds
             labels = torch.where(rows.weight == 0, ignore, ELSEWHERE if labels is None else labels)
         groups, count = None, 2
-        if not self.needs_labels:
+        if not isinstance(self.groups, str):
             groups = self._groups_of(args.new_empty(1, rows.vocab), args.new_empty(1, rows.vocab), None)[0].contiguous()
             count = self._count
         moments = GroupMoments.apply(rows.student, rows.teacher, kernels, labels, rows.mask, args, groups, count,
@@ -248,13 +261,14 @@ class GroupedKLLoss(RowsLoss):
         shape = log_q.shape
         if self.groups is None:
             return torch.zeros(1, dtype=torch.int64, device=log_q.device).expand(shape)
-        if labels is not None:
+        if isinstance(self.groups, str):
+            assert labels is not None
             return (torch.arange(shape[-1], device=labels.device) == labels[:, None]).long()
         if isinstance(self.groups, Tensor):
             if len(self.groups) < shape[-1]:
                 raise ValueError(f"groups must have a group for each of {shape[-1]} classes, got {len(self.groups)}")
             return self.groups[: shape[-1]].to(log_q.device, torch.int64).expand(shape)
-        found = self.groups(log_q, log_p)
+        found = self.groups(log_q, log_p, **({"labels": labels} if self._asks_labels else {}))
         if not isinstance(found, Tensor) or found.shape != shape:
             raise ValueError(f"groups must return a tensor of shape {tuple(shape)}, "
                              f"got {tuple(getattr(found, 'shape', ())) or type(found).__name__}")  # fmt: skip

@@ -37,8 +37,9 @@ class SpearmanLoss(Comparison):
     float64 rows and rows of fewer than 4096 live classes are sorted. Longer ones of 16 bits go through histograms of
     their bits, exactly. Longer float32 rows go through uniform bins with interpolation, at least 4096 of them and 32 to
     a bandwidth a (2^14 for the teacher): the gradient then errs by less than 1e-3 of its norm. Rows where it would be
-    more are sorted: of heavy tails, or of a loss below 256 / V. On a GPU they go through cells 2^-11 deviations wide
-    where most classes are, with about that error (2e-3 where the loss is 0.002), and are sorted at tau < 0.02.
+    more are sorted: of heavy tails, or of a loss within 256 / V of 0 or 2. On a GPU they go through cells 2^-11
+    deviations wide where most classes are, with about that error (2e-3 where the loss is 0.002), and are sorted at
+    tau < 0.02.
 
     Args:
         tau: bandwidth > 0 in standard deviations of the row.

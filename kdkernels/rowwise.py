@@ -90,7 +90,7 @@ class RowsLoss(Loss):
         kernels = getattr(backend, self.kernels, None) if self.kd_weight and self.kernels else None
         if kernels is not None and args.requires_grad:  # through the deviations of its rows
             with backends.use_backend("reference"):
-                return self._evaluate(rows, student_logits, num_items, temperature)
+                return RowsLoss._evaluate(self, rows, student_logits, num_items, temperature)
         if kernels is not None:
             if self.ce_weight and student_logits.dtype in (torch.bfloat16, torch.float16):
                 rows = rows._replace(student=rows.student.float())  # two gradients are summed: rounded once, at the end

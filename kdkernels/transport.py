@@ -51,6 +51,8 @@ class SinkhornLoss(RankLoss):
         if rows.weight is not None:
             raise ValueError("row_weight is not for SinkhornLoss, whose rows are related to each other")
         _, divisor = call.weighting(self, rows, num_items)
+        if not rows.student.numel():
+            return (rows.student.sum() + rows.teacher.sum()).to(call.result_dtype(student_logits))
         T = self.temperature if temperature is None else temperature
         T = T.reshape(-1, 1) if isinstance(T, Tensor) and T.dim() else T
         keep = None if rows.labels is None else rows.labels != self.ignore_index
@@ -95,9 +97,9 @@ def _cost(rows: call.Rows, keep: Tensor | None, T) -> Tensor:
 
 def transport(cost: Tensor, some: Tensor, epsilon: float, iterations: int) -> Tensor:
     """sum_ij P_ij C_ij of the rows and columns with some = 1."""
-    plan = (-cost / epsilon).exp() * some[:, None] * some
+    alone = (some[:, None] * some) == 0
+    log_plan = torch.where(alone, -1e300, -cost / epsilon)  # logarithms: at a small epsilon whole rows are 0
     for _ in range(iterations):
         for dim in (1, 0):
-            total = plan.sum(dim, keepdim=True)
-            plan = plan / torch.where(total > 0, total, 1.0)
-    return (plan * cost).sum()
+            log_plan = log_plan - torch.where(alone, 0.0, log_plan.logsumexp(dim, keepdim=True))
+    return (torch.where(alone, 0.0, log_plan.exp()) * cost).sum()

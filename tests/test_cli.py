@@ -23,6 +23,7 @@ def test_help_and_version(capsys):
         ("--help",): ["distill", "cache", "losses", "doctor"],
         ("cache", "--help"): "--teacher --top-k --temperature --quick --seed".split(),
         ("distill", "--help"): "--quick --resume --loss --gamma --set (default: --checkpoint-every".split(),
+        ("probe", "--help"): ["logit(q_c)", "--tokens"],
         ("doctor", "--help"): ["backends"],
         ("losses", "--help"): ["formula"],
         ("--version",): ["kdkernels"],
@@ -146,11 +147,11 @@ def test_distill_names_both_spellings_of_a_loss(capsys):
 
 
 def test_every_loss_has_a_short_name():
-    from kdkernels.trainer.losses import loss_class, make_loss, short
+    from kdkernels.trainer.losses import loss_class, make_loss, resolve, short
 
     for name, cls in kd.catalogue().items():
         assert loss_class(short(name)) is loss_class(name) is cls
-        assert isinstance(make_loss(name, {}), cls)
+        assert isinstance(make_loss(name, {}), cls) and isinstance(make_loss(name, resolve(name, {})), cls)
 
 
 def test_settings_that_cannot_work(capsys):
@@ -166,6 +167,22 @@ def test_missing_extra(capsys, monkeypatch):
     monkeypatch.setattr(distill, "find", lambda name: None if name == "transformers" else name)
     message = fails(capsys, "distill")
     assert "transformers" in message and "pip install 'kdkernels[train]'" in message
+    monkeypatch.setattr(distill, "find", lambda name: None if name == "sklearn" else name)
+    assert "missing: sklearn. " in fails(capsys, "distill", "--recipe", "kd")
+
+
+def test_what_torchrun_cannot_start(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--recipe runs in one process" in fails(capsys, "distill", "--recipe", "kd", "--out", tmp_path)
+    assert "`kdkernels cache` runs in one process" in fails(capsys, "cache", "--out", tmp_path)
+    assert "DISTLoss compares the rows" in fails(capsys, "distill", "--loss", "dist", "--out", tmp_path / "run")
+
+
+def test_a_recipe_for_which_there_is_no_room(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 3 << 20}))
+    message = fails(capsys, "distill", "--recipe", "kd", "--out", tmp_path / "run", "--cache", tmp_path)
+    assert f"too little room in {tmp_path}: 3 MB free" in message and not list(tmp_path.iterdir())
 
 
 def test_resume_needs_a_run(capsys, tmp_path):
@@ -250,8 +267,10 @@ def test_import_is_light():
 
 
 @pytest.mark.parametrize(
-    "name", ["rows", "linear", "ranks", "rank_distillation", "pages.rank_gradients", "gpu", "separable"]
-)
+    "name",
+    ["rows", "linear", "ranks", "rank_distillation", "pages.rank_gradients", "pages.alpha_beta", "pages.bayes_teacher",
+     "gpu", "separable", "validation", "curves"],
+)  # fmt: skip
 def test_benchmarks_say_what_they_measure(name):
     run = [sys.executable, "-m", f"benchmarks.{name}", "--help"]
     done = subprocess.run(run, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)

@@ -197,6 +197,28 @@ def test_finite_masks_are_like_impossible_classes(case, mask, backend):
         close(got.ds, want.ds)
 
 
+@everywhere
+@pytest.mark.parametrize("mask", [-1e17, -1e25, torch.finfo(F32).min])
+def test_finite_masks_of_one_side(case, mask, backend):
+    """Where the other side's largest logits are among its classes: far away, and no NaN."""
+    if case.setting("standardize", False) or case.name == "LogitMSELoss" or _looks_at_every_class(case):
+        return
+    wide = backend in ("reference", "cpu")
+    V, live = (6000, 2000) if wide else (300, 200)
+    for side, dtype in ((0, F32), (1, F64 if wide else F32)):
+        rows = batch(2, V, scale=2.0).to(dtype)
+        y, logits = rows.y % live, [rows.s.clone(), rows.t.clone()]
+        logits[1 - side][:, live + 50] = 20.0
+        logits[side][:, live:] = mask
+        got = run(case, backend, Batch(*logits, y))
+        want = run(case, "reference", Batch(*(z.double() for z in logits), y))
+        small = (want.value.abs() < 1e6)[:, None]  # else the loss is as far away as the mask
+        for a, b in ((got.value[:, None], want.value[:, None]), (got.ds, want.ds)):
+            size = b.abs().amax(-1, keepdim=True).clamp(min=0.01)  # of terms of about 1
+            bar = torch.where(small, 1e-4 * size, torch.inf)
+            assert not a.isnan().any() and (~small | ((a.double() - b).abs() <= bar)).all(), dtype
+
+
 def _looks_at_every_class(case):
     """A point that weighs all classes alike, masked or not, or negative powers of them."""
     return any(max(p.student, p.teacher) <= 0 or min(p.student, p.teacher) < 0 for p in make(case).all_points())

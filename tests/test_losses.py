@@ -43,7 +43,7 @@ def check(case, backend, dtypes, regimes):
 
 
 def test_every_loss_has_a_textbook_line_and_back():
-    by_themselves = {"DISTLoss", "SinkhornLoss", "ULDLoss"}  # in test_ranks.py and test_separable.py
+    by_themselves = {"DISTLoss", "LTKDLoss", "SinkhornLoss", "ULDLoss"}  # in test_ranks, test_longtail, test_separable
     assert {case.name for case in (*CASES, *RANK_CASES)} | by_themselves == set(kd.catalogue())
 
 

@@ -120,13 +120,14 @@ def test_spearman_of_float32_rows(V, tau, kind):
 
 @pytest.mark.parametrize("power", [1, 3])
 @pytest.mark.parametrize("tau", [0.03, 0.1, 1.0])
-def test_spearman_of_float32_rows_that_nearly_agree(tau, power):
+def test_spearman_of_float32_rows_that_nearly_agree_or_disagree(tau, power):
     """The gradient is small there, what bins add to it is not."""
     g = torch.Generator().manual_seed(0)
     t, noise = torch.randn(2, 1, 8000, generator=g)
     for size in (0.3, 0.1, 0.03):
-        found, exact = gradients(kd.SpearmanLoss(tau=tau), (t + size * noise) ** power, t**power)
-        assert distance(found[1], exact[1]) <= 1e-3, size
+        for sign in (1, -1):
+            found, exact = gradients(kd.SpearmanLoss(tau=tau), sign * (t + size * noise) ** power, t**power)
+            assert distance(found[1], exact[1]) <= 1e-3, (size, sign)
 
 
 def test_float32_student_with_a_teacher_of_ties():
@@ -316,9 +317,42 @@ print(torch.corrcoef(torch.cat((soft, s))).abs()[0, 1].item())
 """
 
 
+@pytest.mark.parametrize("N", [2, 3, 7, 11])
+def test_dist_of_equal_rows(N):
+    """Each class has the same probability in all rows of the student: the second term is 1, without a gradient."""
+    row, t = torch.randn(100), 3 * torch.randn(N, 100)
+    s = row.repeat(N, 1).requires_grad_()
+    value = kd.DISTLoss(beta=0.0)(s, t)
+    (gradient,) = torch.autograd.grad(value, s)
+    assert value.item() == pytest.approx(1, abs=1e-9) and gradient.abs().max() == 0
+
+
 def test_a_permutahedron_at_eps_1_is_pearson():
     """Projected ranks are affine in the logits there. In a process of its own: torchsort is built with fast-math."""
     if importlib.util.find_spec("torchsort") is None:
         pytest.skip("torchsort is not installed")
     shown = subprocess.run([sys.executable, "-c", PERMUTAHEDRON], capture_output=True, text=True, check=True).stdout
     assert float(shown) == pytest.approx(1, abs=1e-4)
+
+
+MEMORY = """
+from pathlib import Path
+import torch, kdkernels as kd
+status = lambda key: int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
+s, t = torch.randn(2, 256, 65536)
+for loss in (kd.SpearmanLoss(), kd.SpearmanLoss(top_k=128), kd.PearsonLoss(), kd.PearsonLoss("probs"), kd.KendallLoss(),
+             kd.PlackettLuceLoss(), kd.ForwardKLLoss() + kd.SpearmanLoss()):
+    leaf = s.clone().requires_grad_()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = status("VmRSS")
+    loss(leaf, t).backward()
+    print(type(loss).__name__, status("VmHWM") - before - s.nbytes / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_buffer_is_as_large_as_the_logits():
+    """64 MB of logits; beside the gradient a step takes what its threads keep of a row."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 7 and all(float(extra) < 32 for _, extra in lines), done.stdout

@@ -33,6 +33,7 @@ Y = torch.randint(100, (6,), generator=torch.Generator().manual_seed(2))
 def lab(tmp_path):
     lab = Lab(tmp_path / "run", tmp_path / "cache", 0, lambda text: None, share=0.004)
     lab._data[()] = lab._data[("train", comparative.CALLS),] = images.Pairs(train=300, test=200)
+    lab._data[("imbalance", 20.0),] = lab._data[()]
     return lab
 
 
@@ -76,7 +77,7 @@ def test_a_training_run_goes_on_where_it_was_stopped(lab, tmp_path):
         lab.train("net", lab.student(), [], steps=12)
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", [name for name in recipes.names() if not hasattr(recipes.load(name), "LAB")])
 def test_every_recipe_runs_and_says_what_it_is(name, lab):
     recipe = recipes.load(name)
     assert f"kdkernels distill --recipe {name}\n" in recipe.__doc__ and "xpected" in recipe.__doc__
@@ -179,13 +180,13 @@ def test_atsc_moves_the_teacher_and_then_the_whole_classifier(lab):
     lab.train("net", net, [move, share], steps=800)
     changed = lambda name: not torch.equal(net.teacher.state_dict()[name], pretrained.state_dict()[name])  # noqa: E731
     assert changed("head.weight") and changed("head.bias") and changed("body.0.weight")
-    batch = type("Batch", (), dict(images=lab.data().train[0][:8], labels=lab.data().train[1][:8]))
+    batch = type("Batch", (), dict(inputs=lab.data().train[0][:8], labels=lab.data().train[1][:8]))
     with torch.no_grad():
         near = move.loss(batch)
         encoder[0].add_(1.0)
         assert move.loss(batch) > near + 100
     net.eval()
-    assert torch.equal(net(batch.images), net.teacher.classify(net.projector(net.student.features(batch.images))))
+    assert torch.equal(net(batch.inputs), net.teacher.classify(net.projector(net.student.features(batch.inputs))))
 
 
 def test_mcmi_maximises_the_divergence_from_frozen_centroids(lab):

@@ -308,6 +308,25 @@ def test_sinkhorn():
     assert gradcheck(kd.SinkhornLoss(iterations=3, ce_weight=1.0), (s, t, y[kept]))
 
 
+def test_sinkhorn_at_a_small_epsilon_and_without_rows():
+    s, t, _ = batch(6, 9, scale=3.0)
+    q, p = (s / 2).softmax(-1), (t / 2).softmax(-1)
+    for epsilon in (0.02, 1e-3, 1e-5):  # where exp(-C / epsilon) is 0 throughout
+        cost = (q[:, None] - p).abs().sum(-1)
+        log_plan = -cost / epsilon
+        for _ in range(20):
+            log_plan = log_plan - log_plan.logsumexp(1, keepdim=True)
+            log_plan = log_plan - log_plan.logsumexp(0)
+        leaf = s.clone().requires_grad_()
+        value = kd.SinkhornLoss(epsilon=epsilon)(leaf, t)
+        torch.testing.assert_close(value, (log_plan.exp() * cost).sum() / 6, rtol=1e-9, atol=0)
+        assert torch.autograd.grad(value, leaf)[0].isfinite().all() and value > 0.1
+    none = s[:0].clone().requires_grad_()
+    value = kd.SinkhornLoss()(none, t[:0])
+    value.backward()
+    assert value == 0 and none.grad.shape == (0, 9)
+
+
 def test_sinkhorn_some_classes_at_a_time(monkeypatch):
     s, t, y = batch(6, 90, scale=2.0)
     y = y.index_fill(0, torch.tensor([1]), -100)
@@ -372,3 +391,33 @@ def test_a_few_rows_at_a_time(make, monkeypatch):
     with kd.use_backend("reference"):
         (ds,) = torch.autograd.grad(make()(a, t[2:].double()), a, create_graph=True)
     assert torch.autograd.grad(ds.pow(2).sum(), a)[0].abs().max() > 0
+
+
+def test_weights_of_each_group_and_groups_that_look_at_the_label():
+    s, t, y = batch(6, 9, scale=2.0)
+    y = y.index_fill(0, torch.tensor([2]), -100)
+    kept = y >= 0
+    split = [kd.GroupedKLLoss(GROUPS, between=0.0, within=within, reduction="none")(s, t)
+             for within in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))]  # fmt: skip
+    torch.testing.assert_close(sum(split), kd.GroupedKLLoss(GROUPS, between=0.0, reduction="none")(s, t))
+    assert min(x.abs().min() for x in split) > 1e-6
+    with pytest.raises(ValueError, match=r"within.*3 groups, got 2"):
+        kd.GroupedKLLoss(GROUPS, within=(1.0, 2.0))(s, t)
+    with pytest.raises(TypeError, match="within"):
+        kd.GroupedKLLoss(GROUPS, within=(1.0, "2"))
+    hurt = s.clone()
+    hurt[:, 0] = -torch.inf  # in the group that is left out, of which there is nothing to learn within
+    one = kd.GroupedKLLoss(GROUPS, between=0.0, within=(0.0, 1.0, 1.0), balanced=True)
+    leaf = hurt.requires_grad_()
+    value = one(leaf, t)
+    assert value.isfinite() and torch.autograd.grad(value, leaf)[0].isfinite().all()
+
+    def own(log_q, log_p, labels):
+        return (torch.arange(9) == labels[:, None]).long()
+
+    for options in (dict(within=0.3), dict(within=(0.0, 0.3), balanced=True)):
+        looking, label = (kd.GroupedKLLoss(groups, between=2.0, **options) for groups in (own, "label"))
+        torch.testing.assert_close(looking(s, t, y), label(s, t, y), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(label(s[kept], t[kept], y[kept]), label(s, t, y))
+    with pytest.raises(ValueError, match="needs labels"):
+        kd.GroupedKLLoss(own)(s, t)

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tensorboard.backend.event_processing import event_accumulator
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import kdkernels as kd
@@ -75,8 +77,8 @@ def run(*arguments, **options):
 
 @pytest.fixture(scope="module")
 def forked(tmp_path_factory):
-    """call(*arguments, kill="", command="distill") -> exit status, output. A process of its own, without the seconds
-    that importing takes: it is forked from one that has only imported."""
+    """call(*arguments, kill="", command="distill", ranks=1) -> exit status, output of the first rank. A process of its
+    own, without the seconds that importing takes: it is forked from one that has only imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["kdkernels.trainer.caching", "transformers.models.llama.modeling_llama", "matplotlib.pyplot", "rich", "pytest"]
@@ -87,18 +89,34 @@ def forked(tmp_path_factory):
         forkserver.ensure_running()
     log = tmp_path_factory.mktemp("forked") / "log"
 
-    def call(*arguments, kill="", command="distill"):
-        process = context.Process(target=child, args=([command, *map(str, arguments)], log, kill))
-        process.start()
-        process.join(60)
-        process.kill()  # nothing happens to one that has ended
-        process.join()
-        return process.exitcode, log.read_text()
+    def call(*arguments, kill="", command="distill", ranks=1):
+        given = [command, *map(str, arguments)]
+        world = [{}] if ranks == 1 else [started(rank, ranks, log.parent / "port") for rank in range(ranks)]
+        logs = [log.with_suffix(f".{rank}") for rank in range(ranks)]
+        processes = [context.Process(target=child, args=(given, *one, kill)) for one in zip(logs, world, strict=True)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+            process.kill()  # nothing happens to one that has ended
+            process.join()
+        return processes[0].exitcode, logs[0].read_text()
 
     return call
 
 
-def child(arguments, log, kill):
+def started(rank, ranks, folder):
+    """The environment that torchrun gives a rank, at a port that is free."""
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            folder.write_text(str(free.getsockname()[1]))
+    return {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost",
+            "MASTER_PORT": folder.read_text()}  # fmt: skip
+
+
+def child(arguments, log, variables, kill):
+    os.environ.update(variables)
     from kdkernels.cli import main
     from kdkernels.trainer import caching
 
@@ -238,9 +256,81 @@ def test_damaged_checkpoint_and_cached_teacher(place, whole, forked, tmp_path):
     assert status == 2 and str(path) in shown and "damaged" in shown
 
 
+@pytest.mark.parametrize(("kind", "ranks"), [("ddp", 3), ("fsdp", 2)])
+def test_ranks(place, whole, forked, kind, ranks, tmp_path):
+    """They learn what one learns from the same batches, and go on after a kill in the same bytes. FSDP2 by torchrun."""
+    flags = [*fresh(place, tmp_path / "out", place / "cache"), "--parallel", kind]
+    if kind == "fsdp":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run([*torchrun, *command(*flags)[1:]], env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.count("held-out text") == 1, done.stdout + done.stderr
+    else:
+        status, shown = forked(*flags, ranks=ranks)
+        assert status == 0, shown
+    near(tmp_path / "out", whole[0])
+    flags[flags.index("--out") + 1] = tmp_path / "killed"
+    status, shown = forked(*flags, kill="student 12", ranks=ranks)
+    assert status == -signal.SIGKILL, shown
+    status, shown = forked("--resume", tmp_path / "killed", ranks=ranks)
+    assert status == 0, shown
+    for name in ("ce.safetensors", "distilled.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+    assert records(tmp_path / "killed") == records(tmp_path / "out")
+    check_board(tmp_path / "killed")
+
+
+def near(folder, whole):
+    """The same losses and table to rounding."""
+    mine, theirs = ([r for r in records(x) if r["stage"] == "student"] for x in (folder, whole))
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.get("loss", {}) == pytest.approx(b.get("loss", {}), rel=1e-4)
+    for figures, others in zip(table_of(folder).values(), table_of(whole).values(), strict=True):
+        assert figures == pytest.approx(others, abs=2e-3)
+
+
+def test_accumulated_gradients(place, whole, forked, tmp_path):
+    """Three parts, of which the last has fewer rows: what one part learns."""
+    status, shown = forked(*fresh(place, tmp_path / "out", place / "cache"), "--accumulate", "3")
+    assert status == 0 and "distilled agreement 0." in shown, shown
+    near(tmp_path / "out", whole[0])
+    check_board(tmp_path / "out")
+
+
+def check_board(folder):
+    """TensorBoard has what the journal has, once."""
+    found = event_accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
+    journal = [r for r in records(folder) if r["stage"] == "student"]
+    for name in ("ce", "distilled"):
+        losses = [(r["step"], r["loss"][name]) for r in journal if "loss" in r]
+        held = [(r["step"], r["held_out"][name]["agreement"]) for r in journal if "held_out" in r]
+        assert len(losses) == 30 and len(held) == 3
+        for tag, want in ((f"student/loss/{name}", losses), (f"student/held_out/{name}/agreement", held)):
+            points = found.Scalars(tag)
+            assert [point.step for point in points] == [step for step, _ in want]
+            assert [point.value for point in points] == pytest.approx([value for _, value in want])
+
+
 def test_finished_run_shows_its_table(whole):
     done = run("--resume", whole[0])
     assert done.returncode == 0 and "held-out text" in done.stdout
+
+
+def test_probe_of_a_run(place, whole, forked, tmp_path):
+    """The figures that the run's own table has too; and what it says of a folder that lacks something."""
+    status, shown = forked(whole[0], "--tokens", "2048", "--out", tmp_path / "probe", command="probe")
+    assert status == 0 and "distilled: logit(q_c) = " in shown, shown
+    saved, table = json.loads((tmp_path / "probe" / "probe.json").read_text()), table_of(whole[0])
+    for name, row in (("ce", "cross-entropy only"), ("distilled", list(table)[-1])):
+        figures = saved[name]
+        assert figures["student"]["cross_entropy"] == pytest.approx(table[row]["ce"], rel=1e-5)
+        assert figures["teacher"]["cross_entropy"] == pytest.approx(table["teacher"]["ce"], rel=1e-5)
+        for key in ("kl", "agreement", "acceptance"):
+            assert figures[key] == pytest.approx(table[row][key], rel=1e-4)
+        assert (tmp_path / "probe" / f"{name}.png").exists()
+    shutil.copytree(whole[0], tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    status, shown = forked(tmp_path / "run", command="probe")
+    assert status == 2 and "has not finished" in shown, shown
 
 
 def test_full_disk(place, tmp_path):
@@ -336,11 +426,11 @@ def test_distilled_from_a_cache(place, whole, teacher_cache, forked, tmp_path):
 
 
 def test_a_cache_of_all_classes_is_the_teacher(place, whole, forked, tmp_path):
-    """But for the rounding of its log-probabilities to float16."""
+    """But for the rounding of its log-probabilities to float16; in parts of a batch too."""
     out = tmp_path / "all"
     status, shown = forked(*cached(place, place / "cache", out, "--top-k", "400"), command="cache")
     assert status == 0, shown
-    flags = [*fresh(place, tmp_path / "out", place / "cache"), "--teacher-cache", out]
+    flags = [*fresh(place, tmp_path / "out", place / "cache"), "--teacher-cache", out, "--accumulate", "3"]
     status, shown = forked(*flags)
     assert status == 0, shown
     mine, theirs = ([r["loss"]["distilled"] for r in records(x) if r["stage"] == "student" and "loss" in r]

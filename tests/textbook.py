@@ -202,6 +202,17 @@ def by_label(s, t, y, groups, between, within):
     return between * target + within * mass * others
 
 
+def ltkd(s, t, groups, between=1.0, within=1.0):
+    """between KL(P' || Q) + within sum_g KL(p_g || q_g), rows; P' is P over its sum in the batch, normalised. [LTKD]"""
+    p, q = t.softmax(-1), s.softmax(-1)
+    which = [groups == g for g in groups.unique()]
+    P, Q = (torch.stack([x[:, g].sum(-1) for g in which], -1) for x in (p, q))
+    balanced = P / P.sum(0)
+    balanced = balanced / balanced.sum(-1, keepdim=True)
+    inner = [kl((p[:, g] / p[:, g].sum(-1, keepdim=True)).log(), logp(s[:, g])) for g in which]
+    return between * kl(balanced.log(), Q.log()) + within * sum(inner)
+
+
 def sinkhorn(q, p, epsilon=0.1, iterations=20):
     """sum_ij P_ij |q_i - p_j| / N, P by alternating normalisation; q, p (N, V) probabilities."""
     cost = (q[:, None] - p).abs().sum(-1)

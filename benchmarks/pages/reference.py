@@ -17,10 +17,10 @@ from kdkernels.trainer.losses import describe
 MODULES = "kdkernels", r"!kdkernels\.backends\..+", "kdkernels.parallel"
 GREEK = "alpha beta gamma epsilon mu rho tau".split()
 FUNCTIONS = {"log": r"\log", "exp": r"\exp", "sqrt": r"\sqrt", "tanh": r"\tanh", "sum": r"\sum", "||": r"\parallel",
-             "<=": r"\le", "*": r"\cdot "}  # fmt: skip
+             "<=": r"\le", "~": r"\propto"}  # fmt: skip
 NAMES = "KL CE Pearson Spearman softmax rank mean sgn std head tail between within".split()
-PIECES = re.compile(r"[A-Za-z]+|\d+|\|\||<=|\s+|[-+*/=|.,:()\[\]{}_^]")
-OPERATORS = {*"+-*/=,:", "||", "<=", *(FUNCTIONS[x] for x in ("||", "<="))}
+PIECES = re.compile(r"[A-Za-z]+|\d+|\|\||<=|\s+|[-+*/=~'|.,:()\[\]{}_^]")
+OPERATORS = {*"+-*/=,:", "||", "<=", *(FUNCTIONS[x] for x in ("||", "<=", "~")), "~"}
 # What a loss declares is described at its base class, not again in every class of the catalogue.
 TEMPLATE = """{% extends "default/module.html.jinja2" %}
 {% macro is_public(doc) %}{% if doc.qualname.split(".")[0] not in catalogue or doc.name in ("__init__", doc.qualname) %}

@@ -8,7 +8,8 @@ constexpr int kTeacherBins = 1 << 14, kLeastBins = 1 << 12, kMostBins = 1 << 16;
 constexpr double kBinsPerBandwidth = 32;
 // Between entries of one bin the kernel's kink is missed, an error of up to 1 / 32: their share has to be small.
 constexpr double kOwnShare = 1. / 24;
-// The teacher's ranks are off by about one where a bin holds two entries: by sqrt(n loss) too much for a small gradient.
+// The teacher's ranks are off by about one where a bin holds two entries, and the gradient is small where rho is near 1
+// or -1: by their distance times sqrt(n).
 constexpr double kLeastLoss = 256;  // over n
 constexpr int64_t kCrowd = 1024;  // a bin with more than one in so many of the teacher's entries is sorted
 
@@ -125,7 +126,7 @@ double spearman_by_grid(const Pair<float>& z, const Range& s, const Range& t, in
   const double width = (double(s.high) - s.low) / double(bins);
   for (int64_t k = 0; k <= bins; ++k) w.sum.add(s.low + double(k) * width, nodes[k][0], nodes[k][1]);
   const double value = w.sum.loss(double(z.n), tau, s.mean, s.variance, squares, g, out.to);
-  if (w.sum.own_share > kOwnShare || value * double(z.n) < kLeastLoss) return spearman_by_sort(z, z.s, z.t, tau, g, out, w);
+  if (w.sum.own_share > kOwnShare || std::min(value, 2 - value) * double(z.n) < kLeastLoss) return spearman_by_sort(z, z.s, z.t, tau, g, out, w);
   if (out.to)
     out.write(z, w.out, [&](int64_t i) {
       float f;

@@ -9,6 +9,8 @@
 namespace kd {
 
 // A segment's Moments at one point, tile by tile. Sums of tiles with the same pivots are added up as they are.
+constexpr double kFar = 1000;  // in units of log 2
+
 template <typename R> class PointSum {
  public:
   PointSum(const Tilt& at, int flags) : at_(at), flags_(flags), e_{at.b * kLog2e, at.a * kLog2e, 0} {}
@@ -19,8 +21,7 @@ template <typename R> class PointSum {
   bool take(const View<R>& x, const TileSums<R>& sum) {
     move_to(x);
     if (sum.z <= (is_mixture(e_.b, e_.a) ? 1e-3 : 1e-12) && sum.z * 2e4 >= open_.z) return false;
-    open_.z += sum.z; open_.s += sum.s; open_.t += sum.t;
-    open_.ss += sum.ss; open_.st += sum.st; open_.tt += sum.tt;
+    add_to(open_, sum);
     return true;
   }
 
@@ -34,9 +35,10 @@ template <typename R> class PointSum {
     x.parts(skip, [&](const View<R>& part, int) { top = std::fmax(top, isa.top(part, e_)); });
     if (top == INFINITY && !bounded) {  // a negative power of an impossible class
       total_.merge({INFINITY, 1, 0, 0, 0, 0, 0});
+    } else if (top > -kFar) {
+      total_.merge(moments(sums(isa, x, skip, -top), -top));
     } else {
-      const double constant = std::isfinite(top) ? -top : 0;
-      total_.merge(moments(sums(isa, x, skip, constant), constant));
+      add_far(isa, x, skip, top);
     }
   }
 
@@ -62,11 +64,43 @@ template <typename R> class PointSum {
     const Exponent e{e_.b, e_.a, constant};
     TileSums<R> all{};
     x.parts(skip, [&](const View<R>& part, int) {
-      const TileSums<R> sum = isa.sums(part, e, flags_, x.special, x.scratch);
-      all.z += sum.z; all.s += sum.s; all.t += sum.t;
-      all.ss += sum.ss; all.st += sum.st; all.tt += sum.tt;
+      add_to(all, isa.sums(part, e, flags_, x.special, x.scratch));
     });
     return all;
+  }
+
+  // All classes are far below the pivots, as where a finite number stands for a mask: a constant of that size would round
+  // to more than the exponents are. Nothing is left of them beside what there is, or their heaviest class is the pivot.
+  void add_far(const Tiles<R>& isa, Tile<R>& x, int64_t skip, double top) {
+    const double base = scaled(at_.b, s_pivot_) + scaled(at_.a, t_pivot_);
+    if (total_.z != 0 && std::fmax(base + top / kLog2e, -1e30) < total_.m - 800) return;
+    double best = -INFINITY, s = s_pivot_, t = t_pivot_;
+    x.parts(skip, [&](const View<R>& part, int) {
+      for (int i = 0; i < part.n; ++i) {
+        const double here = at_(part.s[i], part.t[i]);
+        if (!(here > best)) continue;
+        best = here;
+        s = std::isfinite(part.s[i]) ? part.s[i] : s_pivot_;
+        t = std::isfinite(part.t[i]) ? part.t[i] : t_pivot_;
+      }
+    });
+    if (best == -INFINITY) return;
+    TileSums<R> all{};
+    x.parts(skip, [&](View<R> part, int) {
+      part.s_pivot = R(s);
+      part.t_pivot = R(t);
+      add_to(all, isa.sums(part, e_, flags_, true, x.scratch));
+    });
+    std::swap(s, s_pivot_);
+    std::swap(t, t_pivot_);
+    total_.merge(moments(all, 0));
+    s_pivot_ = s;
+    t_pivot_ = t;
+  }
+
+  static void add_to(TileSums<R>& all, const TileSums<R>& sum) {
+    all.z += sum.z; all.s += sum.s; all.t += sum.t;
+    all.ss += sum.ss; all.st += sum.st; all.tt += sum.tt;
   }
 
   Moments moments(const TileSums<R>& sum, double constant) const {

@@ -16,14 +16,14 @@ import torch
 import kdkernels as kd
 
 from ..merged import refusal
-from . import checkpoint, models, report
+from . import checkpoint, models, parallel, report
 from .config import TEACHER_FIELDS, UserError, check, require
 from .data import Corpus
-from .distill import need_extra, set_up, trained_teacher
+from .distill import check_room, need_extra, set_up, trained_teacher
 from .models import logits_of
 
 STREAM = 1  # of the students' batches
-SHARD_BYTES = 32 << 20
+SHARD_BYTES, BYTES = 32 << 20, 6  # BYTES of a token of a position: its number and its log-probability
 
 
 def batches_of(cfg, corpus):
@@ -39,12 +39,16 @@ def write_cache(cfg, top_k, temperature=1.0, teacher_file=""):
         cfg.tokenizer = str(path / "tokenizer.json")
     check(cfg)
     need_extra()
+    if parallel.size() > 1:
+        raise UserError("`kdkernels cache` runs in one process, without torchrun")
     set_up(cfg)
     with report.progress("tokenise (characters)", "") as bar:
         corpus = Corpus(cfg).load(bar)
     if not 1 <= top_k <= corpus.vocab_size:
         raise UserError(f"--top-k must be between 1 and the {corpus.vocab_size} tokens, got {top_k}")
     out = Path(cfg.out)
+    if not out.exists():
+        check_room(out, cfg.steps * cfg.batch * cfg.seq_len * BYTES * top_k)
     if teacher_file and path.is_dir():
         teacher, checksum = models.pretrained(path, cfg, corpus.vocab_size)
         name = f"sha256 {checksum}"
@@ -55,7 +59,7 @@ def write_cache(cfg, top_k, temperature=1.0, teacher_file=""):
     try:
         writer = kd.cache.Writer(
             out, vocab_size=corpus.vocab_size, k=top_k, temperature=temperature, log_tail=top_k < corpus.vocab_size,
-            teacher=name, data=batches_of(cfg, corpus), shard_rows=max(1, SHARD_BYTES // (6 * top_k)),
+            teacher=name, data=batches_of(cfg, corpus), shard_rows=max(1, SHARD_BYTES // (BYTES * top_k)),
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -99,7 +103,7 @@ def read_teacher(path, cfg, corpus):
 
 
 class CachedTeacher:
-    """f(step, inputs) -> the teacher of a step's batch, from the cache of a run."""
+    """f(step, row, inputs) -> the teacher of the rows from `row` on of a step's batch, from the cache of a run."""
 
     def __init__(self, cfg, corpus, crc, loss):
         self.cfg = cfg
@@ -121,12 +125,13 @@ class CachedTeacher:
             return
         inputs, labels = (x.to(self.cfg.device) for x in corpus.batch(STREAM, 0, self.cfg.batch))
         try:
-            loss(torch.zeros(1, corpus.vocab_size, device=self.cfg.device), self(0, inputs)[:1], labels.flatten()[:1])
+            student = torch.zeros(1, corpus.vocab_size, device=self.cfg.device)
+            loss(student, self(0, 0, inputs)[:1], labels.flatten()[:1])
         except ValueError as error:
             raise UserError(f"--teacher-cache {self.cfg.teacher_cache}: {error}") from None
 
-    def __call__(self, step, inputs):
-        first = step * self.cfg.batch
+    def __call__(self, step, row, inputs):
+        first = step * self.cfg.batch + row
         try:
             found = self.reader.examples(range(first, first + len(inputs)), inputs)
         except kd.cache.CacheError as error:

@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 from ..files import replacing
+from .board import Board
 from .config import UserError
 
 
@@ -62,11 +63,12 @@ def load_tensors(path):
 
 
 class Journal:
-    """metrics.jsonl: one line per record, in order, without gaps or repeats across resumes."""
+    """metrics.jsonl: one line per record, in order, without gaps or repeats across resumes; and a `Board` of it."""
 
     def __init__(self, path):
         self.path = Path(path)
         self.file = None
+        self.board = Board(self.path.parent / "tensorboard")
 
     def records(self):
         """All records; a last line cut short by a kill is left out."""
@@ -87,6 +89,7 @@ class Journal:
         """Forget what the resumed run writes again: all of `stage` after `step`, and its step 0 if it starts there.
 
         The rest of `stage` goes to the end: a teacher trained anew, its cache gone, still stands before the students.
+        -> the last figures on held-out data among them.
         """
         self.close()
         found = self.records()
@@ -94,11 +97,14 @@ class Journal:
         kept = [r for r in found if r["stage"] == stage and r["step"] <= step] if step else []
         with replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in others + kept), encoding="utf-8")
+        self.board.rewrite(others + kept)
+        return next((r["held_out"] for r in reversed(kept) if "held_out" in r), {})
 
     def write(self, **record):
         self.file = self.file or self.path.open("a", encoding="utf-8")
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+        self.board.add(record)
 
     def sync(self):
         if self.file:
@@ -108,3 +114,19 @@ class Journal:
         if self.file:
             self.file.close()
         self.file = None
+        self.board.close()
+
+
+class Unwritten:
+    """The journal of a rank that writes none."""
+
+    def rewind(self, stage, step):
+        return {}
+
+    def records(self):
+        return []
+
+    def write(self, **record):
+        pass
+
+    sync = close = write

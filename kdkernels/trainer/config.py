@@ -51,11 +51,13 @@ class Config:
     warmup: float = option(0.05, "training", "share of the steps with a rising rate; a cosine to a tenth follows")
     weight_decay: float = option(0.01, "training", "AdamW weight decay of the matrices")
     clip: float = option(1.0, "training", "largest gradient norm; 0: no clipping")
+    accumulate: int = option(1, "training", "parts a batch is cut into; their gradients are added up")
     dtype: str = option("float32", "training", "float32, or bfloat16 for bfloat16 matrix products and logits")
 
     seed: int = option(0, "run", "decides initial weights and batches")
     threads: int = option(0, "run", "CPU threads; 0: torch's own choice")
     device: str = option("cpu", "run", "cpu or cuda")
+    parallel: str = option("ddp", "run", "under torchrun: ddp, or fsdp to cut the models' weights too (FSDP2)")
     eval_every: int = option(25, "run", "steps between points of the validation curves")
     checkpoint_every: int = option(50, "run", "steps between checkpoints")
     out: str = option("", "run", "run folder; none: runs/<loss>-<date>-<time>")
@@ -84,7 +86,7 @@ def check(cfg):
     """Raise UserError for settings that cannot work, naming the flag."""
     for name in "seq_len batch teacher_batch curve_tokens val_tokens hidden ffn heads layers".split():
         require(getattr(cfg, name) >= 1, name, cfg, "at least 1")
-    for name in ("eval_every", "checkpoint_every"):
+    for name in ("eval_every", "checkpoint_every", "accumulate"):
         require(getattr(cfg, name) >= 1, name, cfg, "at least 1")
     for name in ("teacher_steps", "steps", "threads", "clip", "weight_decay", "warmup", "seed"):
         require(getattr(cfg, name) >= 0, name, cfg, "0 or more")
@@ -93,6 +95,7 @@ def check(cfg):
     require(cfg.hidden % (2 * cfg.heads) == 0, "hidden", cfg, f"a multiple of 2 x --heads = {2 * cfg.heads}")
     require(cfg.dtype in ("float32", "bfloat16"), "dtype", cfg, "float32 or bfloat16")
     require(cfg.device.split(":")[0] in ("cpu", "cuda"), "device", cfg, "cpu or cuda")
+    require(cfg.parallel in ("ddp", "fsdp"), "parallel", cfg, "ddp or fsdp")
     require(cfg.tail in ("", "bucket", "spread", "renormalise"), "tail", cfg, "bucket, spread or renormalise")
     keep = cfg.keep_layers
     layers_ok = keep and keep == sorted(set(keep)) and keep[0] >= 0 and keep[-1] < cfg.layers

@@ -4,8 +4,9 @@
     kdkernels distill --quick --loss renyi --alpha 0.7   # smaller, another loss
     kdkernels distill --resume runs/wttm-20250101-120000 # after a kill: the same result to the last bit
 
-A run folder holds config.json, metrics.jsonl, checkpoint.safetensors (both students and their optimizers), and at the
-end ce.safetensors, distilled.safetensors, results.json, curves.png. Text and teachers lie in the cache folder.
+A run folder holds config.json, metrics.jsonl and the same for TensorBoard, checkpoint.safetensors (both students and
+their optimizers), and at the end ce.safetensors, distilled.safetensors, results.json, curves.png. Text and teachers lie
+in the cache folder. Under torchrun see parallel.py.
 """
 
 import ctypes
@@ -17,6 +18,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 import kdkernels as kd
 
 from .. import files
-from . import checkpoint, models, report
+from . import checkpoint, models, parallel, report
 from .config import PLACES, TEACHER_FIELDS, Config, UserError, check, flag
 from .data import Corpus
 from .evaluate import evaluate
@@ -35,6 +37,7 @@ from .loop import Learner, Stage, fit
 from .losses import call, label, make_loss, resolve
 
 FORMAT = "kdkernels-run-1"
+STATE = 12  # bytes of a parameter in a checkpoint: weight and two moments
 
 
 def distill(cfg, resume=False):
@@ -44,19 +47,23 @@ def distill(cfg, resume=False):
     check(cfg)
     cfg.loss_options = resolve(cfg.loss, cfg.loss_options)
     loss = make_loss(cfg.loss, cfg.loss_options)
+    check_parts(loss, cfg)
     need_extra()
     set_up(cfg)
 
     with report.progress("tokenise (characters)", "") as bar:
-        corpus = Corpus(cfg).load(bar)
+        corpus = Corpus(cfg)
+        parallel.first(lambda: corpus.load(bar)) or corpus.load(bar)  # what the first rank has tokenised
     out = Path(cfg.out)
-    owner = claim(out, cfg, corpus, resume)
+    record = record_of(cfg, corpus)
+    parallel.first(lambda: claim(out, cfg, record, resume))
     print(f"{'resuming' if resume else 'run folder'}: {out}", flush=True)
     if (out / "results.json").exists():
         table = checkpoint.read_json(out / "results.json")["table"]
         report.print_results(table, out)
         return table
-    journal = checkpoint.Journal(out / "metrics.jsonl")
+    check_room(out, 4 * STATE * models.size(cfg, corpus.vocab_size, len(cfg.keep_layers)))
+    journal = checkpoint.Journal(out / "metrics.jsonl") if parallel.rank() == 0 else checkpoint.Unwritten()
 
     teacher, teacher_crc = trained_teacher(cfg, corpus, journal)
     ce, distilled = models.cut_student(cfg, teacher), models.cut_student(cfg, teacher)
@@ -69,7 +76,7 @@ def distill(cfg, resume=False):
     )
     teach = teaching(cfg, corpus, teacher, teacher_crc, loss)
     points = corpus.held_out(cfg.curve_tokens)
-    owner = f"{owner} with teacher {teacher_crc}"
+    owner = f"run {fingerprint(record)} with teacher {teacher_crc}"
     stage = Stage("student", 1, cfg.batch, cfg.steps, cfg.lr, out / "checkpoint.safetensors", owner)
     with report.progress("students", "tok/s") as bar:
         fit(stage, learners, corpus, cfg, journal, bar, teach, lambda: evaluate(students, teacher, *points))
@@ -79,22 +86,29 @@ def distill(cfg, resume=False):
     compared = {"teacher": teacher, "student at the start": start, "cross-entropy only": ce, name: distilled}
     table = evaluate(compared, teacher, *corpus.held_out(cfg.val_tokens))
 
-    export(out, students)
-    with files.replacing(out / "curves.png") as temporary:
-        names = {"ce": "cross-entropy only", "distilled": name}
-        teacher_ce = evaluate({"teacher": teacher}, teacher, *points)["teacher"]["ce"]
-        report.draw_curves(journal.records(), temporary, names, teacher_ce)
+    weights = {name: {k: parallel.whole(v) for k, v in models.weights_of(x).items()} for name, x in students.items()}
+    teacher_ce = evaluate({"teacher": teacher}, teacher, *points)["teacher"]["ce"]
     took = {"seconds": round(time.perf_counter() - started, 1), "peak_rss_mb": peak_rss_mb()}
-    files.write_json(out / "results.json", {"table": table, **took, "environment": environment()})
+
+    def finish():
+        for one, model in students.items():  # under transformers' names, the model's configuration in the header
+            checkpoint.save_tensors(out / f"{one}.safetensors", weights[one], model=model.config.to_diff_dict())
+        with files.replacing(out / "curves.png") as temporary:
+            names = {"ce": "cross-entropy only", "distilled": name}
+            report.draw_curves(journal.records(), temporary, names, teacher_ce)
+        files.write_json(out / "results.json", {"table": table, **took, "environment": environment()})
+
+    parallel.first(finish)
+    journal.close()
     report.print_results(table, out)
     print(f"took {took['seconds']:.0f} s, at most {took['peak_rss_mb']} MB of memory", flush=True)
     return table
 
 
 def teaching(cfg, corpus, teacher, crc, loss):
-    """-> f(step, inputs): the teacher's logits of a step, or what its cache has of them."""
+    """-> f(step, row, inputs): the teacher's logits of a step's rows from `row` on, or what its cache has of them."""
     if not cfg.teacher_cache:
-        return lambda step, inputs: models.logits_of(teacher, inputs, cfg.dtype)
+        return lambda step, row, inputs: models.logits_of(teacher, inputs, cfg.dtype)
     from .caching import CachedTeacher
 
     cached = CachedTeacher(cfg, corpus, crc, loss)
@@ -102,50 +116,79 @@ def teaching(cfg, corpus, teacher, crc, loss):
     return cached
 
 
-def export(out, students):
-    """The students' weights under transformers' names, the model's configuration in the header."""
-    for name, model in students.items():
-        configuration = model.config.to_diff_dict()
-        checkpoint.save_tensors(out / f"{name}.safetensors", models.weights_of(model), model=configuration)
+def teacher_of(cfg, corpus):
+    """What decides the weights of the teacher."""
+    return {name: getattr(cfg, name) for name in TEACHER_FIELDS} | {"text": corpus.key}
+
+
+def teacher_file(cfg, corpus):
+    return Path(cfg.cache) / f"teacher-{fingerprint(teacher_of(cfg, corpus))}.safetensors"
 
 
 def trained_teacher(cfg, corpus, journal):
     """-> the teacher in evaluation mode and its checksum: from the cache, or trained (and resumed) there."""
-    wanted = {name: getattr(cfg, name) for name in TEACHER_FIELDS} | {"text": corpus.key}
-    key = fingerprint(wanted)
-    path = Path(cfg.cache) / f"teacher-{key}.safetensors"
-    partial = Path(cfg.cache) / f"teacher-{key}.partial.safetensors"
-    teacher = models.build(cfg, corpus.vocab_size, cfg.layers)
+    wanted, path = teacher_of(cfg, corpus), teacher_file(cfg, corpus)
+    key, partial = fingerprint(wanted), path.with_suffix(".partial.safetensors")
     if not path.exists():
-        learners = {"teacher": Learner(teacher, cross_entropy, cfg)}
+        check_room(Path(cfg.cache), 2 * STATE * models.size(cfg, corpus.vocab_size, cfg.layers))
+        trained = models.build(cfg, corpus.vocab_size, cfg.layers)
+        learners = {"teacher": Learner(trained, cross_entropy, cfg)}
         stage = Stage("teacher", 0, cfg.teacher_batch, cfg.teacher_steps, cfg.teacher_lr, partial, key)
         with report.progress("teacher", "tok/s") as bar:
             fit(stage, learners, corpus, cfg, journal, bar)
-        checkpoint.save_tensors(path, models.weights_of(teacher), teacher=wanted)
+        weights = {k: parallel.whole(v) for k, v in models.weights_of(trained).items()}
+        parallel.first(lambda: checkpoint.save_tensors(path, weights, teacher=wanted))
     partial.unlink(missing_ok=True)  # also what a run killed between these two lines left
+    teacher = models.build(cfg, corpus.vocab_size, cfg.layers)
     tensors, header = checkpoint.load_tensors(path)
     models.fill(teacher, tensors)
     return teacher.eval().requires_grad_(False), header["crc32"]
 
 
-def cross_entropy(student_logits, teacher_logits, labels):
-    return F.cross_entropy(student_logits.float(), labels, ignore_index=-100)
+def cross_entropy(student_logits, teacher_logits, labels, items, share):
+    return F.cross_entropy(student_logits.float(), labels, ignore_index=-100, reduction="sum") / items
 
 
 def in_order(loss):
-    """The loss as f(student, teacher, labels). A loss that knows no teacher is not given one."""
-    if not getattr(loss, "needs_teacher", True):
-        return lambda student, teacher, labels: loss(student, labels=labels)
-    return loss
+    """The loss as that of a `Learner`. A loss that knows no teacher is not given one."""
+    teaches = getattr(loss, "needs_teacher", True)
+
+    def part(student, teacher, labels, items, share):
+        given = (student, teacher) if teaches else (student,)
+        if loss.reduction == "mean":
+            return loss(*given, labels=labels, num_items=items)
+        return loss(*given, labels=labels) * (share if loss.reduction == "batchmean" else 1)
+
+    return part
 
 
-def claim(out, cfg, corpus, resume):
-    """Write config.json, or check it on a resume; -> what this run's checkpoints must be marked with."""
+def check_parts(loss, cfg):
+    if (cfg.accumulate > 1 or parallel.size() > 1) and not loss.rowwise:
+        raise UserError(f"{type(loss).__name__} compares the rows of a batch: no --accumulate and no torchrun for it")
+    smallest = min(cfg.batch, cfg.teacher_batch)
+    if parallel.size() > smallest:
+        raise UserError(f"{parallel.size()} ranks need a --batch and --teacher-batch as large, got {smallest}")
+
+
+def check_room(folder, need):
+    """UserError for a disk that the checkpoints of a stage, `need` bytes of them, do not fit on."""
+    while not folder.exists():
+        folder = folder.parent
+    if (free := shutil.disk_usage(folder).free) < need:
+        raise UserError(f"too little room in {folder}: {free >> 20} MB free, {(need >> 20) + 1} MB needed")
+
+
+def record_of(cfg, corpus):
+    """What decides the result of a run: its settings and its text."""
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in PLACES}
-    record = {"format": FORMAT, "text": corpus.key, "settings": settings}
+    return {"format": FORMAT, "text": corpus.key, "settings": settings}
+
+
+def claim(out, cfg, record, resume):
+    """Write config.json, or check it on a resume."""
     path = out / "config.json"
     if resume:
-        if checkpoint.read_json(path).get("text") != corpus.key:
+        if checkpoint.read_json(path).get("text") != record["text"]:
             raise UserError(f"the text or tokenizer is not what {out} was started with; start a new run")
     elif path.exists():
         raise UserError(f"{out} already holds a run: give --resume {out} to go on, or another --out")
@@ -153,7 +196,6 @@ def claim(out, cfg, corpus, resume):
         files.write_json(path, {**record, "cache": cfg.cache, "environment": environment()})
     files.sweep(out)
     files.sweep(cfg.cache)
-    return f"run {fingerprint(record)}"
 
 
 def read_run(folder, changes):
@@ -192,6 +234,7 @@ def set_up(cfg):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    parallel.start(cfg)
     keep_heap()
 
 
@@ -206,8 +249,9 @@ def keep_heap():
         mallopt(m_top_pad, 2**26)
 
 
-def need_extra():
-    missing = [n for n in ("transformers", "tokenizers", "safetensors", "rich", "matplotlib") if not find(n)]
+def need_extra(*more):
+    names = ("transformers", "tokenizers", "safetensors", "rich", "matplotlib", *more)
+    missing = [n for n in names if not find(n)]
     if missing:
         raise UserError(f"missing: {', '.join(missing)}. The trainer needs: pip install 'kdkernels[train]'")
 
@@ -222,6 +266,7 @@ def environment():
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "ranks": parallel.size(),
         "backend": os.environ.get("KDKERNELS_BACKEND", ""),
     }
 

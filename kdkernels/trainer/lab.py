@@ -20,8 +20,6 @@ from . import checkpoint
 from .config import UserError
 from .images import STUDENT, TEACHER, ConvNet, Pairs
 
-CLIP = 5.0  # largest norm of a gradient
-
 
 class Batch(NamedTuple):
     """One of a training run's: `at` are the pictures' numbers, `noise` a generator that is this step's own."""
@@ -33,27 +31,34 @@ class Batch(NamedTuple):
     masks: Tensor
     noise: torch.Generator
 
+    @property
+    def inputs(self):
+        return self.images
+
 
 class Update(NamedTuple):
-    """A loss(batch) and what it changes: parameters with momentum, each step."""
+    """A loss(batch) and what it changes, each step."""
 
     loss: Any
     parameters: list[nn.Parameter]
     lr: float = 0.05
 
 
-class Lab:
+class Runs:
     """Args: folder of the run, folder of what runs share (teachers), seed, show(text), share of all steps to make."""
+
+    CLIP = 5.0  # largest norm of a gradient
 
     def __init__(self, folder, cache, seed=0, show=print, share=1.0):
         self.folder, self.cache, self.seed, self.show, self.share = Path(folder), Path(cache), seed, show, share
         self.curves: dict[str, list[float]] = {}
-        self._data: dict[tuple, Pairs] = {}
+        self._data: dict[Any, Any] = {}
 
-    def data(self, **options) -> Pairs:
-        key = tuple(sorted(options.items()))
-        self._data[key] = self._data.get(key) or Pairs(**options)
-        return self._data[key]
+    def shared(self, seed: int):
+        """The lab of what runs share."""
+        one = type(self)(self.cache, self.cache, seed, self.show, self.share)
+        one._data = self._data
+        return one
 
     def rng(self, name: str, step: int = 0) -> numpy.random.Generator:
         return numpy.random.default_rng([self.seed, zlib.crc32(name.encode()), step])
@@ -61,43 +66,33 @@ class Lab:
     def noise(self, step: int) -> torch.Generator:
         return torch.Generator().manual_seed(int(self.rng("noise", step).integers(1 << 62)))
 
-    def student(self, widths=STUDENT, classes=100) -> ConvNet:
-        """Every student of a seed starts from the same weights."""
-        torch.manual_seed(self.seed)
-        return ConvNet(widths, classes)
+    def data(self) -> Any:
+        """What is trained on: something with a key."""
+        raise NotImplementedError
 
-    def teacher(self, loss=None, name="ce", data=None, widths=TEACHER, steps=1200, seed=1000, lr=0.05,
-                start: ConvNet | None = None) -> ConvNet:  # fmt: skip
-        """Trained once for all recipes: loss(logits, labels), cross-entropy if none; from the weights of `start`."""
-        torch.manual_seed(seed)
-        net, one = ConvNet(widths), Lab(self.cache, self.cache, seed, self.show, self.share)
-        if start is not None:
-            net.load_state_dict(start.state_dict())
-        data, one._data = data or self.data(), self._data
-        loss = loss or nn.functional.cross_entropy
-        key = hashlib.sha256(json.dumps([name, data.key, widths, steps, seed, lr]).encode()).hexdigest()[:12]
-        update = Update(lambda b: loss(net(b.images), b.labels), list(net.parameters()), lr)
-        return frozen(one.train(f"image-teacher-{name}-{key}", net, [update], steps=steps, data=data))
+    def batch(self, data, step: int, size: int) -> Any:
+        """That of a step, the same whenever it is asked for."""
+        raise NotImplementedError
+
+    def optimizer(self, update: Update) -> torch.optim.Optimizer:
+        raise NotImplementedError
 
     def train(self, name: str, net: nn.Module, updates: list[Update], *, steps=800, size=64, data=None, every=200):
         """`net` after `steps` steps, each of all updates in turn; from its file, as far as that has come."""
         data, path, steps = data or self.data(), self.folder / f"{name}.safetensors", math.ceil(steps * self.share)
         owner = json.dumps([name, data.key, steps, size, self.seed, [u.lr for u in updates]])
-        optimizers = [torch.optim.SGD(u.parameters, lr=u.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-                      for u in updates]  # fmt: skip
+        optimizers = [self.optimizer(update) for update in updates]
         done, self.curves[name] = self._restore(path, owner, net, optimizers)
         net.train()
         for step in range(done, steps):
-            at = data.draw(self.rng("batches", step), size)
-            images, labels, masks = (x[at] for x in data.train)
-            batch = Batch(step, at, images, labels, masks, self.noise(step))
+            batch = self.batch(data, step, size)
             for update, optimizer in zip(updates, optimizers, strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = update.lr * (0.5 + 0.5 * math.cos(math.pi * step / steps))
                 loss = update.loss(batch)
                 optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(update.parameters, CLIP)
+                nn.utils.clip_grad_norm_(update.parameters, self.CLIP)
                 optimizer.step()
             self.curves[name].append(value := loss.item())
             if not math.isfinite(value):
@@ -112,7 +107,7 @@ class Lab:
         tensors = {f"net/{k}": v for k, v in once.values()} | {"curve": torch.tensor(curve)}
         for i, optimizer in enumerate(optimizers):
             for j, p in enumerate(optimizer.param_groups[0]["params"]):
-                tensors[f"{i}/{j}"] = optimizer.state[p]["momentum_buffer"]
+                tensors |= {f"{i}/{j}/{name}": value for name, value in optimizer.state[p].items()}
         checkpoint.save_tensors(path, tensors, step=step, owner=owner)
 
     def _restore(self, path, owner, net, optimizers) -> tuple[int, list[float]]:
@@ -126,8 +121,42 @@ class Lab:
                 v.copy_(tensors[f"net/{k}"])
         for i, optimizer in enumerate(optimizers):
             for j, p in enumerate(optimizer.param_groups[0]["params"]):
-                optimizer.state[p]["momentum_buffer"] = tensors[f"{i}/{j}"]
+                mine = f"{i}/{j}/"
+                optimizer.state[p] |= {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
         return header["step"], tensors["curve"].tolist()
+
+class Lab(Runs):
+    """Runs of convolutional networks on small images, with momentum."""
+
+    def data(self, **options) -> Pairs:
+        key = tuple(sorted(options.items()))
+        self._data[key] = self._data.get(key) or Pairs(**options)
+        return self._data[key]
+
+    def batch(self, data, step: int, size: int):
+        at = data.draw(self.rng("batches", step), size)
+        images, labels, masks = (x[at] for x in data.train)
+        return Batch(step, at, images, labels, masks, self.noise(step))
+
+    def optimizer(self, update: Update) -> torch.optim.Optimizer:
+        return torch.optim.SGD(update.parameters, lr=update.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+    def student(self, widths=STUDENT, classes=100) -> ConvNet:
+        """Every student of a seed starts from the same weights."""
+        torch.manual_seed(self.seed)
+        return ConvNet(widths, classes)
+
+    def teacher(self, loss=None, name="ce", data=None, widths=TEACHER, steps=1200, seed=1000, lr=0.05,
+                start: ConvNet | None = None) -> ConvNet:  # fmt: skip
+        """Trained once for all recipes: loss(logits, labels), cross-entropy if none; from the weights of `start`."""
+        torch.manual_seed(seed)
+        net, one = ConvNet(widths), self.shared(seed)
+        if start is not None:
+            net.load_state_dict(start.state_dict())
+        data, loss = data or self.data(), loss or nn.functional.cross_entropy
+        key = hashlib.sha256(json.dumps([name, data.key, widths, steps, seed, lr]).encode()).hexdigest()[:12]
+        update = Update(lambda b: loss(net(b.images), b.labels), list(net.parameters()), lr)
+        return frozen(one.train(f"image-teacher-{name}-{key}", net, [update], steps=steps, data=data))
 
     def distil(self, name: str, loss, teacher, *, net=None, data=None, **options) -> ConvNet:
         """A student trained with loss(student_logits, teacher_logits, labels); teacher: a net, or logits (N, C) of all

@@ -43,8 +43,10 @@ def resolve(name, options):
     the teacher in KL and acceptance. With the student's temperature at 1/gamma they are least at the teacher itself.
     Either temperature given by the user switches this off.
     """
-    default = options_of(loss_class(name)).get("gamma")
-    gamma = options.get("gamma", default)
+    known = options_of(loss_class(name))
+    gamma = options.get("gamma", known.get("gamma"))
+    if "teacher_temperature" not in known:  # DISTLoss, whose gamma is a weight
+        return dict(options)
     if not gamma or gamma < 0 or {"temperature", "teacher_temperature"} & set(options):
         return dict(options)
     return {"gamma": gamma, **options, "temperature": 1 / gamma, "teacher_temperature": 1.0}

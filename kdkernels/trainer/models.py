@@ -29,6 +29,11 @@ def build(cfg, vocab_size, layers):
     ).to(cfg.device)
 
 
+def size(cfg, vocab_size, layers):
+    """Parameters of `build`'s model, but for its norms."""
+    return vocab_size * cfg.hidden + layers * cfg.hidden * (4 * cfg.hidden + 3 * cfg.ffn)
+
+
 def pretrained(folder, cfg, vocab_size):
     """-> the causal language model in a folder of Hugging Face's, and its checksum.
 

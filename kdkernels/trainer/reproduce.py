@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 
 from .. import files
-from . import recipes
+from . import parallel, recipes
 from .checkpoint import read_json
 from .config import Config, UserError, flag
-from .distill import need_extra
+from .distill import check_room, need_extra
 from .lab import Lab
 
+ROOM = 100 << 20  # bytes, more than any recipe writes
 FLAGS = {"recipe", "seeds", "out", "cache", "threads"}
 
 
@@ -25,7 +26,8 @@ def run(name: str, out, cache, seeds: int = 3, show=print) -> dict:
     for seed in range(seeds):
         path = Path(out) / f"seed-{seed}" / "figures.json"
         if not path.exists():
-            lab = Lab(path.parent, cache, seed, lambda text, seed=seed: show(f"{name}, seed {seed}: {text}"))
+            kind = getattr(recipe, "LAB", Lab)
+            lab = kind(path.parent, cache, seed, lambda text, seed=seed: show(f"{name}, seed {seed}: {text}"))
             files.write_json(path, recipe.run(lab))
         found.append(read_json(path))
     arms = {arm: [figures[arm] for figures in found] for arm in found[0]}
@@ -60,17 +62,20 @@ def report(result: dict) -> str:
 
 
 def command(options) -> int:
-    """Reproduce a published system on small images, for some seeds, and say whether its claim holds there."""
+    """Reproduce a published system at a small size, for some seeds, and say whether its claim holds there."""
     if others := sorted(set(vars(options)) - FLAGS - {"run"}):
         raise UserError(f"--recipe takes {', '.join(map(flag, sorted(FLAGS - {'recipe'})))}, not {flag(others[0])}")
     seeds = getattr(options, "seeds", 3)
     if seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {seeds}")
-    need_extra()
+    need_extra("sklearn")
+    if parallel.size() > 1:
+        raise UserError("--recipe runs in one process, without torchrun")
     if threads := getattr(options, "threads", 0):
         torch.set_num_threads(threads)
     recipes.load(options.recipe)  # before anything is written
     out = Path(getattr(options, "out", "") or Path("runs") / options.recipe)
+    check_room(out, ROOM)
     result = run(options.recipe, out, getattr(options, "cache", Config().cache), seeds)
     print(f"\n{report(result)}\nin {out}", flush=True)
     return 0

@@ -6,6 +6,7 @@ A recipe is a module with `run(lab) -> {arm: figure}` and
     CLAIM    what it says, in a sentence
     FIGURE   what is measured; more is better
     TREND    [(better arm, worse arm), ...]: what the claim says of the arms
+    LAB      where it works, if not on images
 """
 
 import importlib

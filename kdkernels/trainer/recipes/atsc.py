@@ -28,7 +28,7 @@ TREND = [("ATSC", "SimKD"), ("ATSC", "KD"), ("ATSC, two teachers", "ATSC")]
 W, LR = 1.0, 0.2
 
 
-def updates(net, pretrained):
+def updates(net, pretrained, lr=LR):
     """The two updates of net, a `simkd.Reusing` with a teacher of its own, which starts as the pretrained one."""
     teacher = net.teacher
     encoder = list(teacher.body.parameters())
@@ -36,17 +36,17 @@ def updates(net, pretrained):
 
     def teach(batch):
         teacher.train()
-        error = nn.functional.mse_loss(net.features(batch.images), teacher.features(batch.images))
+        error = nn.functional.mse_loss(net.features(batch.inputs), teacher.features(batch.inputs))
         moved = sum((p - q).square().sum() for p, q in zip(encoder, kept, strict=True))
         return error + W * moved
 
     def share(batch):
         teacher.train()
         with torch.no_grad():
-            features = teacher.features(batch.images)
+            features = teacher.features(batch.inputs)
         return nn.functional.cross_entropy(teacher.classify(features), batch.labels)
 
-    return [Update(teach, [*net.own(), *encoder], LR), Update(share, list(teacher.head.parameters()), LR / 10)]
+    return [Update(teach, [*net.own(), *encoder], lr), Update(share, list(teacher.head.parameters()), lr / 10)]
 
 
 class Several(nn.Module):

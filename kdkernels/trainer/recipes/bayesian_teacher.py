@@ -4,7 +4,7 @@
 
 Laplace: a Gaussian posterior of the last layer around the trained one, with the Kronecker-factored Gauss-Newton matrix
 A x G (A of the features, G of the logits) and a prior precision of 1, whose predictive is by the probit approximation
-softmax(f / sqrt(1 + pi/8 var f)). Ensemble: the mean of the softmax of three teachers, given as an explicit
+softmax(f / sqrt(1 + pi/8 var f)). Ensemble: the mean of softmax(t / T) of three teachers, given as an explicit
 distribution. The paper's variational teachers are not here. Expected: a little above KD.
 """
 
@@ -22,7 +22,7 @@ SOURCE = "SGD-based knowledge distillation with Bayesian teachers (ICLR 2026)"
 CLAIM = "Bayesian teachers are better teachers than deterministic ones."
 FIGURE = hinton.FIGURE
 TREND = [("KD, Laplace", "KD"), ("KD, ensemble", "KD")]
-PRIOR = 1.0
+PRIOR, T = 1.0, 4.0
 
 
 @torch.no_grad()
@@ -45,12 +45,17 @@ def mixture(logits):
     return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
 
+def ensemble(logits):
+    """What a loss at temperature T is given to be told mean_k softmax(t_k / T), t_k of `logits` (S, N, C)."""
+    return T * mixture(logits / T)
+
+
 def run(lab):
     figures, data = hinton.run(lab), lab.data()
     teachers = [lab.teacher(seed=1000 + k) for k in range(3)]
     several = torch.stack([logits_of(teacher, data) for teacher in teachers])
-    targets = {"Laplace": laplace(teachers[0], data), "ensemble": mixture(several)}
+    targets = {"Laplace": laplace(teachers[0], data), "ensemble": ensemble(several)}
     for name, logits in targets.items():
-        student = lab.distil(f"kd-{name.lower()}", kd.KDLoss(temperature=4.0, alpha=0.9), logits)
+        student = lab.distil(f"kd-{name.lower()}", kd.KDLoss(temperature=T, alpha=0.9), logits)
         figures[f"KD, {name}"] = accuracy(student, data)
     return figures

@@ -30,9 +30,9 @@ def projector(narrow, wide, factor=2):
 class Reusing(nn.Module):
     """A student through a projector and the classifier of a teacher."""
 
-    def __init__(self, student, teacher):
+    def __init__(self, student, teacher, through=None):
         super().__init__()
-        self.student, self.projector, self.teacher = student, projector(STUDENT[-1], TEACHER[-1]), teacher
+        self.student, self.projector, self.teacher = student, through or projector(STUDENT[-1], TEACHER[-1]), teacher
 
     def features(self, x):
         return self.projector(self.student.features(x))
@@ -49,8 +49,8 @@ def feature_loss(net, teacher):
     def loss(batch):
         teacher.eval()
         with torch.no_grad():
-            wanted = teacher.features(batch.images)
-        return nn.functional.mse_loss(net.features(batch.images), wanted)
+            wanted = teacher.features(batch.inputs)
+        return nn.functional.mse_loss(net.features(batch.inputs), wanted)
 
     return loss
 

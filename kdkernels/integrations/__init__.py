@@ -1,0 +1,1 @@
+"""kdkernels in other people's trainers. Each module needs the library it is named after."""

@@ -1,0 +1,139 @@
+"""`python -m benchmarks.validation`: what it shares, what it repeats, and what it says of the trends."""
+
+import functools
+import json
+from concurrent.futures import Future
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import curves, validation
+from benchmarks.sharing import sharing
+from kdkernels.trainer import images, lab, recipes
+from kdkernels.trainer.lab import Lab, Update
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(images.Pairs.__init__, "__defaults__", (200, 100, 0.15, 1.0, 0))
+    monkeypatch.setattr(lab, "Pairs", functools.cache(images.Pairs))
+
+
+def test_two_recipes_from_end_to_end(small, monkeypatch, tmp_path, capsys):
+    """In this process; then again, when nothing is left to do; then with a recipe that fails."""
+
+    class Processes:
+        def __init__(self, jobs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, function, task):
+            ran.append(task)
+            done: Future = Future()
+            done.set_result(function(task))
+            return done
+
+    ran: list = []
+    monkeypatch.setattr(validation, "processes", Processes)
+    places = {f"--{name}": str(tmp_path / name) for name in ("out", "cache", "results")}
+    given = ["--recipe", "kd", "ttm", "--seeds", "2", "--share", "0.004", *(x for pair in places.items() for x in pair)]
+    assert validation.main(given) == 0
+    assert ran == [("kd", 0), ("ttm", 0), ("kd", 1), ("ttm", 1)]
+    record = json.loads((tmp_path / "results/validation.json").read_text())
+    assert [one["recipe"] for one in record["recipes"]] == ["kd", "ttm"] and "torch" in record["machine"]
+    first, second = record["recipes"]
+    assert first["arms"]["KD"] == second["arms"]["KD"] and len(second["arms"]["TTM"]) == 2
+    assert len(list((tmp_path / "out/common").glob("kd-*.safetensors"))) == 2  # one a seed, of both recipes
+    table = (tmp_path / "results/validation.md").read_text()
+    assert table in capsys.readouterr().out and recipes.load("kd").CLAIM in table
+    assert sum(line.startswith("|") and " > " in line for line in table.splitlines()) == 3
+    beside = json.loads((tmp_path / "results/validation-curves.json").read_text())["recipes"]
+    assert len(beside) == 5 and all(one["float32"]["relative"] < 1e-4 for one in beside.values())
+    assert all(one["float64"]["relative"] < 1e-9 and len(one["float64"]["fused"]) == 1 for one in beside.values())
+    for name in ("validation", "validation-curves"):
+        assert (tmp_path / f"results/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    ran.clear()
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.safetensors")}
+    assert validation.main([*given, "--no-curves"]) == 0 and not ran
+    assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.safetensors")}
+
+    monkeypatch.setattr(recipes.load("wttm"), "run", lambda lab: 1 / 0)
+    assert validation.main(["--recipe", "kd", "wttm", *given[3:], "--no-curves"]) == 1
+    assert "ZeroDivisionError: division by zero" in (tmp_path / "results/validation.md").read_text()
+
+
+def test_only_equal_runs_are_shared(small, tmp_path):
+    """Equal by name, settings and first loss; finding out leaves a net as it was, and is not done to what has begun."""
+    trained, spent = [], dict(teachers=0.0, waited=0.0)
+
+    def train(self, name, net, updates, **options):
+        before = (self.folder / f"{name}.safetensors").exists()
+        found = Lab.train(self, name, net, updates, **options)
+        trained.append((self.folder.name, before))
+        return found
+
+    share = sharing(train, tmp_path / "common", spent)
+
+    def run(folder, scale=1.0, **options):
+        here = Lab(tmp_path / folder, tmp_path / "cache", 0, lambda text: None)
+        net = here.student()
+        update = Update(lambda b: scale * F.cross_entropy(net(b.images), b.labels), list(net.parameters()))
+        return share(here, "net", net, [update], steps=2, **options).state_dict()
+
+    def same(a, b):
+        return all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+
+    first, other = run("a"), run("b")
+    assert trained == [("a", False), ("b", True)] and same(first, other)
+    assert not same(first, run("c", scale=2.0)) and not same(first, run("d", size=32))
+    assert trained[2:] == [("c", False), ("d", False)]
+    plain = Lab(tmp_path / "e", tmp_path / "cache", 0, lambda text: None)
+    net = plain.student()
+    update = Update(lambda b: F.cross_entropy(net(b.images), b.labels), list(net.parameters()))
+    assert same(first, plain.train("net", net, [update], steps=2).state_dict())
+    assert same(first, run("a")) and trained[-1] == ("a", True)
+    run("cache")
+    assert spent["teachers"] > 0 and not list((tmp_path / "cache").glob("net-*"))
+
+
+def test_the_slowest_lose_seeds_first():
+    times = {"quick": 10.0, "slow": 100.0, "middle": 40.0}
+    assert validation.fitting(times, 3, 1000) == dict.fromkeys(times, 3)
+    assert validation.fitting(times, 3, 360) == {"quick": 3, "slow": 2, "middle": 3}
+    assert validation.fitting(times, 3, 200) == {"quick": 3, "slow": 1, "middle": 1}
+    assert validation.fitting(times, 3, 0) == dict.fromkeys(times, 1)
+
+
+def test_the_textbook_of_a_curve_is_another_computation(small, monkeypatch, tmp_path):
+    """A kernel that was wrong by a thousandth would show."""
+    fused, textbook = curves.pairs()["kd"]
+    monkeypatch.setattr(curves, "pairs", lambda: {"kd": (lambda *row: 1.001 * fused(*row), textbook)})
+    assert curves.measure(tmp_path, tmp_path, share=0.004)["kd"]["float32"]["relative"] > 5e-4
+
+
+def test_the_large_vocabulary_goes_on_with_the_runs_that_have_begun(monkeypatch, tmp_path):
+    commands = []
+
+    def run(command, check):
+        commands.append(command)
+        out = next(x for x in tmp_path.iterdir() if str(x) in command)
+        table = {"cross-entropy only": {"acceptance": 0.5}, "distilled": {"acceptance": 0.5 + len(commands) / 100}}
+        (out / "results.json").write_text(json.dumps({"table": table}))
+
+    for loss in validation.FULL:
+        for seed in range(2):
+            (tmp_path / f"full-{loss}-{seed}").mkdir()
+    (tmp_path / "full-jsd-1" / "config.json").write_text("{}")
+    monkeypatch.setattr(validation.subprocess, "run", run)
+    found = validation.large(type("Options", (), dict(out=tmp_path, cache="c", seeds=2)))
+    assert found["arms"]["wttm"] == pytest.approx([51, 55]) and found["arms"]["cross-entropy"] == [50, 50]
+    assert [x["holds"] for x in found["trend"]] == ["within noise"] * 2 + ["yes"] * 2  # 3, 4, 5, 6 +- 4
+    assert commands[-1][3:] == ["distill", "--resume", str(tmp_path / "full-jsd-1")]
+    assert commands[0][3:8] == ["distill", "--loss", "wttm", "--seed", "0"]
