@@ -90,7 +90,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor | None = None,
+        teacher_logits: Tensor | Merged | None = None,
         labels: Tensor | None = None,
         *,
         row_weight: Tensor | None = None,
@@ -134,7 +134,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     def value_and_grad(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor | None = None,
+        teacher_logits: Tensor | Merged | None = None,
         labels: Tensor | None = None,
         *,
         out: Tensor | None = None,
@@ -175,7 +175,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     def with_metrics(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor | None = None,
+        teacher_logits: Tensor | Merged | None = None,
         labels: Tensor | None = None,
         *,
         agreement: bool = True,

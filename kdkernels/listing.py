@@ -112,7 +112,7 @@ def print_catalogue(columns, rows, foot):
         print(*("\n  ".join(row) for row in [columns, *rows]), foot, sep="\n")
         return
     console, table = Console(), Table(box=None, padding=(0, 2, 1, 0))
-    if console.width < 120:  # no room for seven columns: the last four lie below each other
+    if console.width < 160:  # no room for seven columns: the last four lie below each other
         columns, rows = [*columns[:3], ", ".join(columns[3:])], [[*row[:3], "\n".join(row[3:])] for row in rows]
     for column in columns:
         table.add_column(column, overflow="fold")

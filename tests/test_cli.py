@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import kdkernels as kd
 from kdkernels.cli import main
@@ -75,6 +76,31 @@ def test_doctor_advises_to_install_triton_only_where_it_is_missing(state, instal
     monkeypatch.delenv("KDKERNELS_BACKEND", raising=False)
     assert main(["doctor"]) == 0
     assert ("pip install 'kdkernels[triton]'" in capsys.readouterr().out) == installs
+
+
+@pytest.mark.parametrize(
+    "name, torch_for, gpu, words, without",
+    [
+        ("cuda", None, False, ["a CUDA build of torch", "nvcc on PATH", "an NVIDIA GPU", "KDKERNELS_CUDA=1"], []),
+        ("cuda", "cuda", True, ["nvcc of CUDA 13.0", "KDKERNELS_CUDA=1"], ["build of torch", "an NVIDIA GPU"]),
+        ("cuda", "hip", True, ["Triton runs"], ["KDKERNELS_CUDA"]),
+        ("triton", None, False, ["a CUDA build of torch", "a ROCm build", "TRITON_INTERPRET=1"], []),
+        ("triton", "hip", False, ["TRITON_INTERPRET=1"], ["build of torch"]),
+        ("cpu", None, False, ["C++ compiler"], ["GPU"]),
+    ],
+)
+def test_doctor_says_how_to_get_what_is_missing(name, torch_for, gpu, words, without, monkeypatch):
+    from kdkernels import doctor
+
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    for kind, version in (("cuda", "13.0"), ("hip", "7.1")):
+        monkeypatch.setattr(torch.version, kind, version if kind == torch_for else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    said = " | ".join(doctor.advice(name, "not built"))
+    assert all(word in said for word in words) and not any(word in said for word in without), said
+    assert doctor.build() == {"cuda": "CUDA 13.0", "hip": "ROCm 7.1", None: "CPU only"}[torch_for]
+    assert doctor.advice(name, "ok") == []
 
 
 @pytest.mark.parametrize("columns", [80, 120, 200])

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 import kdkernels as kd
 from benchmarks.examples import plain
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "benchmarks" / "pages"
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 DIFFS = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
 
@@ -66,6 +68,18 @@ def test_the_drop_in_is_the_same_number():
         torch.testing.assert_close(after, before)
 
 
+@pytest.mark.parametrize("page", ["README.md", *(str(x.relative_to(ROOT)) for x in PAGES.glob("*.md"))])
+def test_links_lead_somewhere(page):
+    found = re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text())
+    gone = [x for x in found if "://" not in x and not ((ROOT / page).parent / x.strip()).exists()]
+    assert not gone
+
+
+def test_the_gallery_is_whole():
+    gallery = (PAGES / "gallery.md").read_text()
+    assert [x.name for x in PAGES.glob("*.png") if f"]({x.name})" not in gallery] == []
+
+
 def test_eight_lines_are_eight():
     block = next(x for x in BLOCKS if "(kdkernels.Loss)" in x)
     own = block[block.index("class ") :].split("\n\n\n")[0]
@@ -80,4 +94,4 @@ def test_plain_pytorch_learns():
 def test_lightning_learns():
     """In a process of its own: Lightning's own deprecation warnings are not ours."""
     code = "from benchmarks.examples.lightning import example; x = example(10); assert x[-1] < 0.8 * x[0], x"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
