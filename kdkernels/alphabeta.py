@@ -58,7 +58,7 @@ class AlphaBetaLoss(Loss):
             of the logits, constants, limits of all kinds among them: make a loss for each batch.
     """
 
-    def __init__(self, alpha: float | Tensor = 0.2, beta: float | Tensor = 0.7, **options):
+    def __init__(self, alpha: float | Tensor = 0.2, beta: float | Tensor = 0.7, **options: Any):
         super().__init__(**options)
         self.alpha, self.beta = alpha, beta
 
@@ -209,7 +209,7 @@ class RenyiLoss(Loss):
         alpha: order > 0; 1 is KL(p || q). Near 1, quadrature of the derivative stands for the quotient.
     """
 
-    def __init__(self, alpha: float = 0.5, **options):
+    def __init__(self, alpha: float = 0.5, **options: Any):
         super().__init__(**options)
         self.alpha = alpha
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +55,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     ignore_index: int
     validate = False
     _uses: options.Uses
+    __call__: Callable[..., Tensor]  # torch's own says Any
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -40,7 +40,7 @@ class PearsonLoss(Comparison):
     kind = PEARSON
     teacher_gradient = True
 
-    def __init__(self, space: str = "logits", **options):
+    def __init__(self, space: str = "logits", **options: Any):
         super().__init__(**options)
         self.space = space
 
@@ -106,7 +106,7 @@ class DISTLoss(RankLoss):
     _inter: PearsonLoss
 
     def __init__(self, temperature: float = 1.0, beta: float = 1.0, gamma: float = 1.0, *, t_squared: bool = True,
-                 **options):  # fmt: skip
+                 **options: Any):  # fmt: skip
         super().__init__(temperature=temperature, t_squared=t_squared, **options)
         self.beta, self.gamma = beta, gamma
 
@@ -183,7 +183,7 @@ class CMKDLoss(RankLoss):
     _parts: tuple
 
     def __init__(self, pearson_weight: float = 1.0, spearman_weight: float = 1.0, hard: str = "spearman",
-                 tau: float = 0.1, top_k: int | None = None, **options):  # fmt: skip
+                 tau: float = 0.1, top_k: int | None = None, **options: Any):  # fmt: skip
         super().__init__(**options)
         self.pearson_weight, self.spearman_weight, self.hard = pearson_weight, spearman_weight, hard
         self.tau, self.top_k = tau, top_k

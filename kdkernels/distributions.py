@@ -47,7 +47,7 @@ class AKLLoss(Loss):
     unsharded = "its head is one of the whole row"
     adds = False
 
-    def __init__(self, mu: float = 0.5, **options):
+    def __init__(self, mu: float = 0.5, **options: Any):
         super().__init__(**options)
         self.mu = mu
 
@@ -186,8 +186,8 @@ class GroupedKLLoss(RowsLoss):
     _count: int
     _asks_labels = False
 
-    def __init__(self, groups=None, between: float = 1.0, within: float | tuple = 1.0, balanced: bool = False,
-                 **options):  # fmt: skip
+    def __init__(self, groups: Any = None, between: float = 1.0, within: float | tuple = 1.0, balanced: bool = False,
+                 **options: Any):  # fmt: skip
         super().__init__(**options)
         self.between, self.within, self.balanced = between, within, balanced
         if groups is None or isinstance(groups, str) or callable(groups):

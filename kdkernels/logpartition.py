@@ -6,6 +6,7 @@ q = softmax(s / T) is the student, p = softmax(t / T) the teacher, y the label. 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,8 +57,9 @@ class KDLoss(ForwardKLLoss):
         alpha: weight in [0, 1] of the KL term. Labels are optional at alpha = 1.
     """
 
-    def __init__(self, temperature=2.0, alpha=0.5, *, teacher_temperature=None, t_squared=True, label_smoothing=0.0,
-                 z_loss=0.0, standardize=False, reduction="mean", ignore_index=-100, validate=False):  # fmt: skip
+    def __init__(self, temperature: float = 2.0, alpha: float = 0.5, *, teacher_temperature: float | None = None,
+                 t_squared: bool = True, label_smoothing: float = 0.0, z_loss: float = 0.0, standardize: bool = False,
+                 reduction: str = "mean", ignore_index: int = -100, validate: bool = False):  # fmt: skip
         super().__init__(
             temperature=temperature, teacher_temperature=teacher_temperature, t_squared=t_squared,
             kd_weight=0.5, ce_weight=0.5, label_smoothing=label_smoothing, z_loss=z_loss,
@@ -99,7 +101,7 @@ class TTMLoss(Loss):
         gamma: exponent > 0; 1 / T in the paper's terms.
     """
 
-    def __init__(self, gamma: float = 0.5, **options):
+    def __init__(self, gamma: float = 0.5, **options: Any):
         super().__init__(**options)
         self.gamma = gamma
 
@@ -127,7 +129,7 @@ class WTTMLoss(TTMLoss):
         detach_weight: no gradient to the teacher through U.
     """
 
-    def __init__(self, gamma: float = 0.5, normalize_weight: bool = False, detach_weight: bool = False, **options):
+    def __init__(self, gamma: float = 0.5, normalize_weight: bool = False, detach_weight: bool = False, **options: Any):
         super().__init__(gamma, **options)
         self.normalize_weight, self.detach_weight = normalize_weight, detach_weight
 
@@ -169,7 +171,7 @@ class DKDLoss(Loss):
 
     needs_labels = True
 
-    def __init__(self, alpha: float = 1.0, beta: float = 8.0, *, t_squared: bool = True, **options):
+    def __init__(self, alpha: float = 1.0, beta: float = 8.0, *, t_squared: bool = True, **options: Any):
         super().__init__(t_squared=t_squared, **options)
         self.alpha, self.beta = alpha, beta
 
@@ -198,7 +200,8 @@ class CrossEntropyLoss(Loss):
 
     needs_teacher = False
 
-    def __init__(self, label_smoothing=0.0, z_loss=0.0, *, reduction="mean", ignore_index=-100, validate=False):
+    def __init__(self, label_smoothing: float = 0.0, z_loss: float = 0.0, *, reduction: str = "mean",
+                 ignore_index: int = -100, validate: bool = False):  # fmt: skip
         super().__init__(kd_weight=0.0, ce_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss,
                          reduction=reduction, ignore_index=ignore_index, validate=validate)  # fmt: skip
 
@@ -260,7 +263,7 @@ class TAIDLoss(Loss):
         tau: share of the teacher in [0, 1]; annealed from 0.4 to 1 in the paper (set `loss.tau`).
     """
 
-    def __init__(self, tau: float = 0.4, **options):
+    def __init__(self, tau: float = 0.4, **options: Any):
         super().__init__(**options)
         self.tau = tau
 

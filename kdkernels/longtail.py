@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ class LTKDLoss(GroupedKLLoss):
     rowwise = False
     work = "5 w, 4 exp; the teacher's logits made again by torch: 1 exp"
 
-    def __init__(self, groups=None, between: float = 1.0, within: float = 1.0, balanced: bool = True, *,
-                 t_squared: bool = True, **options):  # fmt: skip
+    def __init__(self, groups: Any = None, between: float = 1.0, within: float = 1.0, balanced: bool = True, *,
+                 t_squared: bool = True, **options: Any):  # fmt: skip
         super().__init__(groups, between, within, balanced, t_squared=t_squared, **options)
 
     def check(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class SpearmanLoss(Comparison):
     work = "3 w, 1 exp for each bin of a histogram, or for each class of a sort"
     kind = SPEARMAN
 
-    def __init__(self, tau: float = 0.1, top_k: int | None = None, exact: bool = False, **options):
+    def __init__(self, tau: float = 0.1, top_k: int | None = None, exact: bool = False, **options: Any):
         super().__init__(**options)
         self.tau, self.top_k, self.exact = tau, top_k, exact
 
@@ -90,7 +91,7 @@ class PlackettLuceLoss(Comparison):
     kind = PLACKETT_LUCE
     needs_spread = scale_free = False
 
-    def __init__(self, weights: str = "teacher", top_k: int | None = None, **options):
+    def __init__(self, weights: str = "teacher", top_k: int | None = None, **options: Any):
         super().__init__(**options)
         self.weights, self.top_k = weights, top_k
 
@@ -132,7 +133,7 @@ class KendallLoss(Comparison):
     _places: Tensor | None
 
     def __init__(self, mode: str = "topk", top_k: int = 128, shifts: int = 16, tau: float = 0.1,
-                 seed: int | None = None, **options):  # fmt: skip
+                 seed: int | None = None, **options: Any):  # fmt: skip
         super().__init__(**options)
         self.mode, self.top_k, self.shifts, self.tau, self.seed = mode, top_k, shifts, tau, seed
 

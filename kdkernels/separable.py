@@ -73,7 +73,7 @@ class SeparableLoss(RowsLoss):
 class WeightedSum(SeparableLoss):
     """sum_k w_k loss_k of losses that are the sum over the classes itself."""
 
-    def __init__(self, parts: list[tuple[float, SeparableLoss]], **options):
+    def __init__(self, parts: list[tuple[float, SeparableLoss]], **options: Any):
         super().__init__(**options)
         self.parts = parts
 
@@ -148,7 +148,7 @@ class JSDLoss(SeparableLoss):
 
     merges = True  # an f-divergence
 
-    def __init__(self, beta: float = 0.5, **options):
+    def __init__(self, beta: float = 0.5, **options: Any):
         super().__init__(**options)
         self.beta = beta
 
@@ -175,7 +175,7 @@ class SkewKLLoss(SeparableLoss):
 
     merges = True  # an f-divergence
 
-    def __init__(self, alpha: float = 0.1, **options):
+    def __init__(self, alpha: float = 0.1, **options: Any):
         super().__init__(**options)
         self.alpha = alpha
 
@@ -198,7 +198,7 @@ class SkewReverseKLLoss(SkewKLLoss):
         detach_mixture: no gradient through the student's share of m, as in the code of DistiLLM-2.
     """
 
-    def __init__(self, alpha: float = 0.1, detach_mixture: bool = False, **options):
+    def __init__(self, alpha: float = 0.1, detach_mixture: bool = False, **options: Any):
         super().__init__(alpha, **options)
         self.detach_mixture = detach_mixture
 

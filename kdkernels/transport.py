@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class SinkhornLoss(RankLoss):
     teacher_gradient = True
     rowwise = False
 
-    def __init__(self, temperature: float = 2.0, epsilon: float = 0.1, iterations: int = 20, **options):
+    def __init__(self, temperature: float = 2.0, epsilon: float = 0.1, iterations: int = 20, **options: Any):
         super().__init__(temperature=temperature, **options)
         self.epsilon, self.iterations = epsilon, iterations
 
