@@ -60,6 +60,7 @@ def test_every_formula_is_mathematics(name, cls):
         ("KL(p^ || q), p^_i = sqrt(p_i)", r"\mathrm{KL}(\hat{p} \parallel q),\quad \hat{p}_{i} = \sqrt{p_{i}}"),
         ("sum_{j: t_j <= t_i} e^{s_j}", r"\sum_{j: t_{j} \le t_{i}}\,e^{s_{j}}"),
         ("q_.k q_(i)", r"q_{\cdot k}\,q_{(i)}"),
+        ("P'_g ~ P_g", r"P^{\prime}_{g} \propto P_{g}"),
     ],
 )
 def test_formulas_as_latex(formula, written):

@@ -5,10 +5,13 @@ mathematics: plain text to LaTeX here, LaTeX to MathML by latex2mathml, which a 
 """
 
 import argparse
+import inspect
 import re
 import tempfile
 import warnings
 from pathlib import Path
+
+import torch
 
 import kdkernels as kd
 from kdkernels import listing
@@ -23,7 +26,8 @@ PIECES = re.compile(r"[A-Za-z]+|\d+|\|\||<=|\s+|[-+*/=~'|.,:()\[\]{}_^]")
 OPERATORS = {*"+-*/=,:", "||", "<=", *(FUNCTIONS[x] for x in ("||", "<=", "~")), "~"}
 # What a loss declares is described at its base class, not again in every class of the catalogue.
 TEMPLATE = """{% extends "default/module.html.jinja2" %}
-{% macro is_public(doc) %}{% if doc.qualname.split(".")[0] not in catalogue or doc.name in ("__init__", doc.qualname) %}
+{% macro is_public(doc) %}{% if (doc.qualname.split(".")[0] not in catalogue or doc.name in ("__init__", doc.qualname))
+and doc.name != "extra_repr" and not doc.docstring.startswith("Alias for field") %}
 {{- default_is_public(doc) }}{% endif %}{% endmacro %}"""
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 
@@ -49,6 +53,8 @@ def _written(pieces: list[str]) -> list[str]:
             out.append(" " if apart else r"\,")
         elif piece == "^" and (not pieces or not re.match(r"[A-Za-z0-9({]", pieces[0])):
             out[-1] = rf"\hat{{{out[-1]}}}"  # p^ is p with a hat
+        elif piece == "'":
+            out[-1] += r"^{\prime}"
         elif piece in "^_" or piece == "sqrt":
             out += [FUNCTIONS.get(piece, piece), "{", *_argument(pieces, piece), "}"]
         else:
@@ -122,6 +128,7 @@ def write(to: Path) -> None:
     kd.__doc__ = f"{kd.__doc__}\n\n{notation}\n\n{catalogue()}"
     for cls in kd.catalogue().values():
         cls.__doc__ = mathematics(cls.__doc__ or "")
+    for cls in (x for x in vars(kd).values() if inspect.isclass(x) and issubclass(x, torch.nn.Module)):
         cls.__init__.__doc__ = "Its own options; `**options` are those that are shared."
     pdoc.render.env.globals["catalogue"] = set(kd.catalogue())
     with tempfile.TemporaryDirectory() as templates, warnings.catch_warnings():
