@@ -155,11 +155,12 @@ def main(arguments=None):
             ms = result["ms"]
             if not names:
                 names = tuple(ms)
-                table = Table("shape", "dtype", *names, "ratio", f"<= {PROMISED}")
+                table = Table("shape", "dtype", *names, "ratio", f"<= {PROMISED}", "<= eager")
             ratio = ms["LinearLoss"] / ms["products"]
             kept = ("yes" if ratio <= PROMISED else "NO") if int(shape.split("x")[2]) >= 1024 else ""
             save(found, options.json)
-            table.add_row(shape, dtype, *(f"{ms[n]:.1f}" for n in names), f"{ratio:.3f}", kept)
+            table.add_row(shape, dtype, *(f"{ms[n]:.1f}" for n in names), f"{ratio:.3f}", kept,
+                          "yes" if ms["LinearLoss"] <= ms["eager"] else "NO")
     for rows in () if options.shape else MEMORY["rows"]:
         console.print(f"memory of {rows} rows ...", highlight=False)
         found["memory"].append(measure_memory(rows))

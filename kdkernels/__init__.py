@@ -15,6 +15,7 @@ from .logpartition import *  # noqa: F403  (its __all__ is the catalogue)
 from .longtail import *  # noqa: F403
 from .loss import Label, Loss, Moment, Point
 from .observe import RowMetrics
+from .parallel import vocab_shards
 from .ranks import *  # noqa: F403
 from .separable import *  # noqa: F403
 from .separable import SeparableLoss
@@ -32,7 +33,7 @@ __all__ = [
     *(_CATALOGUE := [name for family in _FAMILIES for name in family.__all__]),
     "BackendUnavailable", "Label", "LinearLoss", "Loss", "MixedSumLoss", "Moment", "Point", "RankLoss", "RowMetrics",
     "SeparableLoss", "SharedVocab", "SparseTeacher", "SumLoss", "available_backends", "backends", "cache", "catalogue",
-    "metrics", "power_sum", "power_transform", "tape", "use_backend",
+    "metrics", "power_sum", "power_transform", "tape", "use_backend", "vocab_shards",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import math
 import zlib
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from . import call
 from .dtensor import is_sharded as is_sharded  # of what a call is given
 from .dtensor import unwrapped
 from .ops import Once, points_of, with_sums
-from .options import ELSEWHERE, readable
+from .options import ELSEWHERE, check_count, readable
 from .out import check_out
 
 _NOT_AGAIN = "kdkernels: the gradient of a loss on vocabulary shards is not itself differentiable"
@@ -34,6 +35,7 @@ class Shards:
 
     def __init__(self, group, widths: list[int], classes: list[int]):
         self.group, self.rank = group, dist.get_rank(group)
+        self.classes = classes[self.rank]
         starts = [sum(widths[:r]) for r in range(len(widths))]
         self.spans = [(start, start + count) for start, count in zip(starts, classes, strict=True)]
 
@@ -227,6 +229,8 @@ def checksum(loss, *kind) -> int:
 def join(group, like: Tensor, width: int, classes: int, code: int) -> Shards:
     """The group's shards, once all ranks have as many rows as `like` (..., W) and the same checksum."""
     if isinstance(group, Shards):
+        if group.classes != classes:
+            raise ValueError(f"group is one where this rank has {group.classes} classes, got logits of {classes}")
         return group
     own = torch.tensor([1, like.shape[:-1].numel(), width, classes, code], device=like.device)
     entries = _gather(group, own).tolist()
@@ -252,6 +256,29 @@ def _padded(x):
     """A rank without columns gets one that is padding."""
     empty = isinstance(x, Tensor) and x.dim() > 0 and x.shape[-1] == 0
     return torch.nn.functional.pad(x, (0, 1), value=-math.inf) if empty else x
+
+
+def vocab_shards(group, columns: int, vocab_size: int | None = None, *, device: Any = None) -> Shards:
+    """Who holds which columns of a vocabulary, found out once for all calls: `group=` of a loss takes it.
+
+    A call with it leaves out the all_gather in which ranks make sure that they hold the same rows and make the same
+    call: one that does not, or refuses its arguments, leaves the others to the group's timeout.
+
+    Args:
+        group: a torch.distributed process group, every rank of which calls this.
+        columns: of this rank's logits, vocab_size of them classes (all if None).
+        device: the logits'; the host if None.
+
+    Raises:
+        TypeError, ValueError: the arguments are not that; on the other ranks, too.
+    """
+    check_group(group)
+    like = torch.empty(0, 0, device=device)
+    with refusing(group, like):
+        classes = columns if vocab_size is None else vocab_size
+        check_count("columns", columns, 0)
+        check_count("vocab_size", classes, 0, columns)
+    return join(group, like, columns, classes, 0)
 
 
 class _Guard(torch.autograd.Function):

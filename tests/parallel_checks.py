@@ -232,15 +232,27 @@ def gradient_without_a_graph(rank, world):
 
 
 def few_collectives(rank, world):
-    """An all_gather of what has to be known first and one of the statistics, and of a separable loss one of its sums;
-    none in the backward."""
+    """One of the statistics, and of a separable loss one of its sums; one ahead of them, unless what has to be known is
+    known; none in the backward."""
     s, t = (own(x, rank, WIDTHS[world]).clone().requires_grad_() for x in rows(5, 23)[:2])
-    for loss, count in ((kd.DKDLoss(ce_weight=0.1), 2), (kd.JSDLoss(ce_weight=0.1), 3)):
-        with CommDebugMode() as forward:
-            value = loss(s, t, rows(5, 23).y, group=dist.group.WORLD)
-        with CommDebugMode() as backward:
-            value.backward()
-        assert forward.get_total_counts() == count and backward.get_total_counts() == 0, forward.get_comm_counts()
+    group, once = dist.group.WORLD, kd.vocab_shards(dist.group.WORLD, s.shape[-1])
+    for loss, count in ((kd.DKDLoss(ce_weight=0.1), 1), (kd.JSDLoss(ce_weight=0.1), 2)):
+        values = []
+        for shards, more in ((group, 1), (once, 0)):
+            with CommDebugMode() as forward:
+                values.append(loss(s, t, rows(5, 23).y, group=shards))
+            with CommDebugMode() as backward:
+                values[-1].backward()
+            assert forward.get_total_counts() == count + more, forward.get_comm_counts()
+            assert backward.get_total_counts() == 0
+        assert torch.equal(*values)
+    padded = kd.vocab_shards(group, s.shape[-1], s.shape[-1] - 1)
+    loss, less = kd.ForwardKLLoss(), s.shape[-1] - 1
+    near(loss(s, t, group=padded, vocab_size=less), loss(s, t, group=group, vocab_size=less))
+    with raises(ValueError, f"this rank has {s.shape[-1] - 1} classes, got logits of {s.shape[-1]}"):
+        loss(s, t, group=padded)
+    with raises(TypeError if rank else ValueError, "columns must be an int" if rank else "have refused"):
+        kd.vocab_shards(group, 2.5 if rank else 2)
 
 
 def metrics(rank, world):

@@ -1,6 +1,7 @@
 """Every CUDA kernel compiled for every architecture, without a GPU; run as a script it prints a table.
 
     python tests/test_cuda_compiles.py [80 90a 100]      registers and spilled bytes of each kernel
+    python tests/compiled.py                             and has the tests know them until a source changes
 """
 
 import os
@@ -12,9 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from compiled import ROOT, compiled, key_of
 
+NAME = "CUDA"
 ARCHITECTURES = ("80", "90a", "100")
-SOURCES = sorted(Path(__file__).parent.parent.glob("csrc/cuda/*.cu"))
+SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
 
 
 def nvcc() -> list[str]:
@@ -24,6 +27,11 @@ def nvcc() -> list[str]:
     found = shutil.which("nvcc", path=f"{home}/bin") if home else packaged or shutil.which("nvcc")
     assert found, "no nvcc: set CUDA_HOME, or pip install 'kdkernels[test]'"
     return [found]
+
+
+def key() -> str:
+    version = subprocess.run([*nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    return key_of([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*"), Path(__file__)], version)
 
 
 def kernels(source: Path, architecture: str) -> list[tuple[str, int, int]]:
@@ -51,7 +59,7 @@ def table(architecture: str) -> list[tuple[str, int, int]]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles_without_spills(architecture):
-    found = table(architecture)
+    found = compiled(f"{NAME} {architecture}", key(), lambda: table(architecture))
     assert len(found) == 43
     assert not [row for row in found if row[2]]
 

@@ -1,6 +1,7 @@
 """Every Triton kernel compiled for real targets, which the interpreter does not do; run as a script it prints a table.
 
     python tests/test_triton_compiles.py        registers and spilled bytes of each kernel
+    python tests/compiled.py                    and has the tests know them until a source changes
 """
 
 import os
@@ -11,7 +12,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from compiled import ROOT, compiled, key_of
 
+NAME = "Triton"
 CAPABILITIES = (80, 90, 100)
 ROW = "n s_a s_b t_a t_b args_row B vocab ignore width grad_row weight_row scale_row N K k count room G".split()
 KINDS = dict(high="fp32", low="fp32", tau="fp32", mask_ptr="*u8", done_ptr="*i32", cells="*i32", ints="*i32")
@@ -137,14 +140,25 @@ def main(capability: int) -> None:
         print(f"sm_{capability} {name}: {registers} registers, {spilled} bytes spilled", flush=True)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_kernel_compiles_without_spills(capability):
+def key() -> str:
+    import triton
+
+    of_losses = [ROOT / f"kdkernels/{x}.py" for x in ("tape", "elements", "separable", "logpartition", "loss", "ops")]
+    return key_of([*ROOT.glob("kdkernels/backends/triton*.py"), *of_losses, Path(__file__)], triton.__version__)
+
+
+def table(capability: int) -> list[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, __file__, str(capability)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_compiles_without_spills(capability):
+    lines = compiled(f"{NAME} {capability}", key(), lambda: table(capability))
     assert len(lines) == len(list(_variants(capability)))
-    assert all(line.endswith(" 0 bytes spilled") for line in lines), done.stdout
+    assert all(line.endswith(" 0 bytes spilled") for line in lines), lines
 
 
 if __name__ == "__main__":
