@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CXX := $(if $(filter default,$(origin CXX)),g++,$(CXX))
 TORCH ?= torch==2.13.0 triton==3.7.1
-EXTRAS ?= train,test,bench,dev
+EXTRAS ?= train,test,bench,docs,dev
 PYTEST_ARGS ?=
 
 export CXX
@@ -34,7 +34,6 @@ lint: $(VENV)/installed  ## style and types
 	$(PY) -m mypy
 
 docs: build  ## the API reference: build/docs/index.html
-	@$(PIP) -e '.[docs]' --no-build-isolation $(TORCH)
 	$(PY) -m benchmarks.pages.reference
 
 build: build/built  ## set up, and compile what changed in csrc/
