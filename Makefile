@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CXX := $(if $(filter default,$(origin CXX)),g++,$(CXX))
 TORCH ?= torch==2.13.0 triton==3.7.1
-EXTRAS ?= train,test,bench,dev
+EXTRAS ?= train,test,bench,docs,dev
 PYTEST_ARGS ?=
 
 export CXX
@@ -32,6 +32,9 @@ test: build  ## set up, then check the style and run the tests (PYTEST_ARGS="-k 
 lint: $(VENV)/installed  ## style and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+docs: build  ## the API reference: build/docs/index.html
+	$(PY) -m benchmarks.pages.reference
 
 build: build/built  ## set up, and compile what changed in csrc/
 
@@ -63,4 +66,4 @@ build/built: $(VENV)/installed $(SOURCES)
 	@$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
-.PHONY: help demo test lint build clean
+.PHONY: help demo test lint docs build clean

@@ -46,7 +46,7 @@ def _smooth(width: float, square, resolution: float):
 
 
 class AlphaBetaLoss(Loss):
-    """-sum_i [p_i^a q_i^b - a/(a+b) p_i^(a+b) - b/(a+b) q_i^(a+b)] / (a b). [Cichocki et al. 2011; Wang et al. 2025]
+    """`-sum_i [p_i^a q_i^b - a/(a+b) p_i^(a+b) - b/(a+b) q_i^(a+b)] / (a b)`. [Cichocki et al. 2011; Wang et al. 2025]
 
     With its limits at a = 0, b = 0, a + b = 0 and a = b = 0. (1, 0) is KL(p || q), (0, 1) KL(q || p),
     (1, 1) half the squared distance, (1/2, 1/2) four times the squared Hellinger distance.
@@ -58,7 +58,7 @@ class AlphaBetaLoss(Loss):
             of the logits, constants, limits of all kinds among them: make a loss for each batch.
     """
 
-    def __init__(self, alpha: float | Tensor = 0.2, beta: float | Tensor = 0.7, **options):
+    def __init__(self, alpha: float | Tensor = 0.2, beta: float | Tensor = 0.7, **options: Any):
         super().__init__(**options)
         self.alpha, self.beta = alpha, beta
 
@@ -203,13 +203,13 @@ def _merged(nodes) -> dict[float, float]:
 
 
 class RenyiLoss(Loss):
-    """log(sum_i p_i^alpha q_i^(1 - alpha)) / (alpha - 1): a Jensen gap of the log-partition. [Renyi 1961]
+    """`log(sum_i p_i^alpha q_i^(1 - alpha)) / (alpha - 1)`: a Jensen gap of the log-partition. [Renyi 1961]
 
     Args:
         alpha: order > 0; 1 is KL(p || q). Near 1, quadrature of the derivative stands for the quotient.
     """
 
-    def __init__(self, alpha: float = 0.5, **options):
+    def __init__(self, alpha: float = 0.5, **options: Any):
         super().__init__(**options)
         self.alpha = alpha
 

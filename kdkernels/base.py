@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,8 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     """Whether it knows classes by their numbers."""
     any_width = False
     """Whether the teacher's rows may be of a width of their own, in a call without vocab_size and vocab_mask."""
+    work = ""
+    """What a step costs that its points or phi do not say; `kdkernels losses` prints it (w: the bytes of a logit)."""
     standardize = False
     teacher_temperature: float | None = None
     temperature: float
@@ -56,6 +59,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     ignore_index: int
     validate = False
     _uses: options.Uses
+    __call__: Callable[..., Tensor]  # torch's own says Any
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -95,7 +99,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor | None = None,
+        teacher_logits: Tensor | Merged | None = None,
         labels: Tensor | None = None,
         *,
         row_weight: Tensor | None = None,
@@ -139,7 +143,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     def value_and_grad(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor | None = None,
+        teacher_logits: Tensor | Merged | None = None,
         labels: Tensor | None = None,
         *,
         out: Tensor | None = None,
@@ -180,7 +184,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     def with_metrics(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor | None = None,
+        teacher_logits: Tensor | Merged | None = None,
         labels: Tensor | None = None,
         *,
         agreement: bool = True,

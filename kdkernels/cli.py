@@ -1,7 +1,6 @@
 """The command line: kdkernels distill | recipes | cache | probe | losses | doctor."""
 
 import argparse
-import inspect
 import json
 import sys
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from .backends import BackendUnavailable
 from .doctor import run_doctor, version
+from .listing import print_catalogue, run_losses
 from .trainer.config import QUICK, Config, UserError, flag
 from .trainer.flags import HELP, absolute, add_settings
 
@@ -45,7 +45,7 @@ def parser():
                               description=run_recipes.__doc__)  # fmt: skip
     one.set_defaults(run=run_recipes)
     one = commands.add_parser(
-        "losses", help="the catalogue: name, formula, paper, needs, points", description=run_losses.__doc__
+        "losses", help="the catalogue: name, formula, paper, needs, points, cost", description=run_losses.__doc__
     )
     one.set_defaults(run=run_losses)
     one = commands.add_parser("doctor", help="what works on this machine, and what to do about the rest",
@@ -195,67 +195,3 @@ def assignment(text):
         return name.strip().replace("-", "_"), json.loads(value if equals else "")
     except ValueError:
         raise UserError(f'--set {text}: expected NAME=VALUE with a number, true, false, null or "text"') from None
-
-
-def run_losses(options):
-    """List every loss of the catalogue: its short name for `--loss`, the class with its own options, the formula, the
-    paper, what it needs beside the student's logits, and its points of the log-partition in the logits s and t."""
-    import kdkernels as kd
-
-    from .trainer.losses import describe, options_of, short
-
-    rows = []
-    for name, cls in kd.catalogue().items():
-        _, formula, paper = describe(cls)
-        loss = cls()
-        points = ", ".join(map(spelled_point, loss.points())) if isinstance(loss, kd.Loss) else "none: whole rows"
-        rows.append([short(name), constructor(cls), needs(cls), formula, paper, points])
-    shared = ", ".join(f"{name}={value!r}" for name, value in options_of(kd.Loss).items())
-    foot = f"Every loss also takes {shared} (KDLoss: alpha in place of kd_weight and ce_weight; those without points " \
-           "have no teacher_temperature and no standardize)."
-    columns = ["--loss", "class", "needs", "formula", "paper", "points"]
-    print_catalogue(columns, rows, f"{foot} With a ce_weight it needs labels.")
-
-
-def constructor(cls):
-    """'RenyiLoss(alpha=0.5)': the options of its own, and those of every loss for which it has another default."""
-    import kdkernels as kd
-
-    from .trainer.losses import options_of
-
-    shared, order = options_of(kd.Loss), [*inspect.signature(cls.__init__).parameters]
-    own = {name: value for name, value in options_of(cls).items() if name not in shared or shared[name] != value}
-    return f"{cls.__name__}({', '.join(f'{name}={own[name]!r}' for name in sorted(own, key=order.index))})"
-
-
-def needs(cls):
-    return ", ".join(["teacher"] * cls.needs_teacher + ["labels"] * cls()._uses.labels)
-
-
-def spelled_point(point):
-    """Point(student=0.5, teacher=1) -> '0.5 s + t'."""
-    scales = {"s": point.student, "t": point.teacher}
-    terms = [name if scale == 1 else f"{scale:.3g} {name}" for name, scale in scales.items() if scale]
-    notes = {"constant": point.frozen, "without the label": point.exclude_label, "at T = 1": point.raw}
-    noted = ", ".join(note for note, holds in notes.items() if holds)
-    return (" + ".join(terms) or "0") + (f" ({noted})" if noted else "")
-
-
-def print_catalogue(columns, rows, foot):
-    """A table as wide as the terminal, or as COLUMNS says; without rich (it comes with the train extra) plain lines."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:
-        print(*("\n  ".join(row) for row in [columns, *rows]), foot, sep="\n")
-        return
-    console, table = Console(), Table(box=None, padding=(0, 2, 1, 0))
-    if console.width < 120:  # no room for six columns: the last three lie below each other
-        columns, rows = [*columns[:3], ", ".join(columns[3:])], [[*row[:3], "\n".join(row[3:])] for row in rows]
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
-    console.print(Text(foot))

@@ -31,7 +31,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 class AKLLoss(Loss):
-    """w KL(p || q) + (1 - w) KL(q || p), w = g_head / (g_head + g_tail), constant. [Wu et al. 2025, AKL]
+    """`w KL(p || q) + (1 - w) KL(q || p), w = g_head / (g_head + g_tail)`, held constant. [Wu et al. 2025, AKL]
 
     The head are the teacher's largest probabilities as long as they sum to mu or less, and the largest in any case;
     g are the sums of |p - q| over the head and over the rest. Equal probabilities are in the head together or not.
@@ -42,11 +42,12 @@ class AKLLoss(Loss):
         mu: mass of the head, in (0, 1).
     """
 
+    work = "the weight from torch, in passes: 2 exp, a selection"
     merges = False
     unsharded = "its head is one of the whole row"
     adds = False
 
-    def __init__(self, mu: float = 0.5, **options):
+    def __init__(self, mu: float = 0.5, **options: Any):
         super().__init__(**options)
         self.mu = mu
 
@@ -102,7 +103,7 @@ def _head(p: Tensor, mu: float) -> Tensor:
 
 
 class ULDLoss(RowsLoss):
-    """sum_i |q_(i) - p_(i)|, both sorted from the largest: the universal logit distance. [Boizard et al. 2024]
+    """`sum_i |q_(i) - p_(i)|`, both sorted from the largest: the universal logit distance. [Boizard et al. 2024]
 
     For teachers with a vocabulary of their own: teacher_logits may be of another width than student_logits (the
     narrower row is filled up with probabilities of 0; vocab_size and vocab_mask are then refused). Rows belong together
@@ -110,6 +111,7 @@ class ULDLoss(RowsLoss):
     authors add the cross-entropy, with this at 1.5. Equal probabilities share their slopes.
     """
 
+    work = "3 w, 2 exp, 2 sorts"
     kernels = "ULD"
     unsharded = "it sorts whole rows"
     any_width = True
@@ -163,7 +165,7 @@ def _shared(sign: Tensor, x: Tensor) -> Tensor:
 
 
 class GroupedKLLoss(RowsLoss):
-    """between KL(P || Q) + within sum_g w_g KL(p_g || q_g), for classes in groups. [Zhao et al. 2022; LTKD; GKD]
+    """`between KL(P || Q) + within sum_g w_g KL(p_g || q_g)`, for classes in groups. [Zhao et al. 2022; LTKD; GKD]
 
     P_g and Q_g are the masses of the groups, p_g and q_g the distributions within them. With w_g = P_g and both weights
     1 it is KL(p || q), exactly. DKD has one group for the label and one for the rest, and weighs the latter by 1;
@@ -181,14 +183,15 @@ class GroupedKLLoss(RowsLoss):
         balanced: w_g = 1, so that a group counts whatever its mass.
     """
 
+    work = "5 w, 4 exp"
     unsharded = "its groups are of classes of whole rows"
     groups: Any
     within: Any
     _count: int
     _asks_labels = False
 
-    def __init__(self, groups=None, between: float = 1.0, within: float | tuple = 1.0, balanced: bool = False,
-                 **options):  # fmt: skip
+    def __init__(self, groups: Any = None, between: float = 1.0, within: float | tuple = 1.0, balanced: bool = False,
+                 **options: Any):  # fmt: skip
         super().__init__(**options)
         self.between, self.within, self.balanced = between, within, balanced
         if groups is None or isinstance(groups, str) or callable(groups):

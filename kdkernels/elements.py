@@ -16,7 +16,7 @@ from collections.abc import Callable
 from .tape import Expr, Op, Tape, exp, softplus, times, where
 
 HEADER, LINE, INPUTS = 7, 5, 2
-_OPERANDS = {Op.CONST: 0, Op.SELECT: 3} | dict.fromkeys((Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.TIMES, Op.GT), 2)
+OPERANDS = {Op.CONST: 0, Op.SELECT: 3} | dict.fromkeys((Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.TIMES, Op.GT), 2)
 
 
 def lowered(phi: Callable) -> list[float]:
@@ -36,7 +36,7 @@ def slopes(tape: Tape, value: Expr) -> list[Expr]:
     for line in tape.code:
         op, *operands = map(int, line[:4])
         still = op in (Op.GT, Op.DETACH)
-        varies.append(not still and any(varies[r] for r in operands[: _OPERANDS.get(Op(op), 1)]))
+        varies.append(not still and any(varies[r] for r in operands[: OPERANDS.get(Op(op), 1)]))
     found: dict[int, Expr | float] = {value.register: 1.0}
     for register in reversed(range(tape.inputs, len(varies))):
         if not varies[register] or register not in found:
@@ -81,7 +81,7 @@ def _partials(op: Op, g, a: Expr, b: Expr, value: Expr) -> tuple:
 def _encoded(tape: Tape, outputs: list[Expr]) -> list[float]:
     """Constants become registers of their own, and the rest shares the fewest registers."""
     alias = _renamed(tape)
-    lines = {tape.inputs + i: (Op(int(x[0])), [alias[int(r)] for r in x[1 : 1 + _OPERANDS.get(Op(int(x[0])), 1)]])
+    lines = {tape.inputs + i: (Op(int(x[0])), [alias[int(r)] for r in x[1 : 1 + OPERANDS.get(Op(int(x[0])), 1)]])
              for i, x in enumerate(tape.code)}  # fmt: skip
     ends = [alias[x.register] for x in outputs]
     first = _needed(lines, ends[:2])
@@ -111,7 +111,7 @@ def _renamed(tape: Tape) -> list[int]:
     alias = list(range(tape.inputs))
     known: dict[tuple, int] = {}
     for i, line in enumerate(tape.code):
-        op, used = line[0], _OPERANDS.get(Op(int(line[0])), 1)
+        op, used = line[0], OPERANDS.get(Op(int(line[0])), 1)
         a, b, c = (alias[int(r)] if k < used else -1 for k, r in enumerate(line[1:4]))
         same = known.setdefault((op, a, b, c, line[4]), tape.inputs + i)
         if op == Op.DETACH or (op in (Op.ADD, Op.SUB) and b == zero):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from .options import check_number
 class _PowerSum(Loss):
     needs_teacher = False
 
-    def __init__(self, gamma: float, **options):
+    def __init__(self, gamma: float, **options: Any):
         super().__init__(**options)
         self.gamma = gamma
 

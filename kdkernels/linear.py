@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class LinearLoss(nn.Module):
     Raises:
         TypeError, ValueError: an option is not of its kind or out of its range; the loss is not row-wise.
     """
+    __call__: Callable[..., Tensor]  # torch's own says Any
 
     def __init__(
         self,
@@ -66,8 +68,7 @@ class LinearLoss(nn.Module):
         self._check_options()
 
     def extra_repr(self) -> str:
-        names = ("chunk", "memory_budget", "student_logit_scale", "teacher_logit_scale", "student_softcap",
-                 "teacher_softcap")  # fmt: skip
+        names = "chunk memory_budget student_logit_scale teacher_logit_scale student_softcap teacher_softcap".split()
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def forward(
@@ -81,7 +82,7 @@ class LinearLoss(nn.Module):
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
         teacher_head_scale: Tensor | None = None,
-        teacher_logits: Tensor | None = None,
+        teacher_logits: Tensor | SparseTeacher | None = None,
         row_weight: Tensor | None = None,
         num_items: float | Tensor | None = None,
         temperature: float | Tensor | None = None,
@@ -100,8 +101,7 @@ class LinearLoss(nn.Module):
             student_bias, teacher_bias: (V,).
             teacher_head_scale: of a quantised head, which stands for head * scale: a scalar, (V,), or (V, G): one for
                 each G-th of a row's columns.
-            teacher_logits: (..., V), a constant taken as it is, in place of teacher_hidden and teacher_head; or a
-                `SparseTeacher`.
+            teacher_logits: (..., V), a constant, in place of teacher_hidden and teacher_head; or a `SparseTeacher`.
             labels, row_weight, num_items, temperature, vocab_size, vocab_mask: as in a call of the loss. The mean is
                 over the rows of all chunks. A head's rows from vocab_size on are not read.
             group: a process group, each rank of which has its own rows of both heads and biases, its own columns of

@@ -6,6 +6,7 @@ q = softmax(s / T) is the student, p = softmax(t / T) the teacher, y the label. 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def reverse_kl(q: Moment, p: Moment):
 
 
 class ForwardKLLoss(Loss):
-    """KL(p || q) = sum_i p_i log(p_i / q_i). [Hinton et al. 2015]"""
+    """`KL(p || q) = sum_i p_i log(p_i / q_i)`. [Hinton et al. 2015]"""
 
     def points(self):
         return Q, P
@@ -49,15 +50,16 @@ def cross_entropy_of(loss: BaseLoss) -> ForwardKLLoss:
 
 
 class KDLoss(ForwardKLLoss):
-    """(1 - alpha) CE(q_1, y) + alpha T^2 KL(p || q). [Hinton et al. 2015, sec. 2]
+    """`(1 - alpha) CE(q_1, y) + alpha T^2 KL(p || q)`. [Hinton et al. 2015, sec. 2]
 
     Args:
         temperature: T of the KL term; the cross-entropy is at temperature 1.
         alpha: weight in [0, 1] of the KL term. Labels are optional at alpha = 1.
     """
 
-    def __init__(self, temperature=2.0, alpha=0.5, *, teacher_temperature=None, t_squared=True, label_smoothing=0.0,
-                 z_loss=0.0, standardize=False, reduction="mean", ignore_index=-100, validate=False):  # fmt: skip
+    def __init__(self, temperature: float = 2.0, alpha: float = 0.5, *, teacher_temperature: float | None = None,
+                 t_squared: bool = True, label_smoothing: float = 0.0, z_loss: float = 0.0, standardize: bool = False,
+                 reduction: str = "mean", ignore_index: int = -100, validate: bool = False):  # fmt: skip
         super().__init__(
             temperature=temperature, teacher_temperature=teacher_temperature, t_squared=t_squared,
             kd_weight=0.5, ce_weight=0.5, label_smoothing=label_smoothing, z_loss=z_loss,
@@ -81,7 +83,7 @@ class KDLoss(ForwardKLLoss):
 
 
 class ReverseKLLoss(Loss):
-    """KL(q || p) = sum_i q_i log(q_i / p_i). [Gu et al. 2024, MiniLLM]"""
+    """`KL(q || p) = sum_i q_i log(q_i / p_i)`. [Gu et al. 2024, MiniLLM]"""
 
     def points(self):
         return Q, P
@@ -91,7 +93,7 @@ class ReverseKLLoss(Loss):
 
 
 class TTMLoss(Loss):
-    """KL(p^ || q) with the power-transformed teacher p^_i = p_i^gamma / sum_j p_j^gamma. [Zheng & Yang 2024, eq. 14]
+    """`KL(p^ || q), p^_i = p_i^gamma / sum_j p_j^gamma`, the power-transformed teacher. [Zheng & Yang 2024, eq. 14]
 
     No temperature on the student and no T^2 factor, as published.
 
@@ -99,7 +101,7 @@ class TTMLoss(Loss):
         gamma: exponent > 0; 1 / T in the paper's terms.
     """
 
-    def __init__(self, gamma: float = 0.5, **options):
+    def __init__(self, gamma: float = 0.5, **options: Any):
         super().__init__(**options)
         self.gamma = gamma
 
@@ -117,7 +119,7 @@ class TTMLoss(Loss):
 
 
 class WTTMLoss(TTMLoss):
-    """U KL(p^ || q) with p^ of TTM and the weight U = sum_i p_i^gamma. [Zheng & Yang 2024, eq. 20]
+    """`U KL(p^ || q), U = sum_i p_i^gamma`, `p^` as in TTM. [Zheng & Yang 2024, eq. 20]
 
     1 <= U <= V^(1 - gamma): large for uncertain teachers.
 
@@ -127,7 +129,7 @@ class WTTMLoss(TTMLoss):
         detach_weight: no gradient to the teacher through U.
     """
 
-    def __init__(self, gamma: float = 0.5, normalize_weight: bool = False, detach_weight: bool = False, **options):
+    def __init__(self, gamma: float = 0.5, normalize_weight: bool = False, detach_weight: bool = False, **options: Any):
         super().__init__(gamma, **options)
         self.normalize_weight, self.detach_weight = normalize_weight, detach_weight
 
@@ -148,7 +150,7 @@ class WTTMLoss(TTMLoss):
 
 
 class HellingerLoss(Loss):
-    """1 - sum_i sqrt(p_i q_i): the squared Hellinger distance. [Hellinger 1909]"""
+    """`1 - sum_i sqrt(p_i q_i)`: the squared Hellinger distance. [Hellinger 1909]"""
 
     def points(self):
         return Q, P, Point(student=0.5, teacher=0.5)
@@ -158,7 +160,7 @@ class HellingerLoss(Loss):
 
 
 class DKDLoss(Loss):
-    """alpha KL([p_y, 1 - p_y] || [q_y, 1 - q_y]) + beta KL(p^ || q^), p^ and q^ without y. [Zhao et al. 2022, eq. 7]
+    """`alpha KL([p_y, 1 - p_y] || [q_y, 1 - q_y]) + beta KL(p^ || q^)`, hats without y. [Zhao et al. 2022, eq. 7]
 
     The moments leave the label's class out, so that 1 - p_y never cancels.
 
@@ -169,7 +171,7 @@ class DKDLoss(Loss):
 
     needs_labels = True
 
-    def __init__(self, alpha: float = 1.0, beta: float = 8.0, *, t_squared: bool = True, **options):
+    def __init__(self, alpha: float = 1.0, beta: float = 8.0, *, t_squared: bool = True, **options: Any):
         super().__init__(t_squared=t_squared, **options)
         self.alpha, self.beta = alpha, beta
 
@@ -189,7 +191,7 @@ class DKDLoss(Loss):
 
 
 class CrossEntropyLoss(Loss):
-    """-log softmax(s)_y, from the student and the labels alone, at temperature 1. [Szegedy et al. 2016, sec. 7]
+    """`-log softmax(s)_y`, from the student and the labels alone, at temperature 1. [Szegedy et al. 2016, sec. 7]
 
     Args:
         label_smoothing: in [0, 1], towards the uniform distribution.
@@ -198,7 +200,8 @@ class CrossEntropyLoss(Loss):
 
     needs_teacher = False
 
-    def __init__(self, label_smoothing=0.0, z_loss=0.0, *, reduction="mean", ignore_index=-100, validate=False):
+    def __init__(self, label_smoothing: float = 0.0, z_loss: float = 0.0, *, reduction: str = "mean",
+                 ignore_index: int = -100, validate: bool = False):  # fmt: skip
         super().__init__(kd_weight=0.0, ce_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss,
                          reduction=reduction, ignore_index=ignore_index, validate=validate)  # fmt: skip
 
@@ -210,7 +213,7 @@ class CrossEntropyLoss(Loss):
 
 
 class BrierLoss(Loss):
-    """sum_i (q_i - 1[i = y])^2, from the student and the labels alone. [Brier 1950; Hamidi et al. 2024]"""
+    """`sum_i (q_i - 1[i = y])^2`, from the student and the labels alone. [Brier 1950; Hamidi et al. 2024]"""
 
     needs_teacher = False
     needs_labels = True
@@ -230,7 +233,7 @@ class BrierLoss(Loss):
 
 
 class LogitMSELoss(Loss):
-    """sum_i (s_i - 1[i = y])^2, from the student's logits and the labels alone. [Hui & Belkin 2021]"""
+    """`sum_i (s_i - 1[i = y])^2`, from the student's logits and the labels alone. [Hui & Belkin 2021]"""
 
     needs_teacher = False
     needs_labels = True
@@ -252,7 +255,7 @@ def _one_hot(like: Tensor, labels: Tensor | None) -> Tensor:
 
 
 class TAIDLoss(Loss):
-    """KL(u || q) with the detached mixture u = softmax((1 - tau) s + tau t). [Shing et al. 2025, eq. 3]
+    """`KL(u || q), u = softmax((1 - tau) s + tau t)` detached. [Shing et al. 2025, eq. 3]
 
     The authors train on the cross-entropy of u and q: the same gradient q - u, another constant.
 
@@ -260,7 +263,7 @@ class TAIDLoss(Loss):
         tau: share of the teacher in [0, 1]; annealed from 0.4 to 1 in the paper (set `loss.tau`).
     """
 
-    def __init__(self, tau: float = 0.4, **options):
+    def __init__(self, tau: float = 0.4, **options: Any):
         super().__init__(**options)
         self.tau = tau
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def _kernel_sums(x: Tensor, alive: Tensor) -> Tensor:
 
 
 class SpearmanLoss(Comparison):
-    """1 - rho of the student's soft ranks and the teacher's ranks. [Struski et al. 2025, LapSum; Spearman 1904]
+    """`1 - rho(R(s), rank(t))`, R the student's soft ranks. [Struski et al. 2025, LapSum; Spearman 1904]
 
     R_i = sum_j F((s_i - s_j) / a), F the Laplace distribution function, a = tau std(s): the loss depends on neither the
     scale nor the offset of the logits. tau -> 0 gives Spearman's rho, tau -> inf the correlation of the logits with the
@@ -47,9 +48,10 @@ class SpearmanLoss(Comparison):
         exact: sort float32 rows as well.
     """
 
+    work = "3 w, 1 exp for each bin of a histogram, or for each class of a sort"
     kind = SPEARMAN
 
-    def __init__(self, tau: float = 0.1, top_k: int | None = None, exact: bool = False, **options):
+    def __init__(self, tau: float = 0.1, top_k: int | None = None, exact: bool = False, **options: Any):
         super().__init__(**options)
         self.tau, self.top_k, self.exact = tau, top_k, exact
 
@@ -75,7 +77,7 @@ class SpearmanLoss(Comparison):
 
 
 class PlackettLuceLoss(Comparison):
-    """-sum_i w_i (s_i - log sum_{j: t_j <= t_i} e^{s_j}): the teacher's order under the student. [Plackett 1975]
+    """`-sum_i w_i (s_i - log sum_{j: t_j <= t_i} e^{s_j})`: the teacher's order under the student. [Plackett 1975]
 
     ListMLE (Xia et al. 2008) with weights; classes with equal teacher logits are tied as Breslow (1974) ties them. The
     weights of a row sum to 1.
@@ -85,10 +87,11 @@ class PlackettLuceLoss(Comparison):
         top_k: rank the teacher's top_k classes only (ties go to the first); None for all.
     """
 
+    work = "3 w, 2 exp, a sort"
     kind = PLACKETT_LUCE
     needs_spread = scale_free = False
 
-    def __init__(self, weights: str = "teacher", top_k: int | None = None, **options):
+    def __init__(self, weights: str = "teacher", top_k: int | None = None, **options: Any):
         super().__init__(**options)
         self.weights, self.top_k = weights, top_k
 
@@ -112,7 +115,7 @@ class PlackettLuceLoss(Comparison):
 
 
 class KendallLoss(Comparison):
-    """1 - mean over pairs of sgn(t_i - t_j) tanh((s_i - s_j) / a), a = tau std(s): a soft Kendall's tau. [Kendall 1938]
+    """`1 - mean_ij sgn(t_i - t_j) tanh((s_i - s_j) / a), a = tau std(s)`: a soft Kendall's tau. [Kendall 1938]
 
     Pairs that are tied in the teacher count 0; tau -> 0 gives tau-a.
 
@@ -125,11 +128,12 @@ class KendallLoss(Comparison):
         seed: of the shifts; None draws new ones from torch's generator at each call.
     """
 
+    work = "3 w, an exp for each pair"
     kind = KENDALL
     _places: Tensor | None
 
     def __init__(self, mode: str = "topk", top_k: int = 128, shifts: int = 16, tau: float = 0.1,
-                 seed: int | None = None, **options):  # fmt: skip
+                 seed: int | None = None, **options: Any):  # fmt: skip
         super().__init__(**options)
         self.mode, self.top_k, self.shifts, self.tau, self.seed = mode, top_k, shifts, tau, seed
 

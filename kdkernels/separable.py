@@ -73,7 +73,7 @@ class SeparableLoss(RowsLoss):
 class WeightedSum(SeparableLoss):
     """sum_k w_k loss_k of losses that are the sum over the classes itself."""
 
-    def __init__(self, parts: list[tuple[float, SeparableLoss]], **options):
+    def __init__(self, parts: list[tuple[float, SeparableLoss]], **options: Any):
         super().__init__(**options)
         self.parts = parts
 
@@ -137,7 +137,7 @@ def _skewed(p, log_p, q, log_q, of_p, gap, share: float, detached: bool = False)
 
 
 class JSDLoss(SeparableLoss):
-    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q. [Agarwal et al. 2024, GKD]
+    """`beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q`. [Agarwal et al. 2024, GKD]
 
     The mixture is one of probabilities, computed on the logarithms. At beta = 0 it is KL(p || q) and at 1 KL(q || p),
     as in GKD: the limits of JSD / beta and JSD / (1 - beta), not of JSD, which goes to 0 at both ends.
@@ -148,7 +148,7 @@ class JSDLoss(SeparableLoss):
 
     merges = True  # an f-divergence
 
-    def __init__(self, beta: float = 0.5, **options):
+    def __init__(self, beta: float = 0.5, **options: Any):
         super().__init__(**options)
         self.beta = beta
 
@@ -167,7 +167,7 @@ class JSDLoss(SeparableLoss):
 
 
 class SkewKLLoss(SeparableLoss):
-    """KL(p || m), m = alpha p + (1 - alpha) q. [Ko et al. 2024, DistiLLM]
+    """`KL(p || m), m = alpha p + (1 - alpha) q`. [Ko et al. 2024, DistiLLM]
 
     Args:
         alpha: share of the teacher in [0, 1); 0 is KL(p || q).
@@ -175,7 +175,7 @@ class SkewKLLoss(SeparableLoss):
 
     merges = True  # an f-divergence
 
-    def __init__(self, alpha: float = 0.1, **options):
+    def __init__(self, alpha: float = 0.1, **options: Any):
         super().__init__(**options)
         self.alpha = alpha
 
@@ -191,14 +191,14 @@ class SkewKLLoss(SeparableLoss):
 
 
 class SkewReverseKLLoss(SkewKLLoss):
-    """KL(q || m), m = alpha q + (1 - alpha) p. [Ko et al. 2024, DistiLLM; Ko et al. 2025, DistiLLM-2]
+    """`KL(q || m), m = alpha q + (1 - alpha) p`. [Ko et al. 2024, DistiLLM; Ko et al. 2025, DistiLLM-2]
 
     Args:
         alpha: share of the student in [0, 1); 0 is KL(q || p).
         detach_mixture: no gradient through the student's share of m, as in the code of DistiLLM-2.
     """
 
-    def __init__(self, alpha: float = 0.1, detach_mixture: bool = False, **options):
+    def __init__(self, alpha: float = 0.1, detach_mixture: bool = False, **options: Any):
         super().__init__(alpha, **options)
         self.detach_mixture = detach_mixture
 
@@ -217,7 +217,7 @@ class SkewReverseKLLoss(SkewKLLoss):
 
 
 class TVDLoss(SeparableLoss):
-    """sum_i |p_i - q_i| / 2, the total variation distance. [Wen et al. 2023, f-divergence KD]"""
+    """`sum_i |p_i - q_i| / 2`, the total variation distance. [Wen et al. 2023, f-divergence KD]"""
 
     merges = True  # an f-divergence
 

@@ -83,7 +83,7 @@ class SparseTeacher(Merged):
     @torch.no_grad()
     def from_logits(cls, logits: Tensor, k: int, temperature: float = 1.0, *, labels: Tensor | None = None,
                     vocab_size: int | None = None, vocab_mask: Tensor | None = None,
-                    **options) -> SparseTeacher:  # fmt: skip
+                    **options: Any) -> SparseTeacher:  # fmt: skip
         """The k largest of logits (..., V), as log-probabilities at the temperature, and the rest of the mass.
 
         With k = V nothing is left, and the loss is that of the logits.

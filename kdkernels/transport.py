@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from .rowwise import CLASSES
 
 
 class SinkhornLoss(RankLoss):
-    """sum_ij P_ij C_ij / N over the rows of a batch, C_ij = sum_k |q_ik - p_jk|. [Cui et al. 2024, SinKD]
+    """`sum_ij P_ij C_ij / N, C_ij = sum_k |q_ik - p_jk|`, over the rows of a batch. [Cui et al. 2024, SinKD]
 
     P is exp(-C / epsilon), its rows and then its columns divided by their sums, `iterations` times. The gradient goes
     through P, to the teacher as well. Torch computes it, in float32 for logits of 32 bits or less (sums and P in
@@ -29,10 +30,11 @@ class SinkhornLoss(RankLoss):
         reduction: "mean", over the kept rows, or "sum".
     """
 
+    work = "torch, in passes: 8 exp, 2 N differences"
     teacher_gradient = True
     rowwise = False
 
-    def __init__(self, temperature: float = 2.0, epsilon: float = 0.1, iterations: int = 20, **options):
+    def __init__(self, temperature: float = 2.0, epsilon: float = 0.1, iterations: int = 20, **options: Any):
         super().__init__(temperature=temperature, **options)
         self.epsilon, self.iterations = epsilon, iterations
 

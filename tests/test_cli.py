@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import kdkernels as kd
 from kdkernels.cli import main
@@ -77,6 +78,31 @@ def test_doctor_advises_to_install_triton_only_where_it_is_missing(state, instal
     assert ("pip install 'kdkernels[triton]'" in capsys.readouterr().out) == installs
 
 
+@pytest.mark.parametrize(
+    "name, torch_for, gpu, words, without",
+    [
+        ("cuda", None, False, ["a CUDA build of torch", "nvcc on PATH", "an NVIDIA GPU", "KDKERNELS_CUDA=1"], []),
+        ("cuda", "cuda", True, ["nvcc of CUDA 13.0", "KDKERNELS_CUDA=1"], ["build of torch", "an NVIDIA GPU"]),
+        ("cuda", "hip", True, ["Triton runs"], ["KDKERNELS_CUDA"]),
+        ("triton", None, False, ["a CUDA build of torch", "a ROCm build", "TRITON_INTERPRET=1"], []),
+        ("triton", "hip", False, ["TRITON_INTERPRET=1"], ["build of torch"]),
+        ("cpu", None, False, ["C++ compiler"], ["GPU"]),
+    ],
+)
+def test_doctor_says_how_to_get_what_is_missing(name, torch_for, gpu, words, without, monkeypatch):
+    from kdkernels import doctor
+
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    for kind, version in (("cuda", "13.0"), ("hip", "7.1")):
+        monkeypatch.setattr(torch.version, kind, version if kind == torch_for else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    said = " | ".join(doctor.advice(name, "not built"))
+    assert all(word in said for word in words) and not any(word in said for word in without), said
+    assert doctor.build() == {"cuda": "CUDA 13.0", "hip": "ROCm 7.1", None: "CPU only"}[torch_for]
+    assert doctor.advice(name, "ok") == []
+
+
 @pytest.mark.parametrize("columns", [80, 120, 200])
 def test_losses(columns, capsys, monkeypatch):
     from kdkernels.trainer.losses import short
@@ -88,7 +114,7 @@ def test_losses(columns, capsys, monkeypatch):
     first = {line.split()[0] for line in shown.splitlines() if line.strip()}
     for name, cls in kd.catalogue().items():
         assert f"{name}(" in shown and short(name) in first
-        assert cls.__doc__.split()[0] in shown
+        assert cls.__doc__.split()[0].strip("`") in shown
     for words in ("tau=0.4", "t_squared=True)", "teacher, labels", "0.5 s + 0.5 t", "Renyi 1961", "ignore_index=-100"):
         assert words in " ".join(shown.split())
     assert "Point(" not in shown
@@ -102,7 +128,7 @@ def test_losses_without_rich(capsys, monkeypatch):
 
 
 def test_points_as_they_are_spelled():
-    from kdkernels.cli import spelled_point
+    from kdkernels.listing import spelled_point
 
     assert spelled_point(kd.Point(student=0.5, teacher=1)) == "0.5 s + t"
     assert spelled_point(kd.Point(student=-0.25, frozen=True)) == "-0.25 s (constant)"

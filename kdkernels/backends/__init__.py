@@ -70,7 +70,7 @@ def _checked(name: str) -> ModuleType:
     return module
 
 
-def use_backend(name: str):
+def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Within the context, every loss runs on this backend or raises.
 
     Args:

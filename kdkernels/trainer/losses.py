@@ -84,5 +84,5 @@ def describe(cls):
     """-> name, formula, paper, from the class itself."""
     text = inspect.getdoc(cls) or ""
     paper = "; ".join(re.findall(r"\[([^\[\]]*(?:19|20)\d\d[^\[\]]*)\]", text))
-    formula = re.sub(r"\s*\[[^\[\]]*(?:19|20)\d\d[^\[\]]*\]", "", text.split("\n")[0]).strip()
+    formula = re.sub(r"\s*\[[^\[\]]*(?:19|20)\d\d[^\[\]]*\]", "", text.split("\n")[0]).replace("`", "").strip()
     return cls.__name__, formula, paper

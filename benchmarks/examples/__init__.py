@@ -1,0 +1,1 @@
+"""Short training scripts: plain PyTorch and Lightning."""
