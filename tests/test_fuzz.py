@@ -1,12 +1,12 @@
 """Backends against the reference on rows made to break them: every loss, one of them and one pair of rows an example.
 
-`pytest tests/test_fuzz.py --hypothesis-profile long` runs over 20,000 of them.
+`pytest tests/test_fuzz.py --hypothesis-profile long` runs 20,000 of them and more.
 """
 
 import textbook
 import textbook_ranks
 import torch
-from accuracy import BF16, F16, F32, F64, has_kernels
+from accuracy import BF16, F16, F32, F64
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -37,15 +37,16 @@ def losses() -> dict:
 LOSSES = losses()
 OF_BATCHES = "DISTLoss"
 SCALE_FREE = ("PearsonLoss", "SpearmanLoss", "KendallLoss", "CMKDLoss", "DISTLoss", "MixedSumLoss")
+SCALES = {"huge": 3e3, "giant": 1e30, "tiny": 1e-20, "subnormal": 1e-40, "constant": 0.0, "zeros": 0.0}
 KINDS = ["plain", "plain", "huge", "giant", "tiny", "subnormal", "tied", "constant", "peak", "zeros"]
 
 
 def row_pair(kind, n, v, g):
     x = torch.randn(2, n, v, generator=g, dtype=F64)
     if kind == "peak":
-        return x.scatter_add(-1, torch.randint(v, (2, n, 1), generator=g), torch.full((2, n, 1), 900.0, dtype=F64))
-    scale = {"huge": 3e3, "giant": 1e30, "tiny": 1e-20, "subnormal": 1e-40, "constant": 0.0, "zeros": 0.0}.get(kind, 2.0)
-    x = scale * x + (7.0 if kind == "constant" else 0.0)
+        at, by = torch.randint(v, (2, n, 1), generator=g), torch.full((2, n, 1), 900.0, dtype=F64)
+        return x.scatter_add(-1, at, by)
+    x = SCALES.get(kind, 2.0) * x + (7.0 if kind == "constant" else 0.0)
     return x.round() if kind == "tied" else x
 
 
@@ -121,15 +122,18 @@ def slope(name, s, t):
 
 def check(backend, name, s, t, y):
     """The same rows NaN and infinite; elsewhere equal but for the rounding of logits of this size and of results."""
-    if "standardize" in name and (s.shape[-1] < 3 or slope(name, s, t) > 10 or s.isneginf().any() or t.isneginf().any()):
+    holes = (s.isneginf() | t.isneginf()).any()
+    if "standardize" in name and (holes or s.shape[-1] < 3 or slope(name, s, t) > 10):
         return  # rows of no deviation have no z-scores
     if name.startswith(("DKDLoss", "BrierLoss")) and (s.isposinf() | t.isposinf()).any():
         return  # +inf at the label itself is NaN on the reference, and q_y = 1 in kernels that leave the label out
     got, want = run(name, backend, s, t, y), run(name, "reference", s, t, y)
     where = (name, tuple(s.shape), s.dtype, t.dtype)
+    if slope(name, s, t) > 1e6:
+        return  # neither raised; what a loss without a scale makes of such rows is rounding
     dtype = F64 if backend == "cpu" and s.dtype == F64 else F32
     logits = 1 + max(spread(s), spread(t))
-    sure = logits < 1e6 and slope(name, s, t) < 1e6  # else roundings decide
+    sure = logits < 1e6  # else roundings decide
     reached = logits < (150 if dtype == F64 else 20)  # no probability underflows
     size = max(1.0, spread(want[0]), spread(want[1])) * (logits + slope(name, s, t))
     for what, a, b in zip(("value", "gradient"), got, want, strict=True):
