@@ -19,7 +19,7 @@ PIP := $(PY) -m pip install -qq
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: build  ## set up, then train a teacher and distil a student (runs/demo; goes on where it was stopped)
 	$(VENV)/bin/kdkernels distill $(if $(wildcard runs/demo/config.json),--resume,--out) runs/demo
@@ -35,6 +35,9 @@ lint: $(VENV)/installed  ## style and types
 
 docs: build  ## the API reference: build/docs/index.html
 	$(PY) -m benchmarks.pages.reference
+
+sanitize: build  ## the C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+	$(PY) tests/sanitize.py
 
 build: build/built  ## set up, and compile what changed in csrc/
 
@@ -66,4 +69,4 @@ build/built: $(VENV)/installed $(SOURCES)
 	@$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
-.PHONY: help demo test lint docs build clean
+.PHONY: help demo test lint docs sanitize build clean

@@ -61,7 +61,7 @@ def check_logits(name: str, x) -> None:
 def dense(x: Tensor) -> Tensor:
     """(..., V) -> (N, V) or (A, B, V) with unit stride in V; a copy only where the leading strides cannot be kept."""
     if x.stride(-1) != 1 and x.shape[-1] != 1:
-        x = x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a tensor without rows as it is
     if x.dim() in (2, 3):
         return x
     return x.unsqueeze(0) if x.dim() == 1 else x.reshape(-1, *x.shape[-2:])

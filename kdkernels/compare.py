@@ -199,7 +199,10 @@ def constant(x: Tensor, live: Tensor) -> Tensor:
 
 
 def correlation(u: Tensor, v: Tensor) -> Tensor:
-    return (u * v).sum(-1) / (u * u).sum(-1).sqrt() / (v * v).sum(-1).sqrt()
+    uu, vv = (u * u).sum(-1), (v * v).sum(-1)
+    varied = (uu > 0) & (vv > 0)  # numbers that differ may have deviations that underflow
+    uv, uu, vv = torch.where(varied, (u * v).sum(-1), 0.0), torch.where(varied, uu, 1.0), torch.where(varied, vv, 1.0)
+    return uv / uu.sqrt() / vv.sqrt()
 
 
 def bandwidth(s: Tensor, live: Tensor, tau: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ class PearsonLoss(Comparison):
         n = live.sum(-1, keepdim=True)
         if self.space == "probs":
             x = torch.where(live, x * scale, -torch.inf)
-            x = torch.where(live, torch.expm1(x.log_softmax(-1) + n.log()), 0.0)  # its mean is 0 but for rounding
+            x = x - x.detach().amax(-1, keepdim=True)  # log V - L is then exact where the logits hardly differ
+            x = torch.where(live, torch.expm1(x + (n.log() - x.logsumexp(-1, keepdim=True))), 0.0)  # of mean 0, nearly
         return (x - x.sum(-1, keepdim=True) / n) * live
 
 

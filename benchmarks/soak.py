@@ -1,0 +1,87 @@
+"""Training steps of changing shapes over all losses, and the memory of the process meanwhile.
+
+    python -m benchmarks.soak --minutes 30      benchmarks/results/soak.json and .png
+
+The first sixth warms up (allocator, threads). Growth is the slope of a line through the rest, in KiB a thousand steps.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+
+import kdkernels as kd
+
+from .rows import machine
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def resident() -> int:
+    """Bytes of the process in memory."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split("VmRSS:")[1].split()[0]) * 1024
+
+
+def losses() -> list:
+    made = [loss() for name, loss in kd.catalogue().items() if name not in ("GroupedKLLoss", "SinkhornLoss")]
+    sums = kd.ForwardKLLoss() + kd.CrossEntropyLoss(), kd.ForwardKLLoss() + kd.SpearmanLoss(top_k=8)
+    return [*made, kd.GroupedKLLoss("label"), *sums]
+
+
+def step(loss, dice: random.Random) -> None:
+    """Forward and backward of logits of a shape of their own. No matmul: oneDNN keeps kernels of each shape."""
+    rows, classes, dtype = dice.randint(1, 64), dice.randint(16, 8192), dice.choice(DTYPES)
+    bare = isinstance(loss, (kd.CrossEntropyLoss, kd.BrierLoss, kd.LogitMSELoss))
+    teacher = None if bare else torch.randn(rows, classes, dtype=dtype)
+    logits = torch.randn(rows, classes, dtype=dtype, requires_grad=True)
+    loss(logits, teacher, torch.randint(classes, (rows,))).backward()
+
+
+def growth(samples: list[dict]) -> float:
+    """KiB a thousand steps, least squares over all but the first sixth."""
+    late = samples[len(samples) // 6 :]
+    x, y = (torch.tensor([s[key] for s in late], dtype=torch.float64) for key in ("step", "bytes"))
+    x, y = x - x.mean(), y - y.mean()
+    return (x @ y / (x @ x)).item() * 1000 / 1024
+
+
+def plot(samples: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    axes.plot([s["seconds"] / 60 for s in samples], [s["bytes"] / 2**20 for s in samples])
+    axes.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, None))
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "soak.json")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    dice, every, samples, start = random.Random(0), losses(), [], time.monotonic()
+    count = 0
+    while (seconds := time.monotonic() - start) < 60 * options.minutes:
+        for loss in every:
+            step(loss, dice)
+        count += len(every)
+        samples.append(dict(step=count, seconds=round(seconds, 2), bytes=resident()))
+    found = dict(machine=machine(), minutes=options.minutes, steps=count, losses=len(every),
+                 growth_kib_per_1000_steps=growth(samples), samples=samples)  # fmt: skip
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    plot(samples, options.out.with_suffix(".png"))
+    first, last = samples[len(samples) // 6]["bytes"] / 2**20, samples[-1]["bytes"] / 2**20
+    print(f"{count} steps of {len(every)} losses, {first:.1f} -> {last:.1f} MiB after warming up, "
+          f"{found['growth_kib_per_1000_steps']:.1f} KiB a thousand steps")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Backends against the reference on rows made to break them: every loss, one of them and one pair of rows an example.
+
+`pytest tests/test_fuzz.py --hypothesis-profile long` runs 20,000 of them and more.
+"""
+
+import textbook
+import textbook_ranks
+import torch
+from accuracy import BF16, F16, F32, F64
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import kdkernels as kd
+
+ULPS = 256  # as in test_properties.py: these are identities between two runs
+WIDE = 2**18 + 1
+EXAMPLES = settings.default.max_examples
+
+
+def of_groups(V):
+    return kd.GroupedKLLoss(torch.arange(V) % 3, between=0.5, within=2.0)
+
+
+def losses() -> dict:
+    """Name -> V -> the loss."""
+    made = {str(case): (case.name, case.options) for case in (*textbook.CASES, *textbook_ranks.CASES)}
+    made |= {f"{n} {o}": (n, o) for n, o in [
+        ("DISTLoss", dict(temperature=2.0)), ("PearsonLoss", dict(ce_weight=0.5)),
+        ("ULDLoss", {}), ("ULDLoss", dict(temperature=0.5, ce_weight=1.0))]}  # fmt: skip
+    found = {key: lambda V, n=name, o=options: getattr(kd, n)(**o) for key, (name, options) in made.items()}
+    found = {key: make for key, make in found.items() if not key.startswith("GroupedKLLoss-between")}
+    mixed = lambda V: 0.5 * kd.ForwardKLLoss(temperature=2.0) + kd.SpearmanLoss(top_k=5)  # noqa: E731
+    summed = lambda V: 0.7 * kd.ForwardKLLoss() + 0.3 * kd.JSDLoss() + kd.CrossEntropyLoss()  # noqa: E731
+    return found | {"GroupedKLLoss": of_groups, "MixedSumLoss": mixed, "SumLoss": summed}
+
+
+LOSSES = losses()
+OF_BATCHES = "DISTLoss"
+SCALE_FREE = ("PearsonLoss", "SpearmanLoss", "KendallLoss", "CMKDLoss", "DISTLoss", "MixedSumLoss")
+SCALES = {"huge": 3e3, "giant": 1e30, "tiny": 1e-20, "subnormal": 1e-40, "constant": 0.0, "zeros": 0.0}
+KINDS = ["plain", "plain", "huge", "giant", "tiny", "subnormal", "tied", "constant", "peak", "zeros"]
+
+
+def row_pair(kind, n, v, g):
+    x = torch.randn(2, n, v, generator=g, dtype=F64)
+    if kind == "peak":
+        at, by = torch.randint(v, (2, n, 1), generator=g), torch.full((2, n, 1), 900.0, dtype=F64)
+        return x.scatter_add(-1, at, by)
+    x = SCALES.get(kind, 2.0) * x + (7.0 if kind == "constant" else 0.0)
+    return x.round() if kind == "tied" else x
+
+
+def laid_out(x, how):
+    """The same numbers in other strides."""
+    if how == "transposed":
+        return x.T.contiguous().T
+    if how == "every other":
+        return torch.stack((x, x.new_full(x.shape, torch.nan)), -1).flatten(-2)[:, ::2]
+    if how == "a slice":
+        return torch.cat((x.new_full((len(x), 3), torch.nan), x, x), -1)[:, 3 : 3 + x.shape[-1]]
+    return x
+
+
+@st.composite
+def examples(draw, widths, dtypes, most_rows):
+    """-> name, student, teacher, labels."""
+    n, v = draw(st.integers(0, most_rows)), draw(st.sampled_from(widths))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    kinds = [draw(st.sampled_from(KINDS)) for _ in "st"]
+    damage = draw(st.sampled_from(["none", "none", "none", "holes", "holes apart", "nan", "inf", "dead row"]))
+    pair = [row_pair(kind, n, v, g)[side] for side, kind in enumerate(kinds)]
+    if n and damage.startswith("holes"):
+        hole = torch.rand(2, n, v, generator=g) < 0.3
+        pair = [x.masked_fill(hole[side if "apart" in damage else 0], -torch.inf) for side, x in enumerate(pair)]
+    elif n and damage != "none":
+        side, row, at = draw(st.integers(0, 1)), draw(st.integers(0, n - 1)), draw(st.integers(0, v - 1))
+        if damage == "dead row":
+            pair[0][row] = pair[1][row] = -torch.inf
+        else:
+            pair[side][row, at] = torch.nan if damage == "nan" else torch.inf
+    pair = [laid_out(x.to(draw(st.sampled_from(dtypes))), draw(st.sampled_from(LAYOUTS))) for x in pair]
+    if n and draw(st.integers(0, 4)) == 0:
+        pair[1] = pair[1][:1].expand(n, v)
+    labels = torch.randint(v, (n,), generator=g)
+    labels[torch.rand(n, generator=g) < 0.2] = -100
+    return draw(st.sampled_from(sorted(LOSSES))), *pair, labels
+
+
+LAYOUTS = ["contiguous", "contiguous", "transposed", "every other", "a slice"]
+
+
+def run(name, backend, s, t, y):
+    """-> value (per row where the loss has one), gradient."""
+    loss = LOSSES[name](s.shape[-1])
+    if not name.startswith(OF_BATCHES):
+        loss.reduction = "none"
+    s = s.detach().requires_grad_()
+    with kd.use_backend(backend):
+        value = loss(s, None if loss_without_teacher(loss) else t, y)
+        value.sum().backward()
+    return value.detach(), s.grad
+
+
+def loss_without_teacher(loss):
+    return isinstance(loss, (kd.CrossEntropyLoss, kd.BrierLoss, kd.LogitMSELoss))
+
+
+def spread(x):
+    """The largest finite number of x, as a size."""
+    x = x[x.isfinite()]
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def slope(name, s, t):
+    """How much a loss that knows no scale makes of a rounding of logits: one over their least deviation."""
+    if "standardize" not in name and not name.startswith(SCALE_FREE):
+        return 0.0
+    rows = [x.double() for x in (s, t)]
+    least = [(x - x.mean(-1, keepdim=True)).norm(dim=-1) for x in (r.masked_fill(~r.isfinite(), 0.0) for r in rows)]
+    return 1 / max(min((x[x > 0].min().item() for x in least if (x > 0).any()), default=1.0), 1e-300)
+
+
+def check(backend, name, s, t, y):
+    """The same rows NaN and infinite; elsewhere equal but for the rounding of logits of this size and of results."""
+    holes = (s.isneginf() | t.isneginf()).any()
+    if "standardize" in name and (holes or s.shape[-1] < 3 or slope(name, s, t) > 10):
+        return  # rows of no deviation have no z-scores
+    if name.startswith(("DKDLoss", "BrierLoss")) and (s.isposinf() | t.isposinf()).any():
+        return  # +inf at the label itself is NaN on the reference, and q_y = 1 in kernels that leave the label out
+    got, want = run(name, backend, s, t, y), run(name, "reference", s, t, y)
+    where = (name, tuple(s.shape), s.dtype, t.dtype)
+    if slope(name, s, t) > 1e6:
+        return  # neither raised; what a loss without a scale makes of such rows is rounding
+    dtype = F64 if backend == "cpu" and s.dtype == F64 else F32
+    logits = 1 + max(spread(s), spread(t))
+    sure = logits < 1e6  # else roundings decide
+    reached = logits < (150 if dtype == F64 else 20)  # no probability underflows
+    size = max(1.0, spread(want[0]), spread(want[1])) * (logits + slope(name, s, t))
+    for what, a, b in zip(("value", "gradient"), got, want, strict=True):
+        defined = torch.ones_like(b, dtype=torch.bool)
+        if what == "gradient":  # of a loss that is infinite there is none
+            defined &= want[0].isfinite().view(-1, 1) if want[0].dim() else want[0].isfinite()
+        if sure:
+            assert torch.equal(a.isnan() & defined, b.isnan() & defined), (where, what, a, b)
+        if sure and reached:
+            assert torch.equal(a.isposinf() & defined, b.isposinf() & defined), (where, what, a, b)
+        both = defined & a.isfinite() & b.isfinite()
+        off = (a.double() - b.double())[both].abs().max().item() if both.any() else 0.0
+        one = 2 * torch.finfo(a.dtype).eps * max(spread(b), torch.finfo(a.dtype).smallest_normal)
+        bound = ULPS * torch.finfo(dtype).eps * size + one
+        assert off <= bound, (where, what, off, bound, a, b)
+
+
+@settings(max_examples=40 * EXAMPLES)
+@given(examples([1, 2, 3, 5, 17, 33, 64, 257, 1030], [F64, F32, BF16, F16], 4))
+def test_cpu_against_reference(example):
+    check("cpu", *example)
+
+
+@settings(max_examples=EXAMPLES // 2, phases=[Phase.generate])
+@given(examples([WIDE], [F32, BF16, F16], 2))
+def test_cpu_against_reference_on_wide_rows(example):
+    check("cpu", *example)
+
+
+@settings(max_examples=EXAMPLES // 2, phases=[Phase.generate])
+@given(examples([1, 2, 5, 33], [F32, BF16], 2))
+def test_triton_against_reference(example):
+    check("triton", *example)
