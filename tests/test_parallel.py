@@ -75,7 +75,7 @@ class Threads(parallel.Shards):
     def __init__(self, rank, widths, barrier, board):
         ends = [sum(widths[: r + 1]) for r in range(len(widths))]
         self.rank, self.spans = rank, [(end - width, end) for end, width in zip(ends, widths, strict=True)]
-        self.group, self.barrier, self.board = None, barrier, board
+        self.group, self.barrier, self.board, self.classes = None, barrier, board, widths[rank]
 
     def gather(self, x):
         self.board[self.rank] = x
