@@ -1,6 +1,6 @@
 """Rank and correlation losses and metrics beside eager torch, torchsort and scipy, interleaved in one run.
 
-    python -m benchmarks.ranks                      the whole table (some 10 minutes)
+    python -m benchmarks.ranks                      the whole table (some 20 minutes)
     python -m benchmarks.ranks --only Spearman --shape 64x131072
     python -m benchmarks.ranks --json result.json   and what was measured, for a machine to read
 
@@ -182,7 +182,7 @@ def measure_loss(name, shape, dtype):
         if other != "torchsort" or importlib.util.find_spec("torchsort")
     }  # fmt: skip
     slow = rows * classes > 1 << 20
-    ms = interleaved({**contenders, "kdkernels": ours}, repeats=3 if slow else 20)
+    ms = interleaved({**contenders, "kdkernels": ours}, repeats=7 if slow else 20)
     return dict(name=name, shape=shape, dtype=dtype, ms=ms, error=gradient_error(loss, s, t), beyond_mb=extra)
 
 
