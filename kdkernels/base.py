@@ -45,6 +45,8 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     """Whether it knows classes by their numbers."""
     any_width = False
     """Whether the teacher's rows may be of a width of their own, in a call without vocab_size and vocab_mask."""
+    in_turn = False
+    """Whether it is a sum whose terms are computed one after the other on vocabulary shards."""
     work = ""
     """What a step costs that its points or phi do not say; `kdkernels losses` prints it (w: the bytes of a logit)."""
     standardize = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from .loss import Label, Loss, Moment, Point
 from .options import REAL, Uses, check_number
+from .parts import reducing
 from .rowwise import SUMS, is_sums
 from .separable import SeparableLoss, in_one
 
@@ -22,11 +23,21 @@ class Weighted:
     """What sums of any losses have in common."""
 
     weights: tuple[float, ...]
+    terms: Any
     reduction: Any
     ignore_index: Any
+    _check_temperature: Callable[..., None]
 
     def minimizer(self, teacher_logits, labels=None):
         raise NotImplementedError("a sum of losses is least at a compromise of its terms, of which there is no formula")
+
+    def weighed(self, temperature) -> list:
+        """Pairs (weight, loss), of the sum's reduction, each for itself. Raises if not all may have the temperature."""
+        self._check_temperature(temperature)
+        return [(w, self._reducing(term)) for w, term in zip(self.weights, self.terms, strict=True)]
+
+    def _reducing(self, term):
+        return term if term.reduction == self.reduction else reducing(term, self.reduction)
 
     def extra_repr(self) -> str:
         return f"weights={self.weights}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"

@@ -37,14 +37,11 @@ def _run(loss: Any, student: Tensor, teacher: Merged, labels, seen: dict | None,
 def _of_terms(loss: Any, student: Tensor, teacher: Merged, labels, **given) -> Tensor:
     """A sum: its terms one by one, for a cross-entropy is that of whole rows and a divergence that of the outcomes,
     which terms of one temperature share."""
-    from .parts import reducing
-
-    loss._check_temperature(given.get("temperature"))
+    terms = loss.weighed(given.get("temperature"))
     if teacher.sparse_gradient and not all(term._uses.teacher for term in loss.terms):
         raise ValueError("sparse_gradient needs losses that look at the teacher: the gradient of others is dense")
     seen: dict = {}
-    terms = [x if x.reduction == loss.reduction else reducing(x, loss.reduction) for x in loss.terms]
-    each = [w * _run(x, student, teacher, labels, seen, **given) for w, x in zip(loss.weights, terms, strict=True)]
+    each = [weight * _run(term, student, teacher, labels, seen, **given) for weight, term in terms]
     return sum(each[1:], each[0])
 
 

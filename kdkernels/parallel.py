@@ -149,7 +149,7 @@ def forward(loss, group, num_items, *given):
 
 def _forward(loss, group, num_items, *given):
     check_loss(loss)
-    if hasattr(loss, "weighed"):  # a MixedSumLoss
+    if loss.in_turn:
         values = [weight * _forward(term, group, num_items, *given) for weight, term in loss.weighed(given[4])]
         return sum(values[1:], values[0])
     loss, rows = split(loss, group, *given)
@@ -159,7 +159,7 @@ def _forward(loss, group, num_items, *given):
 def value_and_grad(loss, group, num_items, out, accumulate, *given):
     """(the reduced loss, the gradient of this rank's student logits)."""
     check_loss(loss)
-    if hasattr(loss, "weighed"):
+    if loss.in_turn:
         _, *pair, _ = unwrapped(group, *given[:3])
         check_out(loss, out, accumulate, *pair)
         terms = [(w, *value_and_grad(x, group, num_items, None, False, *given)) for w, x in loss.weighed(given[4])]

@@ -26,7 +26,6 @@ from .compose import SumLoss, Weighted, checked_weight, joins, shared
 from .ops import rescale
 from .options import Uses
 from .out import handed_over
-from .parts import reducing
 from .rowwise import RowsLoss
 
 
@@ -49,6 +48,7 @@ class MixedSumLoss(Weighted, BaseLoss):
     """
 
     merges = False
+    in_turn = True
     temperature, t_squared, kd_weight, ce_weight, label_smoothing, z_loss = 1.0, False, 1.0, 0.0, 0.0, 0.0
     terms: Any  # nn.ModuleList of them
     weights: tuple[float, ...]
@@ -87,11 +87,6 @@ class MixedSumLoss(Weighted, BaseLoss):
         if vars(self)["_first"] is not None:
             vars(self)["_first"]._check_temperature(temperature)
 
-    def weighed(self, temperature) -> list:
-        """Pairs (weight, loss), of the sum's reduction, each for itself. Raises if not all may have the temperature."""
-        self._check_temperature(temperature)
-        return [(w, self._reducing(term)) for w, term in zip(self.weights, self.terms, strict=True)]
-
     def _evaluate(self, rows, student_logits, num_items, temperature):
         first, later = self._plan(rows, num_items, temperature)
         total = 0.0 if first is None else Together.apply(rows.student, rows.teacher, first)
@@ -100,9 +95,6 @@ class MixedSumLoss(Weighted, BaseLoss):
             value = self._reducing(term)._evaluate(own, student_logits, num_items, temperature)
             total = total + weight * value
         return total
-
-    def _reducing(self, term):
-        return term if term.reduction == self.reduction else reducing(term, self.reduction)
 
     def _plan(self, rows: call.Rows, num_items, temperature):
         """What is done in one go (or None), and pairs (weight, loss) that follow one by one."""
