@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -198,10 +199,11 @@ def constant(x: Tensor, live: Tensor) -> Tensor:
     return torch.where(live, x, -math.inf).amax(-1) == torch.where(live, x, math.inf).amin(-1)
 
 
-def correlation(u: Tensor, v: Tensor) -> Tensor:
-    uu, vv = (u * u).sum(-1), (v * v).sum(-1)
-    varied = (uu > 0) & (vv > 0)  # numbers that differ may have deviations that underflow
-    uv, uu, vv = torch.where(varied, (u * v).sum(-1), 0.0), torch.where(varied, uu, 1.0), torch.where(varied, vv, 1.0)
+def correlation(u: Tensor, v: Tensor, dim: int = -1, noise: Sequence = (0.0, 0.0)) -> Tensor:
+    """Of deviations; 0 where a sum of their squares is no more than noise: what differs may have underflown."""
+    uu, vv = (u * u).sum(dim), (v * v).sum(dim)
+    varied = (uu > noise[0]) & (vv > noise[1])
+    uv, uu, vv = torch.where(varied, (u * v).sum(dim), 0.0), torch.where(varied, uu, 1.0), torch.where(varied, vv, 1.0)
     return uv / uu.sqrt() / vv.sqrt()
 
 

@@ -150,10 +150,7 @@ def class_correlation(rows: call.Rows, keep: Tensor | None, T) -> Tensor:
     u, v = (torch.expm1(x.log_softmax(-1) + math.log(rows.vocab)) * some for x in (s, t))
     noise = [1e-28 * ((1 + x.detach().abs()) * some).square().sum(0) for x in (u, v)]  # of the mean's rounding
     u, v = ((x - x.sum(0) / some.sum().clamp(min=1)) * some for x in (u, v))
-    uu, vv = (u * u).sum(0), (v * v).sum(0)
-    varied = live & (uu > noise[0]) & (vv > noise[1])
-    rho = (u * v).sum(0) / torch.where(varied, uu, 1.0).sqrt() / torch.where(varied, vv, 1.0).sqrt()
-    return torch.where(live, 1 - torch.where(varied, rho, 0.0), 0.0).sum() / live.sum().clamp(min=1)
+    return torch.where(live, 1 - correlation(u, v, 0, noise), 0.0).sum() / live.sum().clamp(min=1)
 
 
 class _Uncertainty(Loss):
