@@ -101,32 +101,32 @@ class DistillationTrainer(Trainer):
         teacher.config.use_cache = False  # as Trainer does: with a cache packed sequences see one another
         if getattr(teacher_model, "hf_device_map", None) is None and self.place_model_on_device:
             teacher_model.to(self.args.device)
-        self._linear = LinearLoss(loss, memory_budget=memory_budget) if self._can_fuse(fused_linear) else None
+        self._linear = self._fused(fused_linear, memory_budget)
 
-    def _can_fuse(self, wanted: bool | str) -> bool:
+    def _fused(self, wanted: bool | str, budget: int | None) -> LinearLoss | None:
+        """The loss of hidden states, or None where there is none."""
         if wanted is False:
-            return False
+            return None
         try:
             if not self.loss.rowwise:
                 raise ValueError(f"{type(self.loss).__name__} looks at the whole batch")
             if self.args.torch_compile:
                 raise ValueError("torch_compile is set")
-            student = self.accelerator.unwrap_model(self.model)
-            for side, model in (("student", student), ("teacher", self.teacher_model)):
-                _compare(side, model, head_of(model))
+            models = {"student": self.accelerator.unwrap_model(self.model), "teacher": self.teacher_model}
+            own, other = (_checked(side, model, head_of(model)) for side, model in models.items())
         except ValueError as error:
             if wanted is True:
                 raise ValueError(f"fused_linear=True is impossible here: {error}") from None
-            return False
-        return True
+            return None
+        return LinearLoss(self.loss, memory_budget=budget, student_logit_scale=own.scale, student_softcap=own.softcap,
+                          teacher_logit_scale=other.scale, teacher_softcap=other.softcap)  # fmt: skip
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs, labels = dict(inputs), inputs.get("shift_labels")
-        given = inputs.pop("labels", None)
-        aligned = inputs.pop("shift_labels", None) is not None
-        if not aligned:
-            labels = _targets(inputs) if given is None else given
-            labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
+        inputs = dict(inputs)
+        labels, own = inputs.pop("shift_labels", None), inputs.pop("labels", None)
+        if labels is None:
+            own = _targets(inputs) if own is None else own
+            labels = nn.functional.pad(own[..., 1:], (0, 1), value=IGNORED)
         whole = self._linear is None or (return_outputs and self.compute_metrics is not None)
         made = self._of_logits if whole else self._of_hidden_states
         with self.accelerator.autocast():
@@ -157,17 +157,14 @@ class DistillationTrainer(Trainer):
         return loss, {"logits": logits}
 
     def _of_hidden_states(self, model, inputs, labels, num_items):
-        own, other = head_of(model), head_of(self.teacher_model)
-        hidden = _last_hidden(model, own.module, inputs)
+        assert self._linear is not None
+        own, other = model.get_output_embeddings(), self.teacher_model.get_output_embeddings()
+        _, hidden = _observed(model, own, _no_logits, inputs)
         with torch.no_grad():
-            teacher = _last_hidden(self.teacher_model, other.module, inputs).to(hidden.device)
-        linear = self._linear
-        assert linear is not None
-        linear.student_logit_scale, linear.teacher_logit_scale = own.scale, other.scale
-        linear.student_softcap, linear.teacher_softcap = own.softcap, other.softcap
-        loss = linear(hidden, own.module.weight, teacher, _full(other.module.weight, hidden), labels,
-                      student_bias=own.module.bias, teacher_bias=_full(other.module.bias, hidden), num_items=num_items,
-                      vocab_size=self.vocab_size)  # fmt: skip
+            teacher = _observed(self.teacher_model, other, _no_logits, inputs)[1].to(hidden.device)
+        loss = self._linear(hidden, own.weight, teacher, _full(other.weight, hidden), labels, student_bias=own.bias,
+                            teacher_bias=_full(other.bias, hidden), num_items=num_items,
+                            vocab_size=self.vocab_size)  # fmt: skip
         return loss, {}
 
 
@@ -196,37 +193,37 @@ def _replaced(module: nn.Module, forward):
             object.__setattr__(module, "forward", own)
 
 
-def _last_hidden(model, head: nn.Linear, inputs: dict) -> Tensor:
-    """What the head gets in a forward of the model, which makes no logits."""
+def _no_logits(hidden: Tensor) -> Tensor:
+    return hidden[..., :1]
+
+
+def _observed(model: Any, head: nn.Linear, forward, inputs: dict) -> tuple[Any, Tensor]:
+    """What the model returns with this forward of its head, and what the head was given."""
     seen: list[Tensor] = []
 
     def instead(hidden):
         seen.append(hidden)
-        return hidden[..., :1]
+        return forward(hidden)
 
     with _replaced(head, instead):
-        model(**inputs)
+        outputs = model(**inputs)
     if len(seen) != 1:
         raise ValueError(f"{type(model).__name__} calls its output embedding {len(seen)} times in a forward; "
                          "pass fused_linear=False")  # fmt: skip
-    return seen[0]
+    return outputs, seen[0]
 
 
 @torch.no_grad()
-def _compare(side: str, model: Any, head: Head) -> None:
+def _checked(side: str, model: Any, head: Head) -> Head:
     """Raises if the model's logits are not what `Head` makes of the hidden states."""
-    seen: list[Tensor] = []
-    handle = head.module.register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
     training = model.training
     try:
         ids = torch.arange(8, device=head.module.weight.device)[None] % head.module.weight.shape[0]
-        logits = model.eval()(input_ids=ids).logits
+        outputs, hidden = _observed(model.eval(), head.module, head.module.forward, {"input_ids": ids})
     finally:
-        handle.remove()
         model.train(training)
-    if len(seen) != 1:
-        raise ValueError(f"the {side} calls its output embedding {len(seen)} times in a forward")
-    made = head.logits(seen[0])
+    made, logits = head.logits(hidden), outputs.logits
     if made.shape != logits.shape or (made - logits).abs().max() > 0.02 * logits.abs().max():
         raise ValueError(f"the {side}'s logits are not what its head makes of the last hidden states, with factor "
                          f"{head.scale} and soft-cap {head.softcap}")  # fmt: skip
+    return head

@@ -24,12 +24,16 @@ def generalized_jsd_loss(student_logits: Tensor, teacher_logits: Tensor, labels:
     Raises:
         ValueError: the reduction is another one than those and "sum", which give numbers of single classes.
     """
-    if reduction not in ("batchmean", "mean", "sum") and num_items_in_batch is None:
+    if not _one_number(reduction, num_items_in_batch):
         raise ValueError(f"reduction must be 'batchmean', 'mean' or 'sum', got {reduction!r}")
     summed = reduction == "sum" and num_items_in_batch is None
     loss = JSDLoss(beta, temperature=temperature, reduction="sum" if summed else "mean")
     value = loss(student_logits, teacher_logits, labels, num_items=None if summed else num_items_in_batch)
     return value / student_logits.shape[-1] if reduction == "mean" and num_items_in_batch is None else value
+
+
+def _one_number(reduction: str, num_items_in_batch) -> bool:
+    return reduction in ("batchmean", "mean", "sum") or num_items_in_batch is not None
 
 
 def patch() -> list[str]:
@@ -66,8 +70,7 @@ def unpatch() -> None:
 def _ours(theirs):
     def loss(student_logits, teacher_logits, labels=None, beta=0.5, temperature=1.0, reduction="batchmean",
              num_items_in_batch=None, **other):  # fmt: skip
-        plain = reduction in ("batchmean", "mean", "sum") or num_items_in_batch is not None
-        if any(other.values()) or not plain:
+        if any(other.values()) or not _one_number(reduction, num_items_in_batch):
             return theirs(student_logits, teacher_logits, labels, beta, temperature, reduction=reduction,
                           num_items_in_batch=num_items_in_batch, **other)  # fmt: skip
         return generalized_jsd_loss(student_logits, teacher_logits, labels, beta, temperature, reduction,
