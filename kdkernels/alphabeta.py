@@ -172,11 +172,11 @@ def _any(condition) -> bool:
     return condition if isinstance(condition, bool) else bool(condition.any())
 
 
-def _abs(x):
+def _abs(x) -> Any:
     return _where(x > 0, lambda: x, lambda: -x)
 
 
-def _width(x, y, z):
+def _width(x, y, z) -> Any:
     return (_abs(x - y) + _abs(y - z) + _abs(x - z)) / 2
 
 

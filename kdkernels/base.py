@@ -84,8 +84,8 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     def _prepare(self) -> None:
         options.check_options(self)
         self.check()
-        self.__dict__["_uses"] = options.uses(self)
-        self.__dict__.pop("_split", None)
+        vars(self)["_uses"] = options.uses(self)
+        vars(self).pop("_split", None)
 
     def _draw(self) -> None:
         """Draws what a call draws at random, for the calls of this (a copy) that are to have the same."""
@@ -234,7 +234,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
     def __setattr__(self, name: str, value) -> None:
         with options.all_or_nothing(vars(self)):  # a refused option leaves the loss as it was
             super().__setattr__(name, value)
-            if "_uses" in self.__dict__ and not name.startswith("_") and name not in _MODULE:
+            if "_uses" in vars(self) and not name.startswith("_") and name not in _MODULE:
                 self._prepare()
 
 

@@ -120,9 +120,9 @@ def _kernel(logits: Tensor, vocab: int, parts: tuple[Part, ...]):
 
 
 def _arguments(parts: tuple[Part, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    inverse = parts[0].inverse
-    labels = parts[1].classes[:, 0].contiguous() if len(parts) > 1 else None
-    return parts[0].classes.contiguous(), None if inverse is None else inverse[:, 0].double(), labels
+    first, *second = parts
+    labels = second[0].classes[:, 0].contiguous() if second else None
+    return first.classes.contiguous(), None if first.inverse is None else first.inverse[:, 0].double(), labels
 
 
 def full_copy(x: Tensor, vocab: int, mask: Tensor | None, wide: torch.dtype) -> Tensor:

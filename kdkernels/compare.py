@@ -69,7 +69,7 @@ class RankLoss(BaseLoss):
 
     def _prepare(self) -> None:
         super()._prepare()
-        self.__dict__["_cross_entropy"] = cross_entropy_of(self)
+        vars(self)["_cross_entropy"] = cross_entropy_of(self)
 
     def _evaluate(self, rows, student_logits, num_items, temperature):
         parts = []
@@ -84,7 +84,7 @@ class RankLoss(BaseLoss):
         """The reduced (or per-row) distillation term."""
         raise NotImplementedError
 
-    def _check_teacher(self, teacher: Tensor) -> None:
+    def _check_teacher(self, teacher: Any) -> None:
         if teacher.requires_grad and torch.is_grad_enabled() and not self.teacher_gradient:
             raise ValueError(f"teacher_logits requires grad, but {type(self).__name__} has no gradient for it; "
                              f"pass teacher_logits.detach()")  # fmt: skip
@@ -120,9 +120,9 @@ class Comparison(RankLoss):
         super()._prepare()
         scale = 1 / self.temperature
         # Tensors: torch.compile would guard on the numbers that it sees read.
-        self.__dict__["_args"] = torch.tensor([[scale, scale, *self.settings()]], dtype=torch.float64)
-        self.__dict__["_top"] = int(self.settings()[1])
-        self.__dict__["_factor"] = torch.tensor(self.kd_weight, dtype=torch.float64)
+        vars(self)["_args"] = torch.tensor([[scale, scale, *self.settings()]], dtype=torch.float64)
+        vars(self)["_top"] = int(self.settings()[1])
+        vars(self)["_factor"] = torch.tensor(self.kd_weight, dtype=torch.float64)
 
     def _term(self, rows, student_logits, num_items, temperature):
         self._check_teacher(rows.teacher)

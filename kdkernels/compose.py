@@ -104,7 +104,7 @@ class SumLoss(Weighted, Loss):
     @property
     def _uses(self) -> Uses:  # type: ignore[override]  # what every call looks at first
         if [term._version for term in self.terms] != self._seen:
-            prepare = torch.compiler.disable(self._prepare) if torch.compiler.is_compiling() else self._prepare
+            prepare: Any = torch.compiler.disable(self._prepare) if torch.compiler.is_compiling() else self._prepare
             prepare()
         return vars(self)["_uses"]
 

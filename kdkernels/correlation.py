@@ -46,16 +46,16 @@ class PearsonLoss(Comparison):
 
     def check(self):
         check_choice("space", self.space, ("logits", "probs"))
-        self.__dict__["dead_in_both"] = self.space == "probs"
-        self.__dict__["scale_free"] = self.space == "logits"
-        self.__dict__["unsharded"] = None if self.space == "probs" else type(self).unsharded
-        self.__dict__.pop("_in_sums", None)
+        vars(self)["dead_in_both"] = self.space == "probs"
+        vars(self)["scale_free"] = self.space == "logits"
+        vars(self)["unsharded"] = None if self.space == "probs" else type(self).unsharded
+        vars(self).pop("_in_sums", None)
 
     def on_shards(self):
-        if "_in_sums" not in self.__dict__:
+        if "_in_sums" not in vars(self):
             shared = signature(Comparison).parameters
-            self.__dict__["_in_sums"] = _PearsonInSums(**{name: getattr(self, name) for name in shared})
-        return self.__dict__["_in_sums"]
+            vars(self)["_in_sums"] = _PearsonInSums(**{name: getattr(self, name) for name in shared})
+        return vars(self)["_in_sums"]
 
     def minimizer(self, teacher_logits, labels=None):
         return teacher_logits
@@ -125,7 +125,7 @@ class DISTLoss(RankLoss):
 
     def _prepare(self):
         super()._prepare()
-        self.__dict__["_inter"] = PearsonLoss(
+        vars(self)["_inter"] = PearsonLoss(
             "probs", temperature=self.temperature, t_squared=self.t_squared, ignore_index=self.ignore_index
         )
 
@@ -202,7 +202,7 @@ class CMKDLoss(RankLoss):
         shared: dict[str, Any] = {
             name: getattr(self, name) for name in ("temperature", "t_squared", "reduction", "ignore_index")
         }
-        self.__dict__["_parts"] = (
+        vars(self)["_parts"] = (
             PearsonLoss("logits", kd_weight=self.kd_weight * self.pearson_weight, **shared),
             SpearmanLoss(self.tau, top_k=self.top_k, kd_weight=self.kd_weight * self.spearman_weight, **shared),
             _Uncertainty(temperature=self.temperature, reduction="none", ignore_index=self.ignore_index),

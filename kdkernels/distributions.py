@@ -209,20 +209,20 @@ class GroupedKLLoss(RowsLoss):
 
     def check(self):
         asks = callable(self.groups) and "labels" in inspect.signature(self.groups).parameters
-        self.__dict__["_asks_labels"] = asks
+        vars(self)["_asks_labels"] = asks
         if isinstance(self.groups, Tensor):
             _check_groups("groups", self.groups)
             if self.groups.dim() != 1:
                 raise ValueError(f"groups must have shape (V,), got {tuple(self.groups.shape)}")
         elif isinstance(self.groups, str) and self.groups != "label":
             raise ValueError(f"groups must be integers, a function or 'label', got {self.groups!r}")
-        self.__dict__["numbered"] = isinstance(self.groups, Tensor)
-        self.__dict__["merges"] = self.groups is None or isinstance(self.groups, str)
+        vars(self)["numbered"] = isinstance(self.groups, Tensor)
+        vars(self)["merges"] = self.groups is None or isinstance(self.groups, str)
         check_number("between", self.between)
         for weight in self.within if isinstance(self.within, tuple) else (self.within,):
             check_number("within", weight)
         check_bool("balanced", self.balanced)
-        self.__dict__["_count"] = int(self.groups.max()) + 1 if isinstance(self.groups, Tensor) else 1
+        vars(self)["_count"] = int(self.groups.max()) + 1 if isinstance(self.groups, Tensor) else 1
 
     def distances(self, log_q, log_p, dead, labels=None):
         at = self._groups_of(log_q.detach(), log_p.detach(), labels)

@@ -211,9 +211,9 @@ class Loss(BaseLoss):
         super()._prepare()
         for name, resolution in (("_double", 1e-16), ("_single", 1e-8)):
             shadow = copy.copy(self)
-            shadow.__dict__["resolution"] = resolution
-            self.__dict__[name] = _traced(shadow)
-        self.__dict__["_version"] = next(_versions)
+            vars(shadow)["resolution"] = resolution
+            vars(self)[name] = _traced(shadow)
+        vars(self)["_version"] = next(_versions)
 
 
 def _traced(loss: Loss) -> Program:

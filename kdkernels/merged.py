@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def run(loss: BaseLoss, student: Tensor, teacher: Merged, labels=None, **given) -> Tensor:
     """The loss as called with such a teacher. A loss that knows no teacher is not given one."""
-    function = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run
+    function: Any = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run
     return function(loss, student, teacher, labels, None, **given)
 
 
@@ -41,7 +41,7 @@ def _of_terms(loss: Any, student: Tensor, teacher: Merged, labels, **given) -> T
     if teacher.sparse_gradient and not all(term._uses.teacher for term in loss.terms):
         raise ValueError("sparse_gradient needs losses that look at the teacher: the gradient of others is dense")
     seen: dict = {}
-    each = [weight * _run(term, student, teacher, labels, seen, **given) for weight, term in terms]
+    each: list[Tensor] = [weight * _run(term, student, teacher, labels, seen, **given) for weight, term in terms]
     return sum(each[1:], each[0])
 
 
@@ -51,7 +51,7 @@ def check_whole(student, teacher: Merged, group) -> None:
 
 
 def value_and_grad(loss: BaseLoss, student: Tensor, teacher: Merged, labels, out: Tensor | None, accumulate: bool,
-                   **given):  # fmt: skip
+                   **given) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(value, gradient of student), the gradient in `out` if there is one."""
     call.check_logits("student_logits", student)
     check_out(loss, out, accumulate, student, None)
@@ -87,6 +87,7 @@ def evaluate(loss: BaseLoss, student: Tensor, teacher: Merged, labels=None, *, r
         assert labels is not None  # check_rows has asked for them
         kept = (labels >= 0) & (labels < vocab) & (labels != loss.ignore_index)
         parts.append(Part(torch.where(kept, labels, -1)[:, None], inverse_of(1.0, student)))
+        first = torch.where(labels == loss.ignore_index, labels, torch.where(kept, 0, 2))
     seen = {} if seen is None else seen
     key = id(own) if isinstance(own, Tensor) else own, loss.teacher_temperature, apart
     if key not in seen:
@@ -101,7 +102,6 @@ def evaluate(loss: BaseLoss, student: Tensor, teacher: Merged, labels=None, *, r
     at = _positions(loss, teacher, labels, t.shape[1])
     value = _value(term, s, t, at, rows, num_items, temperature)
     if apart:
-        first = torch.where(labels == loss.ignore_index, labels, torch.where(kept, 0, 2))
         value = value + _value(entropy, more[0], None, first, rows, num_items, None)
     elif loss.ce_weight:
         value = value + entropy._evaluate(rows, student, num_items, None)
@@ -127,10 +127,10 @@ def split(loss: BaseLoss) -> tuple[BaseLoss, BaseLoss]:
 
     if "_split" not in vars(loss):
         term, extra = copy.copy(loss), ("ce_weight", "label_smoothing", "z_loss")
-        term.__dict__.update(dict.fromkeys(extra, 0.0))
+        vars(term).update(dict.fromkeys(extra, 0.0))
         term._prepare()
         shared = {name: getattr(loss, name) for name in (*extra, "reduction", "ignore_index")}
-        loss.__dict__["_split"] = term, ForwardKLLoss(kd_weight=0.0, **shared)
+        vars(loss)["_split"] = term, ForwardKLLoss(kd_weight=0.0, **shared)
     return vars(loss)["_split"]
 
 

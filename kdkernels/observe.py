@@ -56,7 +56,8 @@ class _Observed(SumLoss):
 
     def row_value(self, moments, label, raw_label, temperature):
         own = [moments[k] for k in self._more()]
-        means = [tape.detach(m.t if side else m.s) for side, m in enumerate(own)]  # which asks the kernels for them
+        # which asks the kernels for them
+        means: list[Any] = [tape.detach(m.t if side else m.s) for side, m in enumerate(own)]
         if isinstance(means[0], Tensor):  # the reference
             self._sink.update(lse=torch.stack([m.lse.detach() for m in own]), mean=torch.stack(means),
                               label=torch.as_tensor(label.student).detach())  # fmt: skip
@@ -99,10 +100,10 @@ def with_metrics(loss: Any, student, teacher, labels, agreement: bool, given: di
         return value, own[1]
     observed = vars(loss).get("_observed")
     if observed is None:
-        observed = loss.__dict__["_observed"] = _Observed([(1, loss)])
+        observed = vars(loss)["_observed"] = _Observed([(1, loss)])
     observed._uses  # noqa: B018  (prepares it again if an option of the loss has changed)
     observed = copy.copy(observed)
-    observed.__dict__.update(_sink={}, reduction=loss.reduction, ignore_index=loss.ignore_index,
+    vars(observed).update(_sink={}, reduction=loss.reduction, ignore_index=loss.ignore_index,
                              validate=loss.validate, _exchanges=agreement)  # fmt: skip
     value = observed(student, teacher, labels, **given)
     with torch.no_grad():
@@ -112,10 +113,10 @@ def with_metrics(loss: Any, student, teacher, labels, agreement: bool, given: di
 def _divergence(loss: Any) -> Loss:
     """One of the log-partitions that the loss is not made of, at its temperatures."""
     own = ("temperature", "teacher_temperature", "standardize", "ignore_index", "validate")
-    options = {name: getattr(loss, name) for name in own} | {"kd_weight": float(loss._uses.teacher)}
+    options: dict[str, Any] = {name: getattr(loss, name) for name in own} | {"kd_weight": float(loss._uses.teacher)}
     kept = vars(loss).get("_observed")
     if kept is None or kept[0] != options:
-        kept = loss.__dict__["_observed"] = options, ForwardKLLoss(**options)
+        kept = vars(loss)["_observed"] = options, ForwardKLLoss(**options)
     return kept[1]
 
 

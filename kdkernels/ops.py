@@ -217,7 +217,7 @@ class RowLoss(torch.autograd.Function):
                 inputs = (grad, s, t, labels, mask, *told, ctx.vocab, ctx.ignore, side)
                 again = torch.is_grad_enabled()
                 slope = Once.apply(NOT_AGAIN, spread, *inputs) if again else spread(*inputs)
-                out[side] = slope.view(student.shape if side == 0 else teacher.shape)
+                out[side] = slope.view(ctx.saved_tensors[side].shape)
         if ctx.needs_input_grad[2]:  # the scales 1/T of standardised rows: d value / d log scale stands in coef
             slopes = torch.where(grad[:, None] == 0, 0.0, coef[:, :, -1, 4].transpose(0, 1) * grad[:, None])
             by_args = torch.zeros_like(args)
@@ -242,8 +242,7 @@ def value_and_grad(operators, rows, args, weight, divisor, code, ignore, out, ac
     step, step_out = operators.step, operators.step_add if accumulate else operators.step_out
     student, teacher = dense(rows.student), None if rows.teacher is None else dense(rows.teacher)
     inputs = (student, teacher, rows.labels, rows.mask, args, code, weight, divisor, rows.vocab, ignore)
-    to = None if out is None else dense(out)
-    if to is None or not to.is_contiguous() or step_out is None:
+    if out is None or step_out is None or not (to := dense(out)).is_contiguous():
         value, gradient = step(*inputs)
         return value, handed_over(gradient.view(rows.student.shape), out, accumulate)
     value = step_out(*inputs, to)

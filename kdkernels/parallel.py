@@ -13,7 +13,7 @@ import contextlib
 import copy
 import math
 import zlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -143,7 +143,7 @@ def merge(m: Tensor, z: Tensor, s: Tensor, t: Tensor, ss: Tensor, st: Tensor, tt
 
 def forward(loss, group, num_items, *given):
     """A call of the loss with `group` or DTensors. Under torch.compile a graph break."""
-    run = torch.compiler.disable(_forward) if torch.compiler.is_compiling() else _forward
+    run: Any = torch.compiler.disable(_forward) if torch.compiler.is_compiling() else _forward
     return run(loss, group, num_items, *given)
 
 
@@ -156,15 +156,15 @@ def _forward(loss, group, num_items, *given):
     return loss._evaluate(rows, rows.student, num_items, given[4])
 
 
-def value_and_grad(loss, group, num_items, out, accumulate, *given):
+def value_and_grad(loss, group, num_items, out, accumulate, *given) -> Any:
     """(the reduced loss, the gradient of this rank's student logits)."""
     check_loss(loss)
     if loss.in_turn:
-        _, *pair, _ = unwrapped(group, *given[:3])
-        check_out(loss, out, accumulate, *pair)
+        _, student, teacher, _ = unwrapped(group, *given[:3])
+        check_out(loss, out, accumulate, student, teacher)
         terms = [(w, *value_and_grad(x, group, num_items, None, False, *given)) for w, x in loss.weighed(given[4])]
         value, gradient = (sum(weight * found[k] for weight, *found in terms) for k in (0, 1))
-        return value, handed_over(gradient, out, accumulate)
+        return value, handed_over(cast(Tensor, gradient), out, accumulate)
     loss, rows = split(loss, group, *given)
     check_out(loss, out, accumulate, rows.student, rows.teacher)
     return loss._value_and_grad(rows, rows.student.detach(), num_items, given[4], out, accumulate)
@@ -190,7 +190,7 @@ def split(loss, group, student, teacher, labels, row_weight, temperature, vocab_
     shards = join(group, rows.student, width, min(rows.vocab, width), code)
     labels = shards.local(rows.labels, loss.ignore_index, loss.validate)
     loss = copy.copy(loss)
-    loss.__dict__["ignore_index"] = IGNORED
+    vars(loss)["ignore_index"] = IGNORED
     teacher = None if rows.teacher is None else _Guard.apply(rows.teacher)
     return loss, rows._replace(student=_Guard.apply(rows.student), teacher=teacher, labels=labels, shards=shards)
 
@@ -198,7 +198,7 @@ def split(loss, group, student, teacher, labels, row_weight, temperature, vocab_
 def unvalidated(loss):
     """The loss, for checks that do not know of the other ranks' classes."""
     loss = copy.copy(loss)
-    loss.__dict__["validate"] = False
+    vars(loss)["validate"] = False
     return loss
 
 

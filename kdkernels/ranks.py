@@ -150,13 +150,13 @@ class KendallLoss(Comparison):
 
     def _prepare(self):
         super()._prepare()
-        self.__dict__["_places"] = None
+        vars(self)["_places"] = None
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed)
-            self.__dict__["_places"] = torch.rand(self.shifts, generator=generator, dtype=torch.float64)
+            vars(self)["_places"] = torch.rand(self.shifts, generator=generator, dtype=torch.float64)
 
     def _draw(self):
-        self.__dict__["_drawn"] = self.columns()
+        vars(self)["_drawn"] = self.columns()
 
     def columns(self):
         if self.mode == "topk":

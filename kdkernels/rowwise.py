@@ -79,7 +79,7 @@ class RowsLoss(Loss):
         if self.ce_weight:
             from .logpartition import cross_entropy_of
 
-            self.__dict__["_cross_entropy"] = cross_entropy_of(self)
+            vars(self)["_cross_entropy"] = cross_entropy_of(self)
 
     def _by_kernels(self, kernels, rows: call.Rows, args: Tensor, weight: Tensor | None, divisor: float) -> Tensor:
         """The reduced (or per-row) distillation term."""
@@ -116,10 +116,10 @@ class _Inputs(NamedTuple):
 
     def values(self, student: Tensor, teacher: Tensor, at: slice) -> Tensor:
         """The losses of some of the rows."""
-        part = lambda x: x if x is None or len(x) == 1 else x[at]  # noqa: E731
+        args = self.args if len(self.args) == 1 else self.args[at]
         labels, weight = (None if x is None else x[at] for x in (self.rows.labels, self.rows.weight))
         rows = self.rows._replace(student=student, teacher=teacher, labels=labels, weight=weight)
-        return reference.row_losses(self.loss, rows, self.program, part(self.args))
+        return reference.row_losses(self.loss, rows, self.program, args)
 
 
 class _ByRows(torch.autograd.Function):

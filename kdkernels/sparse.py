@@ -143,7 +143,7 @@ class SparseTeacher(Merged):
     def _with(self, indices: Tensor, values: Tensor, log_tail: Tensor | None) -> SparseTeacher:
         """Of the same kind, its tensors taken as they are."""
         other = object.__new__(SparseTeacher)
-        other.__dict__.update(self.__dict__, indices=indices, values=values, log_tail=log_tail)
+        vars(other).update(vars(self), indices=indices, values=values, log_tail=log_tail)
         return other
 
     def check(self, student, vocab):

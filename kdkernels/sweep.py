@@ -247,7 +247,7 @@ class LinearRows(torch.autograd.Function):
         ctx.plan, ctx.wants = plan, tuple(wanted and enabled for wanted in ctx.needs_input_grad[2:5])
         # float16 would round what a GradScaler is about to multiply.
         now = any(ctx.wants) and not per_row and cast_dtype(x.student_hidden, plan.cast) != torch.float16
-        value, grads = sweep(plan, x, x.factor, ctx.wants if now else (False,) * 3, per_row)
+        value, grads = sweep(plan, x, x.factor, ctx.wants if now else (False, False, False), per_row)
         ctx.ready = grads if now else None
         ctx.save_for_backward(*tensors)
         return value

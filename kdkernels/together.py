@@ -73,10 +73,10 @@ class MixedSumLoss(Weighted, BaseLoss):
 
     def _prepare(self) -> None:
         single = [(w, term) for w, term in zip(self.weights, self.terms, strict=True) if of_log_partition(term)]
-        self.__dict__["_first"] = SumLoss(single) if single else None
-        self.__dict__["_others"] = [(w, term) for w, term in zip(self.weights, self.terms, strict=True)
+        vars(self)["_first"] = SumLoss(single) if single else None
+        vars(self)["_others"] = [(w, term) for w, term in zip(self.weights, self.terms, strict=True)
                                     if not of_log_partition(term)]  # fmt: skip
-        self.__dict__.pop("_split", None)
+        vars(self).pop("_split", None)
 
     @property
     def unsharded(self) -> str | None:  # type: ignore[override]
@@ -117,7 +117,7 @@ class MixedSumLoss(Weighted, BaseLoss):
                   self.ignore_index, alone.teacher is None)  # fmt: skip
         return (backend.TOGETHER, inputs), [pair for pair in others if pair not in together]
 
-    def _value_and_grad(self, rows, student_logits, num_items, temperature, out, accumulate):
+    def _value_and_grad(self, rows: Any, student_logits, num_items, temperature, out, accumulate):
         with torch.enable_grad():
             wanted = rows._replace(student=rows.student.detach().requires_grad_())
             first, later = self._plan(wanted, num_items, temperature)

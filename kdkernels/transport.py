@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class SinkhornLoss(RankLoss):
     def minimizer(self, teacher_logits, labels=None):
         raise NotImplementedError("SinkhornLoss is not 0 at the teacher's logits: P moves mass between rows")
 
-    def _term(self, rows, student_logits, num_items, temperature):
+    def _term(self, rows: Any, student_logits, num_items, temperature):
         backends.definition(type(self).__name__)
         if rows.weight is not None:
             raise ValueError("row_weight is not for SinkhornLoss, whose rows are related to each other")
@@ -93,7 +93,7 @@ def _cost(rows: call.Rows, keep: Tensor | None, T) -> Tensor:
                 .amax(0) for side in (0, 1)]  # fmt: skip
     again = partial(checkpoint, use_reentrant=False) if len(pieces) > 1 else lambda function, *inputs: function(*inputs)
     totals = [sum(again(mass, x[side], tops[side], m) for x, m in zip(pieces, masks, strict=True)) for side in (0, 1)]
-    return sum(again(distance, *x, tops, totals, m) for x, m in zip(pieces, masks, strict=True))
+    return cast(Tensor, sum(again(distance, *x, tops, totals, m) for x, m in zip(pieces, masks, strict=True)))
 
 
 def transport(cost: Tensor, some: Tensor, epsilon: float, iterations: int) -> Tensor:

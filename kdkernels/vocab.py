@@ -80,7 +80,7 @@ class SharedVocab:
     def to(self, device) -> SharedVocab:
         """On another device."""
         other = object.__new__(SharedVocab)
-        other.__dict__.update({n: x.to(device) if isinstance(x, Tensor) else x for n, x in vars(self).items()})
+        vars(other).update({n: x.to(device) if isinstance(x, Tensor) else x for n, x in vars(self).items()})
         return other
 
     def _sparse(self, teacher: SparseTeacher) -> SparseTeacher:

@@ -135,7 +135,7 @@ FAMILIES = {"COMPARE": "rank losses", "SEPARABLE": "separable losses", "GROUPED"
             "ULD": "sorted probabilities"}  # fmt: skip
 
 
-def pick_with(family: str, student: Tensor, teacher: Tensor, *loss) -> ModuleType:
+def pick_with(family: str, student: Tensor, teacher: Tensor | None, *loss) -> ModuleType:
     """The same for a family of losses whose kernels not every backend has: its operators are an attribute of that name
     or, where they differ by loss, what it returns for this one; None if there are none.
 

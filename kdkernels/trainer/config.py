@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -10,7 +11,7 @@ class UserError(Exception):
 
 
 def option(default, group, help):
-    kind = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    kind: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return dataclasses.field(metadata={"group": group, "help": help}, **kind)
 
 

@@ -29,7 +29,7 @@ def add_settings(one, without=()):
         note = "" if default in ("", []) else f" (default: {' '.join(map(str, default)) if several else default})"
         kind, count = (typing.get_args(kind)[0], {"nargs": "+"}) if several else (kind, {})
         shown = "PATH" if kind is str and field.name in PATHS else kind.__name__.upper()
-        help = HELP.get(field.name, field.metadata["help"]) + note
+        help = f"{HELP.get(field.name, field.metadata['help'])}{note}"
         groups[name].add_argument(flag(field.name), type=kind, metavar=shown, help=help, **count)
     return groups
 

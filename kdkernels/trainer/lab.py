@@ -77,7 +77,7 @@ class Runs:
     def optimizer(self, update: Update) -> torch.optim.Optimizer:
         raise NotImplementedError
 
-    def train(self, name: str, net: nn.Module, updates: list[Update], *, steps=800, size=64, data=None, every=200):
+    def train(self, name: str, net: Any, updates: list[Update], *, steps=800, size=64, data=None, every=200):
         """`net` after `steps` steps, each of all updates in turn; from its file, as far as that has come."""
         data, path, steps = data or self.data(), self.folder / f"{name}.safetensors", math.ceil(steps * self.share)
         owner = json.dumps([name, data.key, steps, size, self.seed, [u.lr for u in updates]])

@@ -15,6 +15,7 @@ import sys
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import UserError
@@ -106,7 +107,7 @@ def rows(batch: int, accumulate: int) -> list[range]:
 
 def whole(x: Tensor) -> Tensor:
     """Of all ranks' shards."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def shard_like(x: Tensor, parameter: Tensor) -> Tensor:
