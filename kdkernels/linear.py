@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import call, merged, parallel
+from . import call, compiled, merged, parallel
 from .base import BaseLoss
 from .head import checked_scale
 from .options import check_number
@@ -65,6 +65,7 @@ class LinearLoss(nn.Module):
         self.student_logit_scale, self.teacher_logit_scale = student_logit_scale, teacher_logit_scale
         self.student_softcap, self.teacher_softcap = student_softcap, teacher_softcap
         self._kept: list[Tensor] = []
+        self._name = compiled.named(self)
         self._check_options()
 
     def extra_repr(self) -> str:
@@ -118,8 +119,14 @@ class LinearLoss(nn.Module):
         """
         x = Inputs(student_hidden, student_head, student_bias, teacher_hidden, teacher_head, teacher_bias,
                    teacher_head_scale, teacher_logits, labels, row_weight, temperature, vocab_mask)  # fmt: skip
-        run = torch.compiler.disable(self._run) if torch.compiler.is_compiling() else self._run
+        breaks = torch.compiler.is_compiling() and not self._traceable(x, group)
+        run = torch.compiler.disable(self._run) if breaks else self._run
         return run(x, num_items, vocab_size, group)
+
+    def _traceable(self, x: Inputs, group) -> bool:
+        """Whether a graph takes the call: its gradients do not have to know the incoming one."""
+        late = self.loss.reduction == "none" or torch.float16 in (getattr(x[0], "dtype", None), _autocast(x[0]))
+        return group is None and not late and not isinstance(x.teacher_logits, SparseTeacher)
 
     def _run(self, x: Inputs, num_items, vocab_size: int | None, group) -> Tensor:
         self._check_options()
@@ -141,6 +148,10 @@ class LinearLoss(nn.Module):
         if sparse is not None:
             merged.prepare(self.loss)  # once, for all chunks
             sparse = sparse.reshape(len(x.student_hidden))
+        if torch.compiler.is_compiling():  # numbers become tensors: a graph would hold them constant
+            if number is not None:
+                x = x._replace(temperature=torch.full((), float(number), dtype=torch.float64))
+            return compiled.value_of(self, x, vocab, cast)
         value = LinearRows.apply(self._plan(x, vocab, cast, number, sparse, group), torch.is_grad_enabled(), *x)
         return value.view(shape) if self.loss.reduction == "none" else value
 
@@ -191,6 +202,10 @@ class LinearLoss(nn.Module):
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_kept": []}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._name = compiled.named(self)
 
     def _check_options(self) -> None:
         if not isinstance(self.loss, BaseLoss):
