@@ -203,8 +203,8 @@ def arguments(loss: Loss, program: Program, rows: Rows, temperature) -> Tensor:
         args = args.to(rows.student.device)
     T = args[:, 2]
     if temperature is not None:
-        if not isinstance(temperature, Tensor):  # torch.compile would hold a number in as_tensor constant
-            temperature = torch.full((1,), float(temperature), dtype=torch.float64)
+        if not isinstance(temperature, Tensor):  # torch.compile would hold a number in as_tensor or full constant
+            temperature = torch.ones(1, dtype=torch.float64) * float(temperature)
         T = temperature.reshape(-1).to(args.device, torch.float64)
     student = 1 / T
     teacher = args[:, 1] if loss._uses.teacher_temperature else student

@@ -58,11 +58,12 @@ torch.library.define("kdkernels::linear", SCHEMA)
 
 
 @torch.library.impl("kdkernels::linear", "CompositeExplicitAutograd")
+@torch.compiler.disable
 def _linear(name, vocab, cast, wants, *tensors):
     x, plan = Inputs(*tensors), _modules[name]._plan
     # A compiled graph hides autograd, which some losses need inside; outside of inference mode it is there.
     with torch.inference_mode(False) if any(wants) else contextlib.nullcontext():
-        value, grads = sweep(plan(x, vocab, cast, None, None, None), x, x.factor, tuple(wants))
+        value, grads = sweep(plan(x, vocab, cast), x, x.factor, tuple(wants))
     return value, *_or_empty((None if g is None else g.to(_sum_dtype(k, g)) for k, g in enumerate(grads)), x)
 
 
