@@ -203,28 +203,29 @@ def arguments(loss: Loss, program: Program, rows: Rows, temperature) -> Tensor:
         args = args.to(rows.student.device)
     T = args[:, 2]
     if temperature is not None:
-        if not isinstance(temperature, Tensor):  # torch.compile would hold a number in as_tensor constant
-            temperature = torch.full((1,), float(temperature), dtype=torch.float64)
+        if not isinstance(temperature, Tensor):  # torch.compile would hold a number in as_tensor or full constant
+            temperature = torch.ones(1, dtype=torch.float64) * float(temperature)
         T = temperature.reshape(-1).to(args.device, torch.float64)
     student = 1 / T
     teacher = args[:, 1] if loss._uses.teacher_temperature else student
     if loss.standardize:
-        student = student * _inverse_deviation(loss, rows.student, rows)
-        if rows.teacher is not None:
-            teacher = teacher * _inverse_deviation(loss, rows.teacher, rows)
+        student, *teachers = (x * y for x, y in zip((student, teacher), _inverse_deviations(loss, rows), strict=False))
+        teacher = teachers[0] if teachers else teacher
     head = torch.broadcast_tensors(student, teacher, T, args[:, 3])
     count = head[0].shape[0]
     return torch.cat((torch.stack(head[:3], -1), args[:, 3:].expand(count, -1)), -1)
 
 
-def _inverse_deviation(loss: Loss, logits: Tensor, rows: Rows) -> Tensor:
-    """(N,) float64: 1 / standard deviation of each row of logits (..., W) over its live classes, differentiable."""
+def _inverse_deviations(loss: Loss, rows: Rows) -> list[Tensor]:
+    """(N,) float64, of the student's rows and of the teacher's: 1 / standard deviation over live classes,
+    differentiable."""
     from .functional import INVERSE_DEVIATION as deviation
 
     kept = None if rows.labels is None else rows.labels != loss.ignore_index
     labels = None if kept is None else torch.where(kept, ELSEWHERE, deviation.ignore_index)
-    alone = rows._replace(student=logits, teacher=None, labels=labels, weight=None)
-    return deviation._evaluate(alone, logits, None, None).reshape(-1).to(torch.float64)
+    sides = [x for x in (rows.student, rows.teacher) if x is not None]
+    alone = [rows._replace(student=x, teacher=None, labels=labels, weight=None) for x in sides]
+    return [x.reshape(-1).to(torch.float64) for x in deviation.each(alone)]
 
 
 def weighting(loss: BaseLoss, rows: Rows, num_items) -> tuple[Tensor | None, float]:

@@ -11,6 +11,7 @@ from . import call, tape
 from .logpartition import Q
 from .loss import Loss, Point
 from .options import check_number
+from .shards import Known
 
 
 class _PowerSum(Loss):
@@ -56,6 +57,30 @@ class _InverseDeviation(Loss):
         count = tape.exp(u.lse)
         spread = tape.where(u.ss > 0, u.ss * count / tape.where(count > 1.5, count - 1, 1.0), 1.0)
         return 1 / tape.sqrt(spread)
+
+    def each(self, alone: list[call.Rows]) -> list[Tensor]:
+        """Of several logits of the same rows. On vocabulary shards one all_gather brings all their states together."""
+        shards = alone[0].shards
+        if shards is not None and len(alone) > 1:
+            prepared = [self._prepared(rows, None, None) for rows in alone]
+            if any(operators is None for _, operators, *_ in prepared):  # the reference copies its rows anyway
+                both = _stacked(alone)
+                return list(self._evaluate(both, both.student, None, None).chunk(len(alone)))
+            states = []
+            for rows, (_, operators, program, args, *_) in zip(alone, prepared, strict=True):
+                given = call.dense(rows.student), None, rows.labels, rows.mask, args, program.code
+                states.append(operators.reduce(*given, rows.vocab, self.ignore_index))
+            known = shards.merge_stats(torch.cat(states), prepared[0][3]).chunk(len(alone))
+            alone = [rows._replace(shards=Known(own)) for rows, own in zip(alone, known, strict=True)]
+        return [self._evaluate(rows, rows.student, None, None) for rows in alone]
+
+
+def _stacked(alone: list[call.Rows]) -> call.Rows:
+    """All rows of several logits, in float64."""
+    first = alone[0]
+    wide = [rows.student.reshape(-1, rows.student.shape[-1])[:, : rows.vocab].double() for rows in alone]
+    labels = None if first.labels is None else first.labels.repeat(len(alone))
+    return first._replace(student=torch.cat(wide), labels=labels)
 
 
 INVERSE_DEVIATION = _InverseDeviation(reduction="none")  # made here: torch.compile traces its calls only

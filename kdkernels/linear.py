@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import call, merged, parallel
+from . import call, compiled, merged, parallel
 from .base import BaseLoss
-from .head import checked_scale
+from .linearcall import autocast, check_head, check_shared, check_teacher
 from .options import check_number
 from .parts import fixed
 from .sparse import SparseTeacher
 from .sweep import BLOCK_CPU, Inputs, LinearRows, Plan, cast_dtype
+from .vocab import SharedVocab
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BUDGET_CPU, BUDGET = 256 << 20, 1 << 30
 
 
@@ -32,7 +32,9 @@ class LinearLoss(nn.Module):
     the incoming gradient first, the sweep is made again in the backward.
 
     The gradients of head and bias are summed over the chunks in float32 (float64 in float64) and rounded once, after
-    the incoming gradient has multiplied them. Under torch.compile a call is a graph break. Double backward raises.
+    the incoming gradient has multiplied them. Under torch.compile a call is one operator of the graph; a graph break
+    with reduction "none", in float16, with a `SparseTeacher`, with `shared_vocab` and with `group`. Double backward
+    raises.
 
     Args:
         loss: any loss of the library, or of one's own, whose rows do not depend on each other; its options may change.
@@ -65,6 +67,7 @@ class LinearLoss(nn.Module):
         self.student_logit_scale, self.teacher_logit_scale = student_logit_scale, teacher_logit_scale
         self.student_softcap, self.teacher_softcap = student_softcap, teacher_softcap
         self._kept: list[Tensor] = []
+        self._name = compiled.named(self)
         self._check_options()
 
     def extra_repr(self) -> str:
@@ -88,6 +91,7 @@ class LinearLoss(nn.Module):
         temperature: float | Tensor | None = None,
         vocab_size: int | None = None,
         vocab_mask: Tensor | None = None,
+        shared_vocab: SharedVocab | None = None,
         group: Any = None,
     ) -> Tensor:
         """The loss of student_hidden (..., H).
@@ -104,6 +108,8 @@ class LinearLoss(nn.Module):
             teacher_logits: (..., V), a constant, in place of teacher_hidden and teacher_head; or a `SparseTeacher`.
             labels, row_weight, num_items, temperature, vocab_size, vocab_mask: as in a call of the loss. The mean is
                 over the rows of all chunks. A head's rows from vocab_size on are not read.
+            shared_vocab: where the teacher's vocabulary is another one: rows of its head, or columns of teacher_logits,
+                are then classes of its own.
             group: a process group, each rank of which has its own rows of both heads and biases, its own columns of
                 teacher_logits, and all hidden states (see `kdkernels.parallel`): an all_gather for each chunk. The
                 gradient of student_hidden is summed over the ranks here; add nothing up behind it.
@@ -118,11 +124,19 @@ class LinearLoss(nn.Module):
         """
         x = Inputs(student_hidden, student_head, student_bias, teacher_hidden, teacher_head, teacher_bias,
                    teacher_head_scale, teacher_logits, labels, row_weight, temperature, vocab_mask)  # fmt: skip
-        run = torch.compiler.disable(self._run) if torch.compiler.is_compiling() else self._run
-        return run(x, num_items, vocab_size, group)
+        breaks = torch.compiler.is_compiling() and not self._traceable(x, shared_vocab, group)
+        run = torch.compiler.disable(self._run) if breaks else self._run
+        return run(x, num_items, vocab_size, shared_vocab, group)
 
-    def _run(self, x: Inputs, num_items, vocab_size: int | None, group) -> Tensor:
+    def _traceable(self, x: Inputs, shared, group) -> bool:
+        """Whether a graph takes the call: tensors, and gradients that do not have to know the incoming one."""
+        late = self.loss.reduction == "none" or torch.float16 in (getattr(x[0], "dtype", None), autocast(x[0]))
+        return group is None and shared is None and not late and not isinstance(x.teacher_logits, SparseTeacher)
+
+    def _run(self, x: Inputs, num_items, vocab_size: int | None, shared: SharedVocab | None, group) -> Tensor:
         self._check_options()
+        if shared is not None:
+            check_shared(shared, x, group)
         if group is not None:
             parallel.check_loss(self.loss)
             parallel.check_group(group)
@@ -131,27 +145,33 @@ class LinearLoss(nn.Module):
         with parallel.refusing(group, x.student_hidden):
             if sparse is not None:
                 merged.check_whole(x.student_hidden, sparse, group)
-            x, vocab, cast, number = self._checked(x, num_items, vocab_size, group)
+            x, vocab, cast, number = self._checked(x, num_items, vocab_size, shared, group)
             wants = x.student_hidden.requires_grad and torch.is_grad_enabled()
             kind = (labels is None, wants, self.chunk, self.memory_budget, x.student_hidden.dtype, cast)
         if group is not None:
             code = parallel.checksum(self.loss, kind)
             group = parallel.join(group, x.student_hidden, len(x.student_head), vocab, code)
             group.local(x.labels, self.loss.ignore_index, self.loss.validate)  # raises on every rank
-        if sparse is not None:
+        shared = shared if self.loss._uses.teacher else None
+        if sparse is not None or shared is not None:
             merged.prepare(self.loss)  # once, for all chunks
+        if sparse is not None:
             sparse = sparse.reshape(len(x.student_hidden))
-        value = LinearRows.apply(self._plan(x, vocab, cast, number, sparse, group), torch.is_grad_enabled(), *x)
+        if torch.compiler.is_compiling():
+            if number is not None:
+                x = x._replace(temperature=torch.ones((), dtype=torch.float64) * float(number))  # as in `call`
+            return compiled.value_of(self, x, vocab, cast)
+        value = LinearRows.apply(self._plan(x, vocab, cast, number, sparse, shared, group), torch.is_grad_enabled(), *x)
         return value.view(shape) if self.loss.reduction == "none" else value
 
-    def _checked(self, x: Inputs, num_items, vocab_size: int | None, group):
+    def _checked(self, x: Inputs, num_items, vocab_size: int | None, shared: SharedVocab | None, group):
         """The inputs in the shapes of a sweep, the number of classes, autocast's dtype and a temperature number."""
         loss = self.loss if group is None else parallel.unvalidated(self.loss)
-        cast = _autocast(x.student_hidden)
-        _check_head("student", x.student_hidden, x.student_head, x.student_bias, cast)
+        cast = autocast(x.student_hidden)
+        check_head("student", x.student_hidden, x.student_head, x.student_bias, cast)
         logits = call.Shaped(torch.Size((*x.student_hidden.shape[:-1], len(x.student_head))), x.student_hidden.device)
-        vocab = call.check_vocab(vocab_size, logits)
-        x = _check_teacher(loss, x, logits, vocab_size, cast)
+        vocab = call.check_vocab(vocab_size, logits) if shared is None else shared.vocab(vocab_size, logits)
+        x = check_teacher(loss, x, logits, vocab_size, shared, cast)
         given = x.mask if group is None else None
         labels, mask, weight = call.check_rows(loss, logits, vocab, x.labels, x.factor, x.temperature, given)
         if x.mask is not None and group is not None:
@@ -162,7 +182,8 @@ class LinearLoss(nn.Module):
         x = x._replace(labels=labels, factor=factor, mask=mask, temperature=x.temperature if number is None else None)
         return x.flat(), vocab, cast, number
 
-    def _plan(self, x: Inputs, vocab: int, cast: torch.dtype | None, temperature: float | None, sparse, shards) -> Plan:
+    def _plan(self, x: Inputs, vocab: int, cast: torch.dtype | None, temperature: float | None = None, sparse=None,
+              shared: SharedVocab | None = None, shards=None) -> Plan:  # fmt: skip
         teacher = x.teacher_logits if x.teacher_hidden is None else x.teacher_hidden
         backend, operators = self.loss._pick(x.student_hidden, teacher)
         budget = int(self.memory_budget or (BUDGET_CPU if x.student_hidden.is_cpu else BUDGET))
@@ -170,7 +191,7 @@ class LinearLoss(nn.Module):
         if isinstance(self.chunk, int):
             chunk = self.chunk
         else:
-            plain = not self.loss.standardize and sparse is None and shards is None
+            plain = not self.loss.standardize and sparse is None and shards is None and shared is None
             in_place = plain and operators and operators.step_out
             copies = 1 if in_place and self.student_softcap is None else 2
             widest = vocab if shards is None else max(end - start for start, end in shards.spans)
@@ -180,6 +201,8 @@ class LinearLoss(nn.Module):
                 own += 2 * max(second, vocab) * cast_dtype(x.student_hidden, cast).itemsize
             second = widest if shards is not None else second
             other = 0 if x.teacher_hidden is None else second * cast_dtype(x.teacher_hidden, cast).itemsize
+            if shared is not None:  # both rows of outcomes, and their gradients
+                own += 4 * len(shared.student) * max(x.student_hidden.itemsize, 4)
             rows, chunk = max(len(x.student_hidden), 1), max(budget // (own + other), 1)
             chunk = max(chunk, (budget - block * other) // own)
             chunk = -(-rows // -(-rows // chunk))  # as many chunks, but of one size
@@ -187,10 +210,14 @@ class LinearLoss(nn.Module):
         caps = (self.student_softcap, self.teacher_softcap)
         name = backend.__name__.rpartition(".")[-1]
         return Plan(fixed(self.loss), name, cast, chunk, block, budget // 8, vocab, scales, caps, temperature,
-                    self._kept, sparse, shards)  # fmt: skip
+                    self._kept, sparse, shared, shards)  # fmt: skip
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_kept": []}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._name = compiled.named(self)
 
     def _check_options(self) -> None:
         if not isinstance(self.loss, BaseLoss):
@@ -206,85 +233,3 @@ class LinearLoss(nn.Module):
             check_number(f"{side}_logit_scale", getattr(self, f"{side}_logit_scale"))
             if getattr(self, f"{side}_softcap") is not None:
                 check_number(f"{side}_softcap", getattr(self, f"{side}_softcap"), above=0)
-
-
-def _autocast(hidden) -> torch.dtype | None:
-    """What autocast makes of a product on this device; None where it is off."""
-    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
-        return None
-    return torch.get_autocast_dtype(hidden.device.type)
-
-
-def _tensor(name: str, x, shape: str, dim: int | None = None) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if hasattr(x, "full_tensor"):
-        raise TypeError(f"{name} is a DTensor; pass it whole, {name}.full_tensor()")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be dense, got {x.layout}")
-    if (x.dim() == 0 if dim is None else x.dim() != dim) or x.shape[-1] == 0:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
-    return x
-
-
-def _check_head(side: str, hidden, head, bias, cast: torch.dtype | None, quantised: bool = False) -> None:
-    hidden_name, head_name = f"{side}_hidden", f"{side}_head"
-    _tensor(hidden_name, hidden, "(..., H)")
-    _tensor(head_name, head, "(V, H)", 2)
-    if hidden.dtype not in FLOATS:
-        raise TypeError(f"{hidden_name} must be float64, float32, float16 or bfloat16, got {hidden.dtype}")
-    if head.shape[1] != hidden.shape[-1] or not len(head):
-        raise ValueError(f"{head_name} must have shape (V, {hidden.shape[-1]}) for {hidden_name} of shape "
-                         f"{tuple(hidden.shape)}, got {tuple(head.shape)}")  # fmt: skip
-    weights = [] if quantised else [(head_name, head)]
-    if bias is not None:
-        weights.append((f"{side}_bias", _tensor(f"{side}_bias", bias, f"({len(head)},)", 1)))
-        if len(bias) != len(head):
-            raise ValueError(f"{side}_bias must have shape ({len(head)},), got {tuple(bias.shape)}")
-    for name, x in weights:
-        if x.dtype not in FLOATS or cast_dtype(x, cast) != cast_dtype(hidden, cast):
-            raise TypeError(f"{name} must be {hidden.dtype} like {hidden_name}, got {x.dtype}")
-    for name, x in [(head_name, head), *weights]:
-        if x.device != hidden.device:
-            raise ValueError(f"{name} must be on {hidden_name}'s device {hidden.device}, got {x.device}")
-
-
-def _check_teacher(loss: BaseLoss, x: Inputs, student: call.Shaped, vocab_size: int | None, cast) -> Inputs:
-    """The inputs with the teacher's as constants, or without a teacher where the loss looks at none."""
-    names = ("teacher_hidden", "teacher_head", "teacher_bias", "teacher_head_scale", "teacher_logits")
-    if not loss._uses.teacher:
-        return x._replace(**dict.fromkeys(names))
-    if x.teacher_logits is not None:
-        if given := [name for name in names[:-1] if getattr(x, name) is not None]:
-            raise ValueError(f"teacher_logits stand in for the teacher's hidden states and head: pass no {given[0]}")
-        if isinstance(x.teacher_logits, SparseTeacher):
-            x.teacher_logits.check(student, vocab_size or student.shape[-1])
-            return x._replace(teacher_logits=None)
-        call.check_logits("teacher_logits", x.teacher_logits)
-        shape, source, device = x.teacher_logits.shape, "teacher_logits", x.teacher_logits.device
-    else:
-        if x.teacher_hidden is None or x.teacher_head is None:
-            raise ValueError(f"{type(loss).__name__} needs teacher_hidden and teacher_head, or teacher_logits")
-        x = x._replace(teacher_head_scale=checked_scale(x.teacher_head, x.teacher_head_scale))
-        quantised = x.teacher_head_scale is not None
-        _check_head("teacher", x.teacher_hidden, x.teacher_head, x.teacher_bias, cast, quantised)
-        shape = torch.Size((*x.teacher_hidden.shape[:-1], len(x.teacher_head)))
-        source, device = "teacher_hidden and teacher_head", x.teacher_hidden.device
-    free = loss.any_width and vocab_size is None and x.mask is None
-    fits = free or (shape[-1] == student.shape[-1] if vocab_size is None else shape[-1] >= vocab_size)
-    if shape[:-1] != student.shape[:-1] or not fits:
-        raise ValueError(f"{source} must give logits of the student's shape {tuple(student.shape)}, got {tuple(shape)}")
-    if device != student.device:
-        raise ValueError(f"{source} must be on the student's device {student.device}, got {device}")
-    tied = (x.student_head, x.student_bias)
-    for name in names:
-        y = getattr(x, name)
-        if y is not None and y.requires_grad and torch.is_grad_enabled() and not any(y is own for own in tied):
-            raise ValueError(f"{name} requires grad, but LinearLoss gives a teacher no gradient: it keeps no logits "
-                             f"to pass one through; pass {name}.detach(), or call the loss on logits")  # fmt: skip
-    x = x._replace(**{n: None if getattr(x, n) is None else getattr(x, n).detach() for n in names})
-    if vocab_size is None:
-        return x
-    if x.teacher_logits is not None:
-        return x._replace(teacher_logits=x.teacher_logits[..., :vocab_size])
-    return x._replace(teacher_head=x.teacher_head[:vocab_size])

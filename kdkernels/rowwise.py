@@ -51,14 +51,18 @@ class RowsLoss(Loss):
         """
         raise NotImplementedError(f"{type(self).__name__} must declare distances()")
 
-    def _sums(self, log_q, log_p, dead, shards: Any, lse: list[Tensor], labels: Tensor | None) -> Moment:
+    def _sums(self, log_q, log_p, dead, shards: Any, lse: list[Tensor], args: Tensor, labels: Tensor | None) -> Moment:
         total, zero = self.distances(log_q, log_p, dead, labels), log_q.new_zeros(len(log_q))
-        if shards is not None:  # the other ranks' sums depend on this rank's part of lse
+        if shards is not None:  # the other ranks' sums depend on this rank's part of lse, and of the scales
             leaves = [x.detach().requires_grad_() for x in (log_q, log_p)]
             with torch.enable_grad():
                 own = self.distances(leaves[0], leaves[1], dead, labels).sum()
-                slopes = torch.autograd.grad(own, leaves, allow_unused=True) if own.requires_grad else (None, None)
-            total = shards.merge_sums(total, [zero if x is None else -x.sum(-1) for x in slopes], lse)
+                found = torch.autograd.grad(own, leaves, allow_unused=True) if own.requires_grad else (None, None)
+            slopes = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+            scaled = [torch.where(g == 0, 0.0, g * (x.detach() + y.detach()[:, None]))
+                      for g, x, y in zip(slopes, leaves, lse, strict=True)]  # fmt: skip
+            by = [-g.sum(-1) for g in slopes] + [g.sum(-1) for g in scaled]
+            total = shards.merge_sums(total, by, [*lse, *args[:, :2].log().unbind(-1)])
         spoilt = torch.where((log_q + log_p).isnan().any(-1) | total.isnan(), torch.nan, 0.0)[:, None]
         for x in (log_q, log_p):  # NaN for the gradients as well
             total = total + (x.clamp(min=-1e300) * spoilt).sum(-1)

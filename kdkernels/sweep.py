@@ -20,6 +20,7 @@ from .ops import Once
 from .options import readable
 from .parts import part_of, reducing
 from .sparse import SparseTeacher
+from .vocab import SharedVocab
 
 CACHED = 1 << 20  # bytes that are widened at a time on a CPU
 BLOCK_CPU = 256  # rows with teacher's logits at a time: a product of fewer reads the head more often than it computes
@@ -66,6 +67,7 @@ class Plan(NamedTuple):
         temperature: the call's, where it is a number.
         kept: what holds the memory of a chunk between calls.
         sparse: the teacher, where it is a SparseTeacher of rows (N, k).
+        shared: what the vocabularies share, where they differ.
         shards: of the vocabulary (`kdkernels.parallel`), if these heads are only a part of it.
     """
 
@@ -81,6 +83,7 @@ class Plan(NamedTuple):
     temperature: float | None
     kept: list[Tensor]
     sparse: SparseTeacher | None
+    shared: SharedVocab | None
     shards: Any
 
 
@@ -132,6 +135,8 @@ def _sweep(plan, x, factor, wants, per_row):
             labels, temperature = (None if y is None else y[now] if y.dim() else y for y in (x.labels, x.temperature))
             given = dict(temperature=plan.temperature if temperature is None else temperature, vocab_mask=x.mask,
                          group=plan.shards, row_weight=factor[now])  # fmt: skip
+            if plan.shared is not None:
+                t, given["vocab_size"] = plan.shared(t), vocab
             if any(wants):
                 value, g = _value_and_grad(loss, s, t, labels, g_buffer[own], **given)
                 values.append(value)

@@ -77,6 +77,18 @@ class SharedVocab:
         check_vocab(self.teacher_vocab, teacher)
         return _SharedTeacher(self, teacher)
 
+    def vocab(self, vocab_size: int | None, student) -> int:
+        """The student's classes, in logits of student's shape."""
+        if student.shape[-1] < self.student_vocab:
+            raise ValueError(f"student_logits must have the {self.student_vocab} classes of the shared vocabulary's "
+                             f"map or more, got {tuple(student.shape)}")  # fmt: skip
+        if vocab_size is None:
+            return self.student_vocab
+        if check_vocab(vocab_size, student) < self.student_vocab:
+            raise ValueError(f"vocab_size must be >= {self.student_vocab}, the classes of the shared vocabulary's map, "
+                             f"got {vocab_size}")  # fmt: skip
+        return vocab_size
+
     def to(self, device) -> SharedVocab:
         """On another device."""
         other = object.__new__(SharedVocab)
@@ -102,15 +114,7 @@ class _SharedTeacher(Merged):
         self.shared, self.logits, self.tail = shared, logits, shared.tail
 
     def vocab(self, vocab_size, student):
-        if student.shape[-1] < self.shared.student_vocab:
-            raise ValueError(f"student_logits must have the {self.shared.student_vocab} classes of the shared "
-                             f"vocabulary's map or more, got {tuple(student.shape)}")  # fmt: skip
-        if vocab_size is None:
-            return self.shared.student_vocab
-        if check_vocab(vocab_size, student) < self.shared.student_vocab:
-            raise ValueError(f"vocab_size must be >= {self.shared.student_vocab}, the classes of the shared "
-                             f"vocabulary's map, got {vocab_size}")  # fmt: skip
-        return vocab_size
+        return self.shared.vocab(vocab_size, student)
 
     def check(self, student, vocab):
         if self.logits.shape[:-1] != student.shape[:-1]:

@@ -4,6 +4,7 @@ Inputs come from seeds, so that each rank knows all of them.
 """
 
 import datetime
+import itertools
 import json
 import os
 import time
@@ -199,8 +200,8 @@ def call_options(rank, world):
     ]
     dkd = dict(ce_weight=0.3, label_smoothing=0.1, z_loss=0.01)
     for loss in (kd.DKDLoss(**dkd), kd.ForwardKLLoss(standardize=True, teacher_temperature=0.8, ce_weight=0.5)):
-        for call in calls:
-            both(loss, "cpu", rows(5, 23), rank, widths, what=f"{loss} {call}", call=call)
+        for call, backend in itertools.product(calls, ("cpu", "reference")):
+            both(loss, backend, rows(5, 23), rank, widths, what=f"{backend} {loss} {call}", call=call)
     for backend in ("cpu", "reference"):
         for reduction in ("mean", "sum", "none", "batchmean"):
             for ignore in (-100, -1, 0, widths[0] + 1):
@@ -260,11 +261,13 @@ def few_collectives(rank, world):
     known; none in the backward."""
     s, t = (own(x, rank, WIDTHS[world]).clone().requires_grad_() for x in rows(5, 23)[:2])
     group, once = dist.group.WORLD, kd.vocab_shards(dist.group.WORLD, s.shape[-1])
-    for loss, count in ((kd.DKDLoss(ce_weight=0.1), 1), (kd.JSDLoss(ce_weight=0.1), 2)):
+    z_scored = kd.DKDLoss(standardize=True), kd.BrierLoss(standardize=True), kd.JSDLoss(standardize=True)
+    cases = [(kd.DKDLoss(ce_weight=0.1), 1), (kd.JSDLoss(ce_weight=0.1), 2), *zip(z_scored, (2, 2, 3), strict=True)]
+    for (loss, count), backend in itertools.product(cases, ("cpu", "reference")):
         values = []
         for shards, more in ((group, 1), (once, 0)):
-            with CommDebugMode() as forward:
-                values.append(loss(s, t, rows(5, 23).y, group=shards))
+            with kd.use_backend(backend), CommDebugMode() as forward:
+                values.append(loss(s, t, rows(5, 23).y.clamp(min=0), group=shards))
             with CommDebugMode() as backward:
                 values[-1].backward()
             assert forward.get_total_counts() == count + more, forward.get_comm_counts()
@@ -289,7 +292,7 @@ def metrics(rank, world):
     cut = lambda x: own(x, rank, widths)  # noqa: E731
     for backend in ("cpu", "reference"):
         for loss in (kd.DKDLoss(ce_weight=0.3), kd.ReverseKLLoss(reduction="none", standardize=True), kd.JSDLoss()):
-            count = 5 if loss.standardize else 4 if isinstance(loss, kd.JSDLoss) else 3
+            count = 4 if loss.standardize or isinstance(loss, kd.JSDLoss) else 3
             y = torch.where(batch.y == 5, 6, batch.y)
             with kd.use_backend(backend):
                 whole = loss.with_metrics(batch.s, batch.t, y, vocab_mask=mask)

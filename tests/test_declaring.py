@@ -168,3 +168,30 @@ def test_tape_functions_of_tensors():
     torch.testing.assert_close(tape.softplus(x), softplus, rtol=1e-15, atol=0)
     assert torch.equal(tape.times(torch.zeros(3), torch.tensor([torch.inf, torch.nan, 1.0])), torch.zeros(3))
     assert isinstance(tape.exp(1.0), Tensor)
+
+
+@pytest.mark.parametrize("name, fits", [("both", False), ("uniform", True), ("raw", True), ("frozen", True)])
+def test_covariances_under_standardisation(name, fits):
+    """On kernels those of a tilted point had a gradient without its third moments."""
+
+    class Spread(kd.Loss):
+        def points(self):
+            return (kd.Point(**POINTS[name]),)
+
+        def value(self, m):
+            return m.ss + m.st
+
+    if not fits:
+        with pytest.raises(ValueError, match=r"standardize=True takes covariances .* only of a point without coeff"):
+            Spread(standardize=True)
+        return
+    s, t = torch.randn(2, 4, 9, dtype=F64, generator=torch.Generator().manual_seed(0))
+    results = []
+    for backend in ("reference", "cpu"):
+        with only(backend):
+            leaf = s.clone().requires_grad_()
+            value = Spread(standardize=True)(leaf, t)
+            value.backward()
+        results.append((value.detach(), leaf.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accuracy import BACKENDS, F32, F64, ON_BACKENDS, Bar, batch, excess, faults, make, only, rms, run, textbook
 from textbook import CASES, Case, power_sum, power_transform
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
 from kdkernels import tape
@@ -390,7 +390,7 @@ def test_a_loss_that_is_declared_wrong_says_how(error, message, loss):
 def compilations(loss, calls):
     """How often torch.compile starts anew over these calls, each (options to set, arguments of the call)."""
     torch._dynamo.reset()
-    counter = CompileCounter()
+    counter = CompileCounterWithBackend("aot_eager")
     step, eager = torch.compile(loss, fullgraph=True, backend=counter), copy.deepcopy(loss)
     for options, call in calls:
         for name, value in options.items():

@@ -15,6 +15,7 @@ from accuracy import BF16, F16, F32, F64, SAMPLE, has_kernels, make, only, rms
 from allocations import Widest, allocations
 from textbook import CASES
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
 
@@ -312,6 +313,37 @@ def test_a_sparse_teacher_in_place_of_hidden_states(tail, reduction):
         kd.LinearLoss(loss)(hidden[:2], head, teacher_logits=sparse)
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renormalise"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_of_another_vocabulary(tail, reduction):
+    """From its own head, wider than its vocabulary, or from its logits."""
+    x, places = batch(v2=V + 6), torch.full((V - 2,), -1)
+    places[::2] = torch.randperm(V + 4, generator=torch.Generator().manual_seed(0))[: len(places[::2])]
+    shared = kd.SharedVocab(places, V + 4, tail=tail)
+    mask, weight = torch.arange(V) != 4, torch.linspace(0.5, 2.0, N)
+    x = x._replace(labels=torch.where(x.labels >= 0, x.labels % 4, x.labels))
+    for loss in (kd.KDLoss(temperature=1.5, reduction=reduction), kd.JSDLoss(ce_weight=0.2, reduction=reduction),
+                 kd.ForwardKLLoss(reduction=reduction) + 0.3 * kd.CrossEntropyLoss(reduction=reduction)):  # fmt: skip
+        for size in (None, V - 1):
+            call = dict(row_weight=weight, vocab_mask=mask, vocab_size=size)
+            y = x.leaves()
+            s, t = x.plain(*y[:3], {})
+            value = loss(s, shared(t), x.labels, **call)
+            slope = torch.ones_like(value)
+            want = value.detach(), *torch.autograd.grad(value, y[:3], slope)
+            for known in ({}, dict(teacher_logits=t)):
+                same(fused(loss, x, dict(shared_vocab=shared, **call, **known), chunk=4), want)
+    same(fused(kd.BrierLoss(), x, dict(shared_vocab=shared)), fused(kd.BrierLoss(), x, dict(vocab_size=V - 2)))
+    x, options = x._replace(t_bias=None), dict(shared_vocab=shared)
+    sparse = dict(teacher_logits=kd.SparseTeacher.from_logits(t, 3))
+    for error, message, call in ((TypeError, "shared_vocab must be a SharedVocab", dict(shared_vocab=places)),
+                                 (ValueError, "pass teacher_logits=shared_vocab", options | sparse),
+                                 (ValueError, "the 23 classes", options | dict(teacher_logits=t[:, :20])),
+                                 (ValueError, "vocab_size must be >= 17", options | dict(vocab_size=9))):  # fmt: skip
+        with pytest.raises(error, match=message):
+            fused(kd.ForwardKLLoss(), x, call)
+
+
 def test_a_tied_head_is_a_constant_in_the_teachers_place():
     x = batch()
     hidden, head = x.hidden.clone().requires_grad_(), x.head.clone().requires_grad_()
@@ -446,23 +478,59 @@ def test_autocast(dtype):
         same(fused(kd.KDLoss(), double, chunk=4), plain(kd.KDLoss(), double))
 
 
-def test_under_torch_compile():
-    """Right, around a graph break, in a model that is compiled with it."""
-    torch._dynamo.reset()
-    x, loss = batch(F32), kd.LinearLoss(kd.KDLoss(), 4)
+COMPILED = [  # loss, dtype, options, autocast
+    (kd.KDLoss(), F64, dict(chunk=4, **OPTIONS), None),
+    (kd.ForwardKLLoss(standardize=True, ce_weight=0.5), BF16, dict(chunk=4), None),
+    (kd.GroupedKLLoss() + kd.SpearmanLoss(), F32, {}, BF16),
+]
 
-    def step(hidden, head, bias):
-        return 2 * loss(hidden.tanh(), head * 1.5, x.t_hidden, x.t_head, x.labels, student_bias=bias)
 
-    results = []
-    for function in (step, torch.compile(step, backend="aot_eager")):
-        y = x.leaves()
-        value = function(*y[:3])
-        value.backward()
-        results.append((value.detach(), *(leaf.grad for leaf in y[:3])))
-    same(*results, 1e-6)
+@pytest.mark.parametrize("loss, dtype, options, cast", COMPILED, ids=lambda x: type(x).__name__)
+def test_in_a_compiled_graph(loss, dtype, options, cast):
+    """One graph with the model around it; it looks at the rows of a call only, and at numbers, when it runs."""
     torch._dynamo.reset()
-    assert torch._dynamo.explain(step)(*x.leaves()[:3]).graph_break_count == 1
+    x, linear, counter = batch(dtype), kd.LinearLoss(loss, **options), CompileCounterWithBackend("aot_eager")
+
+    def step(hidden, head, bias, t_hidden, labels, **call):
+        return 2 * linear(hidden.tanh(), head * 1.5, t_hidden, x.t_head, labels, student_bias=bias, **call)
+
+    for rows, number in ((N, 4.0), (7, 6.0), (9, 6.5), (5, 3.0)):
+        call, results = dict(num_items=number, temperature=number), []
+        for function in (step, torch.compile(step, backend=counter, fullgraph=True)):
+            y = x.leaves()
+            with torch.autocast("cpu", cast, enabled=cast is not None):
+                value = function(y.hidden[:rows], *y[1:3], x.t_hidden[:rows], x.labels[:rows], **call)
+            value.backward()
+            results.append((value.detach(), *(leaf.grad for leaf in y[:3])))
+        same(*results, {F64: 1e-12, F32: 1e-6, BF16: 2e-2}[cast or dtype])
+    assert counter.frame_count <= 2
+
+
+def test_what_compiles_with_a_graph_break():
+    """Where the gradient has to know the incoming one, and where the teacher is no tensor; a wrong call says why."""
+    torch._dynamo.reset()
+    x, sparse = batch(F32), kd.SparseTeacher.from_logits(torch.eye(N, V), 3)
+
+    def step(linear, hidden, **teacher):
+        return linear(hidden.tanh(), x.head, labels=x.labels, **teacher).sum()
+
+    hidden = dict(teacher_hidden=x.t_hidden, teacher_head=x.t_head)
+    for reduction, teacher in (("none", hidden), ("mean", dict(teacher_logits=sparse))):
+        linear, results = kd.LinearLoss(kd.ForwardKLLoss(reduction=reduction), 4), []
+        for function in (step, torch.compile(step, backend="eager")):
+            leaf = x.hidden.clone().requires_grad_()
+            function(linear, leaf, **teacher).backward()
+            results.append(leaf.grad)
+        torch.testing.assert_close(*results)
+    linear = kd.LinearLoss(kd.ForwardKLLoss())
+    for error, bad in (("teacher_head requires grad", dict(hidden, teacher_head=x.t_head.clone().requires_grad_())),
+                       ("must have shape", dict(hidden, teacher_head=x.t_head[:, 1:]))):  # fmt: skip
+        with pytest.raises(ValueError, match=error):
+            torch.compile(step, backend="eager")(linear, x.hidden, **bad)
+    torch._dynamo.reset()  # frames that raised are not traced again
+    wrong = x.labels.clamp(min=0) + V
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 19\)"):
+        torch.compile(linear, backend="aot_eager", fullgraph=True)(x.hidden, x.head, x.t_hidden, x.t_head, wrong)
 
 
 @pytest.mark.parametrize("dtype", [F64, BF16])

@@ -58,13 +58,12 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
     if bool(((y < 0) | (y >= rows.vocab)).any()):
         raise ValueError(f"labels must be in [0, {rows.vocab}) or ignore_index={loss.ignore_index}")
     args = args.to(s.device)
-    if rows.shards is not None:
-        args = rows.shards.shared(args)
     moments: list = []
     empty, apart = [], []
     points = loss.all_points()
     with_sums = bool(points) and is_sums(points[-1])
-    for k, point in enumerate(points[:-1] if with_sums else points):
+    tilts = points[:-1] if with_sums else points
+    for k, point in enumerate(tilts):
         scale_s, scale_t = (1.0, 1.0) if point.raw else (args[:, :1], args[:, 1:2])
         b, a = args[:, 3 + 2 * k : 4 + 2 * k], args[:, 4 + 2 * k : 5 + 2 * k]
         out = dead | (gone_s & (b != 0)) | (gone_t & (a != 0))
@@ -76,12 +75,12 @@ def row_losses(loss: Loss, rows: Rows, program: Program, args: Tensor) -> Tensor
     own = ((s * args[:, :1], gone_s), (t * args[:, 1:2], gone_t), (s, gone_s))
     at = [_at(x, gone, y, here) for x, gone in own]
     if rows.shards is not None:
-        moments, empty, at = rows.shards.merge_moments(moments, empty, at)
+        moments, empty, at = rows.shards.merge_moments(moments, empty, at, tilts, args, loss.standardize)
     if with_sums:
         summed: Any = loss
         log_q, log_p = _log_probabilities((s, t), (gone_s, gone_t), args, moments)
         given = y[:, 0] if loss.needs_labels else None
-        moments.append(summed._sums(log_q, log_p, dead, rows.shards, [m[0] for m in moments[:2]], given))
+        moments.append(summed._sums(log_q, log_p, dead, rows.shards, [m[0] for m in moments[:2]], args, given))
     nothing = torch.zeros(s.shape[0], dtype=torch.bool, device=s.device)
     for no_class, mixture in zip(empty, apart, strict=True):
         nothing = nothing | (no_class & ~mixture)
