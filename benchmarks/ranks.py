@@ -185,7 +185,9 @@ def measure_loss(name, shape, dtype):
     }  # fmt: skip
     slow = rows * classes > 1 << 20
     ms = interleaved({**contenders, "kdkernels": ours}, repeats=7 if slow else 20)
-    return dict(name=name, shape=shape, dtype=dtype, ms=ms, error=gradient_error(loss, s, t), beyond_mb=extra, floor=floor)
+    return dict(
+        name=name, shape=shape, dtype=dtype, ms=ms, error=gradient_error(loss, s, t), beyond_mb=extra, floor=floor
+    )
 
 
 def measure_metric(name, shape, dtype):
