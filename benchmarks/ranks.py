@@ -6,7 +6,8 @@
 
 Times are medians of repeats in which the contenders take turns; ratios are of those. `error` is the distance of the
 gradient (of the value, for a metric) from the float64 definition over the definition's norm, on two rows, before the
-gradient is rounded to 16 bits; `beyond, MB` what a step took at its peak beside logits and gradient. torchsort is
+gradient is rounded to 16 bits; `beyond, MB` what a step took at its peak beside logits and gradient; `floor` the
+milliseconds that the machine takes at best to read both logits once and to hand out and write a gradient. torchsort is
 measured where it is installed (pip install --no-build-isolation torchsort).
 """
 
@@ -25,7 +26,7 @@ import torch
 import kdkernels as kd
 from kdkernels import metrics
 
-from .rows import interleaved, machine
+from .rows import interleaved, machine, machine_rates
 
 SHAPES = [("64x131072", "bfloat16"), ("64x131072", "float32"), ("64x1000", "float32"), ("64x1000", "bfloat16")]
 # (contender, shape, dtype) -> the least ratio that the library promises.
@@ -176,14 +177,17 @@ def measure_loss(name, shape, dtype):
     loss, others = LOSSES[name]
     leaf = s.clone().requires_grad_()
     ours = step(loss, leaf, t, True)
-    extra = beyond_in_a_process_of_its_own(name, shape, dtype)
+    extra, rates = beyond_in_a_process_of_its_own(name, shape, dtype), machine_rates(s, t)
+    floor = rates["read"] + rates["write"] + rates["faults"]
     contenders = {
         other: step(function, leaf, t, differentiated) for other, (function, differentiated) in others.items()
         if other != "torchsort" or importlib.util.find_spec("torchsort")
     }  # fmt: skip
     slow = rows * classes > 1 << 20
     ms = interleaved({**contenders, "kdkernels": ours}, repeats=7 if slow else 20)
-    return dict(name=name, shape=shape, dtype=dtype, ms=ms, error=gradient_error(loss, s, t), beyond_mb=extra)
+    return dict(
+        name=name, shape=shape, dtype=dtype, ms=ms, error=gradient_error(loss, s, t), beyond_mb=extra, floor=floor
+    )
 
 
 def measure_metric(name, shape, dtype):
@@ -207,7 +211,8 @@ def report(result):
             if least and (other != "eager LapSum" or result["name"] == "Spearman") and "rho" not in result["name"]:
                 kept.append(f"{other} {least}x: {'yes' if ms / ours >= least else 'NO'}")
     extra = "" if result["beyond_mb"] is None else f"{result['beyond_mb']:.1f}"
-    return [result["name"], result["shape"], result["dtype"], f"{ours:.3g}", "\n".join(ratios),
+    floor = f"{result['floor']:.2g}" if "floor" in result else ""
+    return [result["name"], result["shape"], result["dtype"], f"{ours:.3g}", floor, "\n".join(ratios),
             f"{result['error']:.1e}", extra, "\n".join(kept)]  # fmt: skip
 
 
@@ -225,7 +230,7 @@ def main(arguments=None):
     from rich.table import Table
 
     console, results, found, load = Console(), [], commit(), os.getloadavg()[0]  # other work on the machine
-    table = Table("loss", "shape", "dtype", "ms", "others, ms", "error", "beyond, MB", "promised")
+    table = Table("loss", "shape", "dtype", "ms", "floor", "others, ms", "error", "beyond, MB", "promised")
     shapes = [(options.shape, x) for x in ("bfloat16", "float32")] if options.shape else SHAPES
     for shape, dtype in shapes:
         if options.dtype not in (None, dtype):

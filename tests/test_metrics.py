@@ -14,7 +14,7 @@ from kdkernels import metrics
 BOTH = pytest.mark.parametrize("backend", ["cpu", "reference"])
 DTYPES = pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 PAIRS = [(metrics.spearman, scipy.stats.spearmanr), (metrics.kendall_tau, scipy.stats.kendalltau)]
-KINDS = ("random", "ties", "one distinct", "infinities", "zeros")
+KINDS = ("random", "ties", "all equal", "one distinct", "infinities", "zeros")
 
 
 def rows(kind, V, dtype, N=2):
@@ -23,6 +23,8 @@ def rows(kind, V, dtype, N=2):
     b = b + a
     if kind == "ties":
         a, b = a.round(), (2 * b).round()
+    elif kind == "all equal":
+        a = torch.full_like(a, -1.5)
     elif kind == "one distinct":
         a = torch.zeros_like(a).index_fill(1, torch.tensor([V // 2]), 1.0)
     elif kind == "infinities":

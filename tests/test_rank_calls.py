@@ -200,15 +200,20 @@ def test_annealing_does_not_recompile():
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @every_loss
 def test_threads_do_not_change_a_bit(name, options, dtype):
-    s, t = batch(5, 9000, dtype)
-    results, threads = [], torch.get_num_threads()
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            results.append(run(make(name, options), s, t))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+    for N, V in ((5, 9000), (101, 40)):
+        s, t = batch(N, V, dtype)
+        labels = torch.where(torch.arange(N) < N // 2, -100, 0)
+        results, threads = [], torch.get_num_threads()
+        try:
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                results.append(run(make(name, options), s, t, labels=labels))
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+        few = run(make(name, options), s[N // 2 :], t[N // 2 :])
+        torch.testing.assert_close(results[0][0], few[0])
+        assert torch.equal(results[0][1][N // 2 :], few[1]) and not results[0][1][: N // 2].any()
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)

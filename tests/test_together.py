@@ -65,9 +65,10 @@ def test_a_sum_is_the_sum_of_its_terms(name, dtype, call):
         assert expected.abs().sum() > 0
 
 
+@pytest.mark.parametrize("N, V", [(5, 9000), (101, 40)])
 @pytest.mark.parametrize("name", ONE_LAUNCH)
-def test_long_rows_in_one_launch(name):
-    rows = left_out(batch(5, 9000, 2.0, seed=2, s_dtype=F32))
+def test_many_and_long_rows_in_one_launch(name, N, V):
+    rows = left_out(batch(N, V, 2.0, seed=2, s_dtype=F32))
     before = Counter(kd.backends.calls)
     with only("cpu"):
         got = results(SUMS[name], rows)

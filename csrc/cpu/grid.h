@@ -174,6 +174,12 @@ inline double spearman_row(const Batch& x, int64_t row, const SpearmanOptions& o
     });
   if (!is_half(x.s.type) || !is_half(x.t.type))
     return finish(w.floats.find(x, row, o.top), [&](const auto& z) { return spearman_floats(z, o, g, out, w); });
+  if (!x.mask && by_bits(x.vocab) && (o.top <= 0 || o.top >= x.vocab)) {  // counted before anybody looks for infinities
+    const Pair<uint16_t> z = w.halves.everything(x, row);
+    w.bits.count(z);
+    if (w.bits.finite(x.s.type, x.t.type)) return spearman_counted(z, x.s.type, o.tau, g, out, w);
+    w.bits.clear();
+  }
   return finish(w.halves.find(x, row, o.top), [&](const Pair<uint16_t>& z) {
     if (by_bits(z.n)) return spearman_by_bits(z, x.s.type, o.tau, g, out, w);
     w.wide_s.resize(z.n);

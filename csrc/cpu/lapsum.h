@@ -55,47 +55,52 @@ class LapSum {
   }
 
  private:
-  // R: centred soft ranks; K: sum of the kernel e^(-|x_i - x_j| / a), both over n.
+  // R: centred soft ranks; K: sum of the kernel e^(-|x_i - x_j| / a), both over n. The sums from below and from above
+  // take turns: each of their steps waits for the one before.
   void soft_ranks(double a) {
     const int64_t M = int64_t(x.size());
-    decay_.resize(M); R_.resize(M); K_.resize(M); G_.resize(M);
+    for (auto* v : {&decay_, &R_, &K_, &G_, &above_}) v->resize(M);
     decay_[0] = 0;
     for (int64_t m = 1; m < M; ++m) decay_[m] = (x[m - 1] - x[m]) / a * kLog2e;
     exp2_in_place(decay_.data() + 1, M - 1);
     double below = 0, above = 0, count = 0, beyond = 0;
-    for (int64_t m = 0; m < M; ++m) {
+    for (int64_t m = 0, k = M - 1; m < M; ++m, --k) {
       below *= decay_[m];
       R_[m] = count - below;
       K_[m] = below;
       count += mass[m];
       below += mass[m];
+      above_[k] = above;
+      G_[k] = beyond - above;
+      beyond += mass[k];
+      above = (above + mass[k]) * decay_[k];
     }
-    for (int64_t m = M - 1; m >= 0; --m) {
-      R_[m] = soft_rank(R_[m], beyond - above);
-      K_[m] += mass[m] + above;
-      beyond += mass[m];
-      above = (above + mass[m]) * decay_[m];
+    for (int64_t m = 0; m < M; ++m) {
+      R_[m] = soft_rank(R_[m], G_[m]);
+      K_[m] += mass[m] + above_[m];
     }
   }
 
   void lines(const Correlation& z, double n, double mean, double variance, double g) {
     const int64_t M = int64_t(x.size());
+    slope_.resize(M);
+    for (int64_t m = 0; m < M; ++m) slope_[m] = z.slope(mass[m], ranks[m], R_[m]);
     double below = 0, above = 0, radial = 0;
-    for (int64_t m = 0; m < M; ++m) {
+    for (int64_t m = 0, k = M - 1; m < M; ++m, --k) {
       below *= decay_[m];
       G_[m] = below;
-      below += z.slope(mass[m], ranks[m], R_[m]);
+      below += slope_[m];
+      above_[k] = above;
+      above = (above + slope_[k]) * decay_[k];
     }
-    for (int64_t m = M - 1; m >= 0; --m) {
-      const double slope = z.slope(mass[m], ranks[m], R_[m]);
-      line[m] = z.line(R_[m], K_[m], G_[m] + slope + above);
-      above = (above + slope) * decay_[m];
+    for (int64_t m = 0; m < M; ++m) {
+      line[m] = z.line(R_[m], K_[m], G_[m] + slope_[m] + above_[m]);
       radial += (x[m] - mean) * (line[m].slope * ranks[m] + mass[m] * line[m].offset);
     }
     for (int64_t m = 0; m < M; ++m) line[m] = finished(line[m], n, g, radial / variance, x[m] - mean);
   }
 
-  std::vector<double> decay_, R_, K_, G_;
+  std::vector<double> decay_, R_, K_, G_, above_, slope_;
 };
 
 }  // namespace kd

@@ -76,6 +76,11 @@ template <typename T> struct Pair {
 
 template <typename T> class Live {
  public:
+  // Whole rows, whatever they hold.
+  Pair<T> everything(const Batch& x, int64_t row) {
+    return {whole(x.s, row, x.vocab, s_), whole(x.t, row, x.vocab, t_), x.vocab, nullptr, false};
+  }
+
   // Dead are classes that the mask leaves out and those at -inf in either row (`both`: in both rows).
   // top > 0: of the others only those with the `top` largest teacher logits, the first of equals.
   Pair<T> find(const Batch& x, int64_t row, int64_t top, bool both = false) {
@@ -187,6 +192,16 @@ struct RowOut {
     for (int64_t i = 0; i < z.n; ++i) whole[z.at[i]] = R(slope(i));
     put<R>([&](int64_t i) { return whole[i]; });
   }
+  // fill(first, count, d) of tiles of a row without dead classes.
+  template <typename R, typename F> void put_tiles(F fill) const {
+    alignas(64) R d[kTile];
+    for (int64_t first = 0; first < width; first += kTile) {
+      const int count = int(std::min<int64_t>(kTile, width - first));
+      const int live = int(std::clamp<int64_t>(vocab - first, 0, count));
+      fill(first, live, d);
+      put_some(d, first, live, count);
+    }
+  }
   void fill(float x) const {
     if (!in_place() || x != 0) put<float>([&](int64_t) { return x; });
   }
@@ -198,13 +213,9 @@ struct RowOut {
   bool in_place() const { return base && base == begin(); }
 
   template <typename R, typename F> void put(F entry) const {
-    alignas(64) R d[kTile];
-    for (int64_t first = 0; first < width; first += kTile) {
-      const int count = int(std::min<int64_t>(kTile, width - first));
-      const int live = int(std::clamp<int64_t>(vocab - first, 0, count));
+    put_tiles<R>([&](int64_t first, int live, R* d) {
       for (int i = 0; i < live; ++i) d[i] = entry(first + i);
-      put_some(d, first, live, count);
-    }
+    });
   }
   // d (count), the first `live` of them classes.
   template <typename R> void put_some(R* d, int64_t first, int live, int count) const {

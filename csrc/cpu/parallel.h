@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <vector>
 #ifdef __linux__
@@ -123,6 +124,25 @@ struct Gradient {
     if (fresh && stream && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   }
+};
+
+// Parts of the rows to whichever thread is free: rows that are left out cost nothing, and a thread may lose its core.
+// Where there are many, they are of 2 MB of the gradient: two threads seldom wait for the same fresh page.
+class Turns {
+ public:
+  Turns(int64_t rows, int64_t grain, const Gradient* to)
+      : rows_(rows),
+        some_(std::max(grain, std::min(to ? (2 << 20) / std::max<int64_t>(to->row, 1) : 1,
+                                       rows / (8 * int64_t(torch::stable::get_num_threads()))))) {}
+  bool take(int64_t* lo, int64_t* hi) {
+    *lo = next_.fetch_add(some_);
+    *hi = std::min(*lo + some_, rows_);
+    return *lo < rows_;
+  }
+
+ private:
+  std::atomic<int64_t> next_{0};
+  int64_t rows_, some_;
 };
 
 inline void spread_all(const Batch& x, const Shape& z, const double* coef, const double* grad, int64_t step, int side,

@@ -28,8 +28,11 @@ struct Call {
 
   // g (1 or N): null where no gradient is wanted.
   void run(const double* g, int64_t step, int side, const Gradient* to, double* value) const {
-    torch::stable::parallel_for(0, x.rows, 1 + (1 << 13) / (x.vocab + 256), [&](int64_t lo, int64_t hi) {
-      for (int64_t n = lo; n < hi; ++n) value[n] = row(n, g ? g[n * step] : 0, side, to);
+    const int64_t grain = 1 + (1 << 13) / (x.vocab + 256);
+    Turns turns(x.rows, grain, to);
+    torch::stable::parallel_for(0, x.rows, grain, [&](int64_t, int64_t) {
+      for (int64_t lo, hi; turns.take(&lo, &hi);)
+        for (int64_t n = lo; n < hi; ++n) value[n] = row(n, g ? g[n * step] : 0, side, to);
     });
   }
 

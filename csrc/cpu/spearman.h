@@ -27,7 +27,7 @@ class BitTables {
   // So few that the sum of ranks fits below the count.
   static constexpr int64_t kMost = 1 << 20;
 
-  // There is no NaN in the rows; infinities count as numbers.
+  // Infinities and NaN count as numbers: the ends of used_s and used_t tell.
   void count(const Pair<uint16_t>& z) {
     int64_t i = 0;
     for (; i + 4 <= z.n; i += 4) {
@@ -43,6 +43,16 @@ class BitTables {
     }
     for (; i < z.n; ++i) s_[z.s[i]] += kOne + rank[z.t[i]];
     used_s = list(s_, found_s_);
+  }
+  bool finite(Type s, Type t) const { return finite(used_s, Special(s)) && finite(used_t, Special(t)); }
+  // f(line of the student's bits, rank of the teacher's) to d, of n entries.
+  template <typename F> void each(const uint16_t* s, const uint16_t* t, int n, float* d, F f) const {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) {
+      const uint64_t a = four(s + i), b = four(t + i);
+      for (int k = 0; k < 4; ++k) d[i + k] = f(line[a >> 16 * k & 0xffff], rank[b >> 16 * k & 0xffff]);
+    }
+    for (; i < n; ++i) d[i] = f(line[s[i]], rank[t[i]]);
   }
   int64_t own_count(uint16_t bits) const { return (s_[bits] + kOne / 2) >> kShift; }
   int64_t ranks(uint16_t bits) const { return s_[bits] - own_count(bits) * kOne; }
@@ -62,6 +72,9 @@ class BitTables {
   std::vector<uint32_t> t_;
   std::vector<uint16_t> found_s_, found_t_;
 
+  static bool finite(std::span<const uint16_t> used, Special of) {
+    return used.empty() || !(of.any(used.front()) || of.any(used.back()));
+  }
   // One load: the loops are bound by the number of them.
   static uint64_t four(const uint16_t* x) {
     uint64_t all;
@@ -132,11 +145,10 @@ inline MeanVariance moments_of(const LapSum& z, double n) {
   return {mean, variance / n};
 }
 
-// Histograms of the bits.
+// Of the histograms of the bits.
 template <typename O>
-double spearman_by_bits(const Pair<uint16_t>& z, Type s_type, double tau, double g, const O& out, SpearmanScratch& w) {
+double spearman_counted(const Pair<uint16_t>& z, Type s_type, double tau, double g, const O& out, SpearmanScratch& w) {
   BitTables& b = w.bits;
-  b.count(z);
   const int64_t M = int64_t(b.used_s.size());
   w.wide_s.resize(M);
   widen_all(s_type, b.used_s.data(), M, w.wide_s.data());
@@ -150,13 +162,19 @@ double spearman_by_bits(const Pair<uint16_t>& z, Type s_type, double tau, double
   if (out.to) {
     for (int64_t m = 0; m < M; ++m) b.line[b.used_s[m]] = w.sum.line[m];
     b.line[0x8000] = b.line[0];
-    out.write(z, w.out, [&](int64_t i) {
-      const Line& line = b.line[z.s[i]];
-      return line.slope * b.rank[z.t[i]] + line.offset;
-    });
+    const auto slope = [](const Line& line, int32_t rank) { return float(line.slope * rank + line.offset); };
+    if (z.at)
+      out.write(z, w.out, [&](int64_t i) { return slope(b.line[z.s[i]], b.rank[z.t[i]]); });
+    else
+      out.template put_tiles<float>([&](int64_t i, int n, float* d) { b.each(z.s + i, z.t + i, n, d, slope); });
   }
   b.clear();
   return value;
+}
+template <typename O>
+double spearman_by_bits(const Pair<uint16_t>& z, Type s_type, double tau, double g, const O& out, SpearmanScratch& w) {
+  w.bits.count(z);
+  return spearman_counted(z, s_type, tau, g, out, w);
 }
 
 // Sorted: the definition, whatever the numbers are.

@@ -68,14 +68,16 @@ std::tuple<Tensor, Tensor> together_step(const Tensor& s, const Tensor& t, const
   Tensor out = empty_as(s);
   const Gradient to = gradient_of(x, s, out, true);
   std::vector<double> value(x.rows);
-  torch::stable::parallel_for(0, x.rows, grain(vocab), [&](int64_t lo, int64_t hi) {
+  Turns turns(x.rows, grain(vocab), &to);
+  torch::stable::parallel_for(0, x.rows, grain(vocab), [&](int64_t, int64_t) {
     RowSteps step(first, z, p, row_args);
     std::vector<char> room(few ? 0 : to.row);
-    for (int64_t n = lo; n < hi; ++n) {
-      char* base = few ? to.data + n * to.row : room.data();
-      const double own = step(n, g[n], few && to.stream, base);
-      value[n] = (x.kept(n) && g[n] != 0 ? g[n] * own : 0) + compare_all(x, n, all, wide, z.width, base, to);
-    }
+    for (int64_t lo, hi; turns.take(&lo, &hi);)
+      for (int64_t n = lo; n < hi; ++n) {
+        char* base = few ? to.data + n * to.row : room.data();
+        const double own = step(n, g[n], few && to.stream, base);
+        value[n] = (x.kept(n) && g[n] != 0 ? g[n] * own : 0) + compare_all(x, n, all, wide, z.width, base, to);
+      }
   });
   return {total_of(x, s, std::vector<double>(x.rows, 1), value), out};
 }
