@@ -231,5 +231,24 @@ def test_the_laplace_predictive_and_the_mixture(lab):
     shrunk = bayesian_teacher.laplace(teacher, data)
     factor = shrunk / f
     assert (factor > 0).all() and (factor < 1).all()
-    sure = bayesian_teacher.laplace(teacher, data, prior=1e6)
+    sure = bayesian_teacher.laplace(teacher, data, prior=1e9)
     torch.testing.assert_close(sure, f, rtol=1e-2, atol=1e-3)
+
+
+def test_the_posterior_of_the_last_layer_is_that_of_its_whole_matrix():
+    """Where rows agree on the probabilities the Kronecker form is all of it; its prior has the largest evidence."""
+    x, weights = torch.randn(30, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    f = torch.randn(5, dtype=torch.float64).expand(30, 5)
+    p = f[0].softmax(-1)
+    matrix = torch.kron(x.T @ x, torch.diag(p) - p.outer(p))
+    found, at = bayesian_teacher.LastLayer(x, f, weights), x[:3]
+    jacobian = torch.stack([torch.kron(row, torch.eye(5, dtype=torch.float64)) for row in at])
+    inverse = torch.linalg.inv(matrix + found.prior * torch.eye(20))
+    want = (jacobian @ inverse @ jacobian.mT).diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(found.variance(at), want)
+
+    def evidence(delta):
+        size = delta * weights.square().sum() - 20 * torch.tensor(delta).log()
+        return -(size + torch.logdet(matrix + delta * torch.eye(20))) / 2
+
+    assert evidence(found.prior) > max(evidence(found.prior * 1.1), evidence(found.prior / 1.1))
