@@ -165,7 +165,7 @@ def command(options) -> int:
         raise UserError(f"--alpha must be above 0 and not 1, got {options.alpha:g}")
     need_extra("sklearn")
     if len(paths) == 2:
-        found = probed.of_files(*paths, options.tokens)
+        found = probed.of_files(paths[0], paths[1], options.tokens)
     elif len(paths) == 1:
         found = probed.of_run(paths[0], options.tokens)
     else:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import checkpoint, models, report, textlab
 from .caching import read_teacher
-from .config import Config, UserError
+from .config import UserError
 from .data import Corpus
 from .distill import read_run, teacher_file
 from .images import STUDENT, ConvNet, Pairs
@@ -89,10 +89,7 @@ def of_images(student, teacher, read, tokens):
 def language_net(path: Path, tensors, vocab: int):
     """A plain model, beside which the state of a schedule may be, or one through the LM head of its teacher."""
     own = {k: v for k, v in tensors.items() if not k.startswith("schedule.")}
-    student, teacher = (
-        models.build(Config(seq_len=textlab.PROMPT + textlab.RESPONSE, **size), vocab, size["layers"])
-        for size in (textlab.STUDENT, textlab.TEACHER)
-    )
+    student, teacher = (textlab.untrained(size, vocab) for size in (textlab.STUDENT, textlab.TEACHER))
     reusing = simkd_lm.through(*map(simkd_lm.Halves, (student, teacher)))
     for net, wanted in ((student, models.weights_of(student)), (teacher, models.weights_of(teacher)),
                         (reusing, reusing.state_dict())):  # fmt: skip

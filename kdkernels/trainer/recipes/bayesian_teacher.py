@@ -8,8 +8,7 @@ exactly by the eigenvectors of both; delta is that of the largest marginal likel
 predictive is by the probit approximation softmax(f / sqrt(1 + pi/8 var f)). (The paper's laplace-torch would bring nine
 packages for these two eigenvalue problems, and takes weights and bias for independent.) Ensemble: the mean of
 softmax(t / T) of three teachers, given as an explicit distribution. The paper's variational teachers are not here.
-Expected: the ensemble a little above the 75% of KD, Laplace at 72%: T = 4 softens once more what the posterior has
-softened already, and a temperature of its own is not sought here.
+Expected: the ensemble a little above the 75% of KD, Laplace below, at 72%.
 """
 
 import math
