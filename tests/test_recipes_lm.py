@@ -108,6 +108,20 @@ def test_drafts_and_caches_change_nothing(pair, top_k):
     assert (mended == 0) if top_k in (40, None) else (5 < mended < 6 * 13)
 
 
+def test_both_models_keep_what_they_have_read(pair):
+    """The prompt once, then the student a token at a time and the teacher the drafts of a round, never all of the text;
+    where all drafts are taken the teacher adds none."""
+    asked = [[], []]
+
+    def spy(net, seen):
+        return lambda **given: seen.append(given["input_ids"].shape[1]) or net(**given)
+
+    student, teacher = map(spy, pair, asked)
+    u = torch.rand(6, 12, 2, dtype=torch.float64)
+    respond(student, torch.randint(40, (6, 5)), u, AS_IS, Judge(teacher, 40, draft=3))
+    assert asked == [[4] + 12 * [1], [4] + 4 * [3]]
+
+
 def test_a_judge_of_one_is_the_teacher_and_one_of_all_the_student(pair):
     student, teacher = pair
     prompts, u = torch.randint(40, (4, 5)), torch.rand(4, 9, 2, dtype=torch.float64)
