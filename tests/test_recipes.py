@@ -24,6 +24,7 @@ from kdkernels.trainer.recipes import (
     ttm,
     wttm,
 )
+from kdkernels.trainer.recipes import kd as hinton
 
 S, T = (3 * torch.randn(6, 100, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in range(2))
 Y = torch.randint(100, (6,), generator=torch.Generator().manual_seed(2))
@@ -84,6 +85,7 @@ def test_every_recipe_runs_and_says_what_it_is(name, lab):
     figures = recipe.run(lab)
     assert all(arm in figures for pair in recipe.TREND for arm in pair) and recipe.CLAIM.endswith(".")
     assert all(0 <= value <= 100 for value in figures.values())
+    assert len({str(curve) for curve in lab.curves.values()}) == len(lab.curves)  # no arm does what another does
     files = {path: path.stat().st_mtime_ns for path in lab.folder.iterdir()}
     assert recipe.run(lab) == figures  # from what it has written
     assert files == {path: path.stat().st_mtime_ns for path in lab.folder.iterdir()}
@@ -129,6 +131,14 @@ def test_ttm_has_no_temperature_of_the_student_and_is_kd_with_a_renyi_entropy():
     torch.testing.assert_close(kd.TTMLoss(gamma=g, reduction="none")(S, T), identity)
 
 
+def test_kd_learns_soft_targets_beside_the_labels(lab, monkeypatch):
+    given = {}
+    monkeypatch.setattr(lab, "distil", lambda name, loss, teacher: given.update({name: loss}) or lab.student())
+    hinton.run(lab)
+    soft = 16 * F.kl_div((S / 4).log_softmax(-1), (T / 4).softmax(-1), reduction="batchmean")
+    torch.testing.assert_close(given["kd"](S, T, Y), 0.1 * F.cross_entropy(S, Y) + 0.9 * soft)
+
+
 def test_wttm_weighs_rows_by_the_power_sum_of_the_teacher():
     weight = (wttm.GAMMA * T.log_softmax(-1)).exp().sum(-1)
     rows = kd.TTMLoss(gamma=wttm.GAMMA, reduction="none")(S, T)
@@ -148,6 +158,10 @@ def test_abkd_is_the_divergence_at_a_temperature_without_its_square():
     terms = p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)
     want = F.cross_entropy(S, Y) - abkd.LAMBDA * terms.sum(-1).mean() / (a * b)
     torch.testing.assert_close(abkd.loss(a, b)(S, T, Y), want)
+    powers, q = T.softmax(-1) ** 0.2, S.softmax(-1)  # and with a transformed teacher
+    p = powers / powers.sum(-1, keepdim=True)
+    terms = p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)
+    torch.testing.assert_close(abkd.with_ttm()(S, T, Y), F.cross_entropy(S, Y) - 20 * terms.sum(-1).mean() / (a * b))
 
 
 def test_dist_looks_across_the_rows_of_a_batch():
