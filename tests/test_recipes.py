@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing import event_accumulator
 
 import kdkernels as kd
 from kdkernels.cli import main
-from kdkernels.trainer import images, recipes, reproduce
+from kdkernels.trainer import checkpoint, images, recipes, reproduce
 from kdkernels.trainer.config import UserError
 from kdkernels.trainer.lab import Lab, Update, frozen
 from kdkernels.trainer.recipes import (
@@ -97,9 +98,16 @@ def test_the_table_of_a_recipe(tmp_path, monkeypatch, capsys):
     where = ["--out", str(tmp_path / "o"), "--cache", str(tmp_path)]
     assert main(["distill", "--recipe", "kd", "--seeds", "2", *where]) == 0
     shown = capsys.readouterr().out
-    assert "Hinton" in shown and "KD > cross-entropy: " in shown
+    assert "Hinton" in shown and "KD > cross-entropy: " in shown and " pictures/s\n" in shown
     result = json.loads((tmp_path / "o/results.json").read_text())
     assert len(result["arms"]["KD"]) == 2 and result["trend"][0]["holds"] in ("yes", "no", "within noise")
+    lines = [json.loads(line) for line in (tmp_path / "o/metrics.jsonl").read_text().splitlines()]
+    assert {r["stage"] for r in lines} == {f"seed-{k}/{net}" for k in range(2) for net in ("kd", "cross-entropy")}
+    kept = checkpoint.load_tensors(tmp_path / "o/seed-1/kd.safetensors")[0]["curve"].tolist()
+    assert [r["loss"] for r in lines if r["stage"] == "seed-1/kd"] == kept and len(kept) == 4
+    board = event_accumulator.EventAccumulator(str(tmp_path / "o/tensorboard")).Reload()
+    assert [point.value for point in board.Scalars("seed-1/kd/loss")] == pytest.approx(kept)
+    assert (tmp_path / "o/curves.png").read_bytes().startswith(b"\x89PNG")
     wrong = {"--recipe kdd": "unknown recipe 'kdd'; known: abkd", "--seeds 2": "belongs to --recipe",
              "--recipe kd --lr 1": "not --lr", "--recipe kd --seeds 0": "at least 1"}  # fmt: skip
     for flags, message in wrong.items():

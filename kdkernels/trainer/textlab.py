@@ -107,6 +107,7 @@ class TextLab(Runs):
     """Runs of small language models, with AdamW."""
 
     CLIP = 1.0
+    UNIT = PROMPT + RESPONSE, "tokens"
 
     def data(self) -> Text:
         self._data["text"] = self._data.get("text") or Text(self.cache)
