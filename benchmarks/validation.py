@@ -13,6 +13,7 @@ trained once, and students that several recipes compare with (the same name, set
 import argparse
 import functools
 import json
+import math
 import multiprocessing
 import statistics
 import subprocess
@@ -25,7 +26,7 @@ import torch
 
 from kdkernels import files
 from kdkernels.trainer import recipes, reproduce
-from kdkernels.trainer.config import Config
+from kdkernels.trainer.config import Config, flag
 from kdkernels.trainer.lab import Lab
 
 from . import curves
@@ -128,6 +129,10 @@ def collected(names, options, failed):
     return found
 
 
+def few(name, share):
+    return math.ceil(share * getattr(Config(), name))
+
+
 def large(options):
     """The trainer's two students with 129,280 tokens, `kdkernels distill`, as a record like a recipe's."""
     arms: dict[str, list[float]] = {}
@@ -135,6 +140,8 @@ def large(options):
         for loss in FULL:
             out = options.out / f"full-{loss}-{seed}"
             new = ["--loss", loss, "--seed", seed, "--cache", options.cache, "--out", out]
+            if options.share < 1:
+                new += [x for name in ("steps", "teacher_steps") for x in (flag(name), few(name, options.share))]
             given = ["--resume", out] if (out / "config.json").exists() else new
             command = [sys.executable, "-m", "kdkernels", "distill", *map(str, given)]
             subprocess.run(command, check=True)

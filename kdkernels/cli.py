@@ -106,12 +106,12 @@ def add_probe(commands):
         help="how a student deviates from its teacher",
         description="Where a student is surer than its teacher and where less: the slope of logit(q_c) on logit(p_c), "
         "c the teacher's first choice, residuals by tail, agreement, calibration, conditional mutual information, "
-        "entropies. On held-out text for the run folder of `kdkernels distill`, on test pictures for two files.",
+        "entropies. On held-out text, or on test pictures for the files of a recipe of images.",
         epilog="example: kdkernels probe runs/demo",
     )
     one.set_defaults(run=run_probe)
     one.add_argument("paths", nargs="+", metavar="PATH", help="a finished run folder of `kdkernels distill`; or two "
-                     "safetensors files of a recipe, the student's and the teacher's")  # fmt: skip
+                     "safetensors files of a recipe, the student's and (in the cache folder) its teacher's")
     one.add_argument("--tokens", type=int, default=4096, metavar="INT", help="held-out tokens (default: 4096)")
     one.add_argument("--alpha", type=float, default=0.5, help="order of the Renyi entropy (default: 0.5)")
     one.add_argument("--out", default="", metavar="PATH", help="folder to write (default: probe, beside the files)")

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing import event_accumulator
 
 import kdkernels as kd
 from kdkernels.cli import main
-from kdkernels.trainer import images, recipes, reproduce
+from kdkernels.trainer import checkpoint, images, recipes, reproduce
 from kdkernels.trainer.config import UserError
 from kdkernels.trainer.lab import Lab, Update, frozen
 from kdkernels.trainer.recipes import (
@@ -24,6 +25,7 @@ from kdkernels.trainer.recipes import (
     ttm,
     wttm,
 )
+from kdkernels.trainer.recipes import kd as hinton
 
 S, T = (3 * torch.randn(6, 100, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in range(2))
 Y = torch.randint(100, (6,), generator=torch.Generator().manual_seed(2))
@@ -84,6 +86,7 @@ def test_every_recipe_runs_and_says_what_it_is(name, lab):
     figures = recipe.run(lab)
     assert all(arm in figures for pair in recipe.TREND for arm in pair) and recipe.CLAIM.endswith(".")
     assert all(0 <= value <= 100 for value in figures.values())
+    assert len({str(curve) for curve in lab.curves.values()}) == len(lab.curves)  # no arm does what another does
     files = {path: path.stat().st_mtime_ns for path in lab.folder.iterdir()}
     assert recipe.run(lab) == figures  # from what it has written
     assert files == {path: path.stat().st_mtime_ns for path in lab.folder.iterdir()}
@@ -95,9 +98,16 @@ def test_the_table_of_a_recipe(tmp_path, monkeypatch, capsys):
     where = ["--out", str(tmp_path / "o"), "--cache", str(tmp_path)]
     assert main(["distill", "--recipe", "kd", "--seeds", "2", *where]) == 0
     shown = capsys.readouterr().out
-    assert "Hinton" in shown and "KD > cross-entropy: " in shown
+    assert "Hinton" in shown and "KD > cross-entropy: " in shown and " pictures/s\n" in shown
     result = json.loads((tmp_path / "o/results.json").read_text())
     assert len(result["arms"]["KD"]) == 2 and result["trend"][0]["holds"] in ("yes", "no", "within noise")
+    lines = [json.loads(line) for line in (tmp_path / "o/metrics.jsonl").read_text().splitlines()]
+    assert {r["stage"] for r in lines} == {f"seed-{k}/{net}" for k in range(2) for net in ("kd", "cross-entropy")}
+    kept = checkpoint.load_tensors(tmp_path / "o/seed-1/kd.safetensors")[0]["curve"].tolist()
+    assert [r["loss"] for r in lines if r["stage"] == "seed-1/kd"] == kept and len(kept) == 4
+    board = event_accumulator.EventAccumulator(str(tmp_path / "o/tensorboard")).Reload()
+    assert [point.value for point in board.Scalars("seed-1/kd/loss")] == pytest.approx(kept)
+    assert (tmp_path / "o/curves.png").read_bytes().startswith(b"\x89PNG")
     wrong = {"--recipe kdd": "unknown recipe 'kdd'; known: abkd", "--seeds 2": "belongs to --recipe",
              "--recipe kd --lr 1": "not --lr", "--recipe kd --seeds 0": "at least 1"}  # fmt: skip
     for flags, message in wrong.items():
@@ -129,6 +139,14 @@ def test_ttm_has_no_temperature_of_the_student_and_is_kd_with_a_renyi_entropy():
     torch.testing.assert_close(kd.TTMLoss(gamma=g, reduction="none")(S, T), identity)
 
 
+def test_kd_learns_soft_targets_beside_the_labels(lab, monkeypatch):
+    given = {}
+    monkeypatch.setattr(lab, "distil", lambda name, loss, teacher: given.update({name: loss}) or lab.student())
+    hinton.run(lab)
+    soft = 16 * F.kl_div((S / 4).log_softmax(-1), (T / 4).softmax(-1), reduction="batchmean")
+    torch.testing.assert_close(given["kd"](S, T, Y), 0.1 * F.cross_entropy(S, Y) + 0.9 * soft)
+
+
 def test_wttm_weighs_rows_by_the_power_sum_of_the_teacher():
     weight = (wttm.GAMMA * T.log_softmax(-1)).exp().sum(-1)
     rows = kd.TTMLoss(gamma=wttm.GAMMA, reduction="none")(S, T)
@@ -148,6 +166,10 @@ def test_abkd_is_the_divergence_at_a_temperature_without_its_square():
     terms = p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)
     want = F.cross_entropy(S, Y) - abkd.LAMBDA * terms.sum(-1).mean() / (a * b)
     torch.testing.assert_close(abkd.loss(a, b)(S, T, Y), want)
+    powers, q = T.softmax(-1) ** 0.2, S.softmax(-1)  # and with a transformed teacher
+    p = powers / powers.sum(-1, keepdim=True)
+    terms = p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)
+    torch.testing.assert_close(abkd.with_ttm()(S, T, Y), F.cross_entropy(S, Y) - 20 * terms.sum(-1).mean() / (a * b))
 
 
 def test_dist_looks_across_the_rows_of_a_batch():
@@ -231,5 +253,24 @@ def test_the_laplace_predictive_and_the_mixture(lab):
     shrunk = bayesian_teacher.laplace(teacher, data)
     factor = shrunk / f
     assert (factor > 0).all() and (factor < 1).all()
-    sure = bayesian_teacher.laplace(teacher, data, prior=1e6)
+    sure = bayesian_teacher.laplace(teacher, data, prior=1e9)
     torch.testing.assert_close(sure, f, rtol=1e-2, atol=1e-3)
+
+
+def test_the_posterior_of_the_last_layer_is_that_of_its_whole_matrix():
+    """Where rows agree on the probabilities the Kronecker form is all of it; its prior has the largest evidence."""
+    x, weights = torch.randn(30, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    f = torch.randn(5, dtype=torch.float64).expand(30, 5)
+    p = f[0].softmax(-1)
+    matrix = torch.kron(x.T @ x, torch.diag(p) - p.outer(p))
+    found, at = bayesian_teacher.LastLayer(x, f, weights), x[:3]
+    jacobian = torch.stack([torch.kron(row, torch.eye(5, dtype=torch.float64)) for row in at])
+    inverse = torch.linalg.inv(matrix + found.prior * torch.eye(20))
+    want = (jacobian @ inverse @ jacobian.mT).diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(found.variance(at), want)
+
+    def evidence(delta):
+        size = delta * weights.square().sum() - 20 * torch.tensor(delta).log()
+        return -(size + torch.logdet(matrix + delta * torch.eye(20))) / 2
+
+    assert evidence(found.prior) > max(evidence(found.prior * 1.1), evidence(found.prior / 1.1))

@@ -1,5 +1,7 @@
 """What distinguishes the recipes of images, each held to its formula in torch's own functions."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -210,27 +212,45 @@ def test_the_certificate_is_exact_for_two_classes_of_a_linear_net():
     linear.head = torch.nn.Linear(20, 2)
     x, y = DATA.test[0][:10], torch.arange(10) % 2
     (slope,) = torch.autograd.grad(linear(x.requires_grad_()).gather(1, y[:, None]).sum() * 2 - linear(x).sum(), x)
-    for bound, sign in zip(faithful.bounds(linear, x, y, 0.05), (-1, 1), strict=True):
+    for bound, sign in zip(faithful.bounds(linear, x, y, 0.05)[:2], (-1, 1), strict=True):
         worst = linear(x + sign * 0.05 * slope.sign()).log_softmax(-1).gather(1, y[:, None])[:, 0]
         torch.testing.assert_close(bound, worst, rtol=1e-4, atol=1e-5)
+    low, _, certain = faithful.bounds(linear, x, y, 0.05)
+    assert torch.equal(certain, low.exp() > 0.5) and 0 < certain.sum() < 10
 
 
 def test_the_certificate_bounds_what_ascent_finds():
     student, teacher, (x, y, _) = net(1), net(0), (v[:20] for v in DATA.test)
     measure = faithful.gap(student, teacher, y)
     at_it = measure(x)
-    torch.testing.assert_close(faithful.certificate(student, teacher, x, y, 0.0), at_it, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(faithful.certificate(student, teacher, x, y, 0.0)[0], at_it, rtol=1e-3, atol=1e-5)
     for radius in (0.001, 0.01):
-        most = faithful.certificate(student, teacher, x, y, radius)
+        most, _ = faithful.certificate(student, teacher, x, y, radius)
         apart, widest = faithful.found(student, teacher, x, y, radius, torch.Generator().manual_seed(0))
         assert (at_it <= widest + 1e-7).all() and (widest <= most + 1e-6).all() and (most < 1).all()
         assert (widest > at_it + 1e-6).any() and apart.any()
         for net_ in (student, teacher):
-            low, high = (v.exp() for v in faithful.bounds(net_, x, y, radius))
+            low, high = (v.exp() for v in faithful.bounds(net_, x, y, radius)[:2])
             for _ in range(5):
                 near = x + radius * torch.randn(x.shape).sign()
                 own = net_(near).softmax(-1).gather(1, y[:, None])[:, 0]
                 assert (low <= own + 1e-6).all() and (own <= high + 1e-6).all()
+
+
+def test_nets_that_are_certified_to_agree_do():
+    """Where both are certain of an answer, taken for the label, ascent finds no other in the ball."""
+    student, (x, _, _) = net(1), (v[:40] for v in DATA.test)
+    with torch.no_grad():
+        student.head.weight.mul_(0.1), student.head.bias.zero_()
+        student.head.bias[7] = 2.5
+        other = copy.deepcopy(student)
+        other.head.weight.mul_(1000.0)
+        y = torch.full((40,), 7)
+    _, certain = faithful.certificate(student, other, x, y, 2e-4)
+    apart, _ = faithful.found(student, other, x, y, 2e-4, torch.Generator().manual_seed(0))
+    assert 0 < certain.sum() < 40 and apart.any() and not (apart & certain).any()
+    each = [faithful.bounds(one, x, y, 2e-4)[2] for one in (student, other)]
+    assert torch.equal(certain, each[0] & each[1]) and not torch.equal(certain, each[0])
 
 
 def test_the_posterior_of_the_mixture_is_that_of_its_densities():

@@ -1,17 +1,34 @@
 """The recipes of language models: who writes what, which rows are compared, schedules that go on where they stopped."""
 
 import itertools
+import json
 import math
+import shutil
 
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 
+from kdkernels.cli import main
 from kdkernels.trainer import models, recipes, reproduce, textlab
+from kdkernels.trainer.checkpoint import save_tensors
 from kdkernels.trainer.config import Config
-from kdkernels.trainer.lab import frozen
-from kdkernels.trainer.recipes import akl, atsc, distillm, divergences, dkd, on_policy, simkd_lm, skd, supervised, taid
+from kdkernels.trainer.lab import Update, frozen
+from kdkernels.trainer.recipes import (
+    akl,
+    atsc,
+    atsc_lm,
+    distillm,
+    divergences,
+    dkd,
+    on_policy,
+    simkd,
+    simkd_lm,
+    skd,
+    supervised,
+    taid,
+)
 from kdkernels.trainer.sampling import AS_IS, Judge, Taste, draw, nucleus, respond
 
 NAMES = [name for name in recipes.names() if hasattr(recipes.load(name), "LAB")]
@@ -89,6 +106,20 @@ def test_drafts_and_caches_change_nothing(pair, top_k):
         assert found.tolist() == [text for text, _ in rows]
     mended = sum(count for _, count in rows)
     assert (mended == 0) if top_k in (40, None) else (5 < mended < 6 * 13)
+
+
+def test_both_models_keep_what_they_have_read(pair):
+    """The prompt once, then the student a token at a time and the teacher the drafts of a round, never all of the text;
+    where all drafts are taken the teacher adds none."""
+    asked = [[], []]
+
+    def spy(net, seen):
+        return lambda **given: seen.append(given["input_ids"].shape[1]) or net(**given)
+
+    student, teacher = map(spy, pair, asked)
+    u = torch.rand(6, 12, 2, dtype=torch.float64)
+    respond(student, torch.randint(40, (6, 5)), u, AS_IS, Judge(teacher, 40, draft=3))
+    assert asked == [[4] + 12 * [1], [4] + 4 * [3]]
 
 
 def test_a_judge_of_one_is_the_teacher_and_one_of_all_the_student(pair):
@@ -290,9 +321,58 @@ def test_heads_that_are_shared(lab):
     assert torch.equal(pretrained.head.weight, head) and not torch.equal(moving.teacher.head.weight, head)
     assert not torch.equal(moving.teacher.body.layers[0].mlp.up_proj.weight,
                            pretrained.body.layers[0].mlp.up_proj.weight)  # fmt: skip
-    written = simkd_lm.writer(lab, moving)(input_ids=tokens).logits
+    written = simkd_lm.writer(lab.student(), moving)(input_ids=tokens).logits
     torch.testing.assert_close(textlab.responses(written), moving(tokens))
     torch.testing.assert_close(moving(tokens), F.linear(moving.features(tokens), moving.teacher.head.weight))
+
+
+def test_two_teachers_of_one_language_model(lab):
+    """Both move, with a projector each, and one student, whose logits are the mean; both classifiers learn."""
+    pretrained = [frozen(simkd_lm.Halves(lab.teacher(seed=seed))) for seed in (1000, 1001)]
+    student = simkd_lm.Halves(lab.student())
+    both = atsc.Several([simkd_lm.through(student, atsc_lm.movable(lab.teacher(seed=seed))) for seed in (1000, 1001)])
+    first, *shares = atsc.together(both, pretrained, textlab.LR)
+    tokens, batch = lab.data().held, lab.batch(lab.data().few, 0, 4)
+    alone = sum(atsc.updates(net, one)[0].loss(batch) for net, one in zip(both.nets, pretrained, strict=True))
+    torch.testing.assert_close(first.loss(batch), alone)
+    assert len({id(p) for p in first.parameters}) == len(first.parameters)
+    assert [len(share.parameters) for share in shares] == [1, 1]
+    lab.train("two", both, [first, *shares])
+    for net, one in zip(both.nets, pretrained, strict=True):
+        assert net.student is student and not torch.equal(net.teacher.head.weight, one.head.weight)
+        assert not torch.equal(net.teacher.body.layers[0].mlp.up_proj.weight, one.body.layers[0].mlp.up_proj.weight)
+    want = (both.nets[0](tokens) + both.nets[1](tokens)) / 2
+    torch.testing.assert_close(textlab.responses(atsc_lm.writer(lab, both)(input_ids=tokens).logits), want)
+
+
+def test_probe_of_language_models(lab, texts, monkeypatch, tmp_path, capsys):
+    """On the held-out responses; of a student with the state of a schedule, and of one through the teacher's head."""
+    text, pretrained = lab.data(), frozen(simkd_lm.Halves(lab.teacher()))
+    net, reusing = lab.student(), simkd_lm.reusing(lab, pretrained)
+    net.schedule = taid.Moving(5)
+    nets = {"taid": lab.distil("taid", net.schedule, net=net)}
+    lab.train("simkd", reusing, [Update(simkd.feature_loss(reusing, pretrained), reusing.own(), textlab.LR)])
+    nets["simkd"] = simkd_lm.writer(lab.student(), reusing)
+    [teacher] = lab.cache.glob("text-teacher-*")
+    monkeypatch.setattr(textlab, "Text", lambda cache: text)
+    probe = lambda *given: main(["probe", *map(str, given), "--tokens", "56", "--out", str(tmp_path / "p")])  # noqa: E731
+    assert probe(lab.folder / "taid.safetensors", teacher) == 2
+    assert "in the cache folder, with the text of both" in capsys.readouterr().err
+    [shard] = texts[0].glob("text-*")
+    shutil.copy(shard, lab.cache)
+    for name, one in nets.items():
+        assert probe(lab.folder / f"{name}.safetensors", teacher) == 0
+        saved = json.loads((tmp_path / "p/probe.json").read_text())[name]
+        assert saved["rows"] == (lab.labels(text.held) != -100).sum() and (tmp_path / f"p/{name}.png").exists()
+        assert saved["student"]["cross_entropy"] == pytest.approx(lab.cross_entropy(one, text.held), rel=1e-5)
+        assert saved["acceptance"] == pytest.approx(lab._acceptance(one, text.held) / 100, rel=1e-5)
+    save_tensors(tmp_path / "image.safetensors", {"net/body.0.weight": torch.zeros(2)})
+    assert probe(tmp_path / "image.safetensors", teacher) == 2 and "one is a language model" in capsys.readouterr().err
+    (tmp_path / "of-recipe/seed-0").mkdir(parents=True)
+    assert probe(tmp_path / "of-recipe") == 2 and "is of a recipe: give one of" in capsys.readouterr().err
+    monkeypatch.setattr(textlab, "STUDENT", dict(hidden=24, ffn=16, heads=2, layers=1))
+    assert probe(lab.folder / "taid.safetensors", teacher) == 2
+    assert "not a language model as `kdkernels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", NAMES)

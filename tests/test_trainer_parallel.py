@@ -64,6 +64,27 @@ def gradients(loss, **settings):
     return {name: parallel.whole(p.grad) for name, p in learner.model.named_parameters()}, found
 
 
+def test_mixed_precision():
+    """Matrix products and the loss's logits in bfloat16; weights, their gradients and moments in float32."""
+    seen, learners = [], {}
+    inputs, labels = Batches().batch(1, 0, BATCH)
+    told = torch.randn(BATCH * LENGTH, CLASSES, generator=torch.Generator().manual_seed(1))
+    for dtype in ("float32", "bfloat16"):
+
+        def loss(student, teacher, *rest):
+            seen.append(student.dtype)
+            return in_order(kd.KDLoss(reduction="mean"))(student, teacher.to(student.dtype), *rest)
+
+        one = learners[dtype] = Learner(Toy().float(), loss, Config(dtype=dtype, clip=0.0, seq_len=LENGTH))
+        one.add(inputs, labels, told, int((labels != -100).sum()), 1.0, True)
+    assert seen == [torch.float32, torch.bfloat16]
+    for p, q in zip(*(one.model.parameters() for one in learners.values()), strict=True):
+        assert p.grad.dtype == q.grad.dtype == torch.float32
+        assert 0 < (p.grad - q.grad).norm() < 3e-2 * p.grad.norm()
+    learners["bfloat16"].update(1e-3)
+    assert all(x.dtype == torch.float32 for x in learners["bfloat16"].tensors().values())
+
+
 def the_loss(name):
     if name == "cross-entropy":
         return cross_entropy

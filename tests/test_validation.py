@@ -132,8 +132,9 @@ def test_the_large_vocabulary_goes_on_with_the_runs_that_have_begun(monkeypatch,
             (tmp_path / f"full-{loss}-{seed}").mkdir()
     (tmp_path / "full-jsd-1" / "config.json").write_text("{}")
     monkeypatch.setattr(validation.subprocess, "run", run)
-    found = validation.large(type("Options", (), dict(out=tmp_path, cache="c", seeds=2)))
+    found = validation.large(type("Options", (), dict(out=tmp_path, cache="c", seeds=2, share=0.1)))
     assert found["arms"]["wttm"] == pytest.approx([51, 55]) and found["arms"]["cross-entropy"] == [50, 50]
     assert [x["holds"] for x in found["trend"]] == ["within noise"] * 2 + ["yes"] * 2  # 3, 4, 5, 6 +- 4
     assert commands[-1][3:] == ["distill", "--resume", str(tmp_path / "full-jsd-1")]
     assert commands[0][3:8] == ["distill", "--loss", "wttm", "--seed", "0"]
+    assert commands[0][-4:] == ["--steps", "15", "--teacher-steps", "100"]

@@ -8,6 +8,7 @@ functions of seed, name and step alone, so that a resumed run ends at the same w
 import hashlib
 import json
 import math
+import time
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ class Runs:
     """Args: folder of the run, folder of what runs share (teachers), seed, show(text), share of all steps to make."""
 
     CLIP = 5.0  # largest norm of a gradient
+    UNIT = 1, "pictures"  # of an example
 
     def __init__(self, folder, cache, seed=0, show=print, share=1.0):
         self.folder, self.cache, self.seed, self.show, self.share = Path(folder), Path(cache), seed, show, share
@@ -84,6 +86,7 @@ class Runs:
         optimizers = [self.optimizer(update) for update in updates]
         done, self.curves[name] = self._restore(path, owner, net, optimizers)
         net.train()
+        start = time.perf_counter()
         for step in range(done, steps):
             batch = self.batch(data, step, size)
             for update, optimizer in zip(updates, optimizers, strict=True):
@@ -98,7 +101,8 @@ class Runs:
             if not math.isfinite(value):
                 raise UserError(f"the loss of {name} became {value} at step {step + 1}")
             if (step + 1) % every == 0 or step + 1 == steps:
-                self.show(f"{name}: step {step + 1} of {steps}, loss {value:.4f}")
+                speed = self.UNIT[0] * size * (step + 1 - done) / (time.perf_counter() - start)
+                self.show(f"{name}: step {step + 1} of {steps}, loss {value:.4f}, {speed:.0f} {self.UNIT[1]}/s")
                 self._save(path, owner, net, optimizers, step + 1, self.curves[name])
         return net.eval()
 
@@ -124,6 +128,7 @@ class Runs:
                 mine = f"{i}/{j}/"
                 optimizer.state[p] |= {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
         return header["step"], tensors["curve"].tolist()
+
 
 class Lab(Runs):
     """Runs of convolutional networks on small images, with momentum."""

@@ -17,14 +17,10 @@ from torch import Tensor
 import kdkernels as kd
 
 from .. import files
-from . import checkpoint, models, report
-from .caching import read_teacher
+from . import probed, report
 from .config import UserError
-from .data import Corpus
-from .distill import need_extra, read_run, teacher_file
-from .images import STUDENT, ConvNet, Pairs
+from .distill import need_extra
 
-ROWS = 256  # at a time
 TAIL, BINS, LABELS = 0.2, 15, 100
 OF_EACH = ("cross_entropy", "accuracy", "ece", "entropy", "renyi_entropy", "cmi")
 
@@ -119,60 +115,6 @@ def measure(batches, labels: Tensor, alpha: float) -> tuple[dict, dict[str, Tens
     return figures, rows
 
 
-def of_text(folder: Path, tokens: int):
-    """{student: (batches, labels)} of a run of `kdkernels distill`."""
-    cfg = read_run(folder, {})
-    if not (folder / "results.json").exists():
-        raise UserError(f"{folder}: the run has not finished; --resume it first")
-    with report.progress("tokenise (characters)", "") as bar:
-        corpus = Corpus(cfg).load(bar)
-    if checkpoint.read_json(folder / "config.json")["text"] != corpus.key:
-        raise UserError(f"the text or tokenizer is not what {folder} was started with")
-    if not (path := teacher_file(cfg, corpus)).exists():
-        raise UserError(f"the teacher of {folder} is not in the cache any more: {path}")
-    teacher, _ = read_teacher(path, cfg, corpus)
-    inputs, labels = corpus.held_out(tokens)
-    kept = labels.flatten() != -100
-    step = max(1, ROWS // cfg.seq_len)
-
-    def batches(net):
-        for first in range(0, len(inputs), step):
-            x, y = inputs[first : first + step].to(cfg.device), labels[first : first + step].flatten()
-            yield *(models.logits_of(one, x).float().cpu()[y != -100] for one in (net, teacher)), y[y != -100]
-
-    found = {}
-    for name in ("distilled", "ce"):
-        net = models.build(cfg, corpus.vocab_size, len(cfg.keep_layers)).eval()
-        models.fill(net, checkpoint.load_tensors(folder / f"{name}.safetensors")[0])
-        found[name] = batches(net), labels.flatten()[kept]
-    return found
-
-
-def image_net(path: Path) -> ConvNet:
-    """That of a recipe's file."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    tensors = {k.removeprefix("net/"): v for k, v in checkpoint.load_tensors(path)[0].items() if k.startswith("net/")}
-    widths = tuple(tensors[k].shape[0] for k in sorted(tensors) if k.startswith("body.") and tensors[k].ndim == 4)
-    net = ConvNet(widths or STUDENT)
-    if set(tensors) != set(net.state_dict()):
-        raise UserError(f"{path}: not a plain network for images, as `kdkernels distill --recipe kd` trains them")
-    net.load_state_dict(tensors)
-    return net.eval()
-
-
-def of_images(student: Path, teacher: Path):
-    """{student: (batches, labels)} of two files of a recipe."""
-    nets = image_net(student), image_net(teacher)
-    images, labels, _ = Pairs().test
-
-    def batches():
-        for x, y in zip(images.split(ROWS), labels.split(ROWS), strict=True):
-            yield *(net(x) for net in nets), y
-
-    return {student.stem: (batches(), labels)}
-
-
 def show(name: str, figures: dict):
     line = f"{figures['slope']:.3f} logit(p_c) {figures['intercept']:+.3f}"
     title = f"{name}: logit(q_c) = {line}, {figures['rows']} rows"
@@ -223,9 +165,9 @@ def command(options) -> int:
         raise UserError(f"--alpha must be above 0 and not 1, got {options.alpha:g}")
     need_extra("sklearn")
     if len(paths) == 2:
-        found = of_images(*paths)
+        found = probed.of_files(paths[0], paths[1], options.tokens)
     elif len(paths) == 1:
-        found = of_text(paths[0], options.tokens)
+        found = probed.of_run(paths[0], options.tokens)
     else:
         raise UserError(f"probe takes a run folder, or a student's and a teacher's file, got {len(paths)} paths")
     out = Path(options.out or (paths[0] if len(paths) == 1 else paths[0].parent) / "probe")

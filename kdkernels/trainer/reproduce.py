@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .. import files
-from . import parallel, recipes
+from . import parallel, recipelog, recipes
 from .checkpoint import read_json
 from .config import Config, UserError, flag
 from .distill import check_room, need_extra
@@ -77,5 +77,6 @@ def command(options) -> int:
     out = Path(getattr(options, "out", "") or Path("runs") / options.recipe)
     check_room(out, ROOM)
     result = run(options.recipe, out, getattr(options, "cache", Config().cache), seeds)
+    recipelog.write(result, out, seeds)
     print(f"\n{report(result)}\nin {out}", flush=True)
     return 0

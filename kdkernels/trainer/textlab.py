@@ -99,10 +99,15 @@ def responses(logits: Tensor) -> Tensor:
     return logits[:, PROMPT - 1 : -1].flatten(0, 1)
 
 
+def untrained(size, vocab, seed=0):
+    return models.build(Config(seq_len=PROMPT + RESPONSE, seed=seed, **size), vocab, size["layers"])
+
+
 class TextLab(Runs):
     """Runs of small language models, with AdamW."""
 
     CLIP = 1.0
+    UNIT = PROMPT + RESPONSE, "tokens"
 
     def data(self) -> Text:
         self._data["text"] = self._data.get("text") or Text(self.cache)
@@ -128,7 +133,7 @@ class TextLab(Runs):
 
     def _reader(self, name, size, seed, steps, lr=3e-3):
         text = self.data()
-        net = models.build(Config(seq_len=PROMPT + RESPONSE, seed=seed, **size), text.vocab, size["layers"])
+        net = untrained(size, text.vocab, seed)
         key = hashlib.sha256(json.dumps([text.whole.key, size, seed, steps, lr]).encode()).hexdigest()[:12]
 
         def loss(batch):

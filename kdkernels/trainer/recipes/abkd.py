@@ -6,7 +6,7 @@ count.
 CE + lambda D_AB(p || q) with alpha + beta = 1.1, alpha = 0.8, lambda = 32, both at T = 4 and without T^2, as the
 paper's code has it for CIFAR-100; (1, 0) is the forward and (0, 1) the reverse KL, at the same T and lambda. "AB + TTM"
 has the teacher to the power gamma and the student at T = 1. `python -m benchmarks.pages.alpha_beta` draws the accuracy
-over alpha and beta. Expected: above both KLs.
+over alpha and beta. Expected: 76%, beside 75% and 76% of the forward and the reverse KL, within noise; AB + TTM 75%.
 """
 
 import kdkernels as kd

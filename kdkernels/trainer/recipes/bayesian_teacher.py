@@ -2,10 +2,13 @@
 
     kdkernels distill --recipe bayesian_teacher
 
-Laplace: a Gaussian posterior of the last layer around the trained one, with the Kronecker-factored Gauss-Newton matrix
-A x G (A of the features, G of the logits) and a prior precision of 1, whose predictive is by the probit approximation
-softmax(f / sqrt(1 + pi/8 var f)). Ensemble: the mean of softmax(t / T) of three teachers, given as an explicit
-distribution. The paper's variational teachers are not here. Expected: a little above KD.
+Laplace: a Gaussian posterior of the last layer around the trained one, whose precision is the Gauss-Newton matrix in
+its Kronecker form A x G (A of the features, G of the logits; all of it would have 64,100 rows) plus delta I, inverted
+exactly by the eigenvectors of both; delta is that of the largest marginal likelihood (MacKay's fixed point). The
+predictive is by the probit approximation softmax(f / sqrt(1 + pi/8 var f)). (The paper's laplace-torch would bring nine
+packages for these two eigenvalue problems, and takes weights and bias for independent.) Ensemble: the mean of
+softmax(t / T) of three teachers, given as an explicit distribution. The paper's variational teachers are not here.
+Expected: the ensemble a little above the 75% of KD, Laplace below, at 72%.
 """
 
 import math
@@ -22,21 +25,43 @@ SOURCE = "SGD-based knowledge distillation with Bayesian teachers (ICLR 2026)"
 CLAIM = "Bayesian teachers are better teachers than deterministic ones."
 FIGURE = hinton.FIGURE
 TREND = [("KD, Laplace", "KD"), ("KD, ensemble", "KD")]
-PRIOR, T = 1.0, 4.0
+T = 4.0
+
+
+class LastLayer:
+    """The posterior of a linear layer, of rows x (N, D) of its inputs, the 1 of the bias among them, and its logits f.
+
+    Args:
+        weights: the trained ones (C, D).
+        prior: delta, the precision of the prior; none: that of the largest marginal likelihood.
+    """
+
+    def __init__(self, x, f, weights, prior=None):
+        p = f.softmax(-1)
+        # A is the sum over the rows and G their mean: A x G is the matrix of all of them.
+        a, self.inputs = torch.linalg.eigh(x.T @ x)
+        g, self.outputs = torch.linalg.eigh(torch.diag(p.mean(0)) - p.T @ p / len(p))
+        self.precision = a.clamp(min=0)[:, None] * g.clamp(min=0)
+        self.prior = prior or self.likeliest(weights.square().sum().item())
+
+    def likeliest(self, size, delta=1.0):
+        """size: the sum of the squares of the weights."""
+        for _ in range(100):
+            delta = (self.precision / (self.precision + delta)).sum().item() / size  # weights the data decide
+        return delta
+
+    def variance(self, x):
+        """Of the logits of rows x, (N, C)."""
+        return (x @ self.inputs).square() @ (self.precision + self.prior).reciprocal() @ self.outputs.square().T
 
 
 @torch.no_grad()
-def laplace(teacher, data, prior=PRIOR):
+def laplace(teacher, data, prior=None):
     """Logits (N, C) of the training pictures: the mean, shrunk by its uncertainty."""
     inputs = torch.cat([teacher.features(x).mean(2).flatten(1) for x in data.train[0].split(1000)]).double()
     x = torch.cat((inputs, torch.ones(len(inputs), 1, dtype=torch.float64)), 1)
-    f = logits_of(teacher, data).double()
-    p = f.softmax(-1)
-    # A sums over the pictures and G is their mean: A x G is the matrix of all of them, the prior on both sides of it.
-    A, G = x.T @ x, torch.diag(p.mean(0)) - p.T @ p / len(p)
-    root = math.sqrt(prior)
-    spread = (x @ torch.linalg.inv(A + root * torch.eye(len(A), dtype=A.dtype)) * x).sum(1)
-    variance = spread[:, None] * torch.linalg.inv(G + root * torch.eye(len(G), dtype=G.dtype)).diagonal()
+    f, head = logits_of(teacher, data).double(), teacher.head
+    variance = LastLayer(x, f, torch.cat((head.weight, head.bias[:, None]), 1).double(), prior).variance(x)
     return (f / (1 + math.pi / 8 * variance).sqrt()).float()
 
 

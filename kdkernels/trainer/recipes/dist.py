@@ -3,8 +3,8 @@ of a class.
 
     kdkernels distill --recipe dist
 
-CE + 2 (inter + intra), tau = 4, as for CIFAR-100, after students of a teacher of three widths. Expected: above KD; and
-with a stronger teacher it does not fall behind where KD does.
+CE + 2 (inter + intra), tau = 4, as for CIFAR-100, after students of a teacher of three widths. Expected: 75% as of KD,
+and as much of the stronger teacher, where KD has 74%; all within noise.
 """
 
 import kdkernels as kd

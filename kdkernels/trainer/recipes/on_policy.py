@@ -5,7 +5,7 @@
 A batch is, with probability lambda, the responses that the student writes to the prompts at T = 1, as it is at that
 step and without a gradient through the writing, and otherwise the fixed texts; the loss is KL(p || q) in both cases
 (the paper has the generalised JSD too: see `divergences`). lambda = 1 is on-policy, 0.5 the mixture, 0 `supervised`.
-Expected: above supervised on the student's own text.
+Expected: 63.1% beside 62.8% of supervised on the student's own text, 62.8% of the mixture.
 """
 
 import torch

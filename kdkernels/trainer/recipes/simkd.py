@@ -3,8 +3,8 @@
     kdkernels distill --recipe simkd
 
 The loss is the mean squared error of the last feature maps before pooling, nothing else. The projector is that of the
-paper, 1 x 1, 3 x 3 and 1 x 1 convolutions with batch normalisation, through half the teacher's channels. Expected:
-above KD.
+paper, 1 x 1, 3 x 3 and 1 x 1 convolutions with batch normalisation, through half the teacher's channels. Expected: 77%,
+beside 75% of KD.
 """
 
 import torch

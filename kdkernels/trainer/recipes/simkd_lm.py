@@ -4,7 +4,8 @@ teacher's own.
     kdkernels distill --recipe simkd_lm
 
 The mean squared error of the last hidden states of the responses' tokens, through a perceptron of one hidden layer, on
-fixed texts; nothing else. The paper is about images: this form is ours. Expected, as there: above the KL.
+fixed texts; nothing else. The paper is about images: this form is ours. Expected: 56%, below the 63% of the KL,
+after a hundred steps.
 """
 
 import copy
@@ -38,17 +39,19 @@ class Halves(nn.Module):
         return self.head(features)
 
 
-def reusing(lab, teacher):
-    """The student, through a projector and the LM head of a teacher (a `Halves`)."""
-    student = Halves(lab.student())
+def through(student, teacher):
+    """The student, a `Halves`, through a projector and the LM head of another."""
     narrow, wide = student.head.in_features, teacher.head.in_features
     projector = nn.Sequential(nn.Linear(narrow, wide), nn.GELU(), nn.Linear(wide, wide))
     return simkd.Reusing(student, teacher, projector)
 
 
-def writer(lab, net):
-    """The language model that such a net is."""
-    model = lab.student()
+def reusing(lab, teacher):
+    return through(Halves(lab.student()), teacher)
+
+
+def writer(model, net):
+    """The language model that such a net is, in place of `model`."""
     model.model, model.lm_head = net.student.body, nn.Sequential(net.projector, net.teacher.head)
     return model
 
@@ -57,4 +60,4 @@ def run(lab):
     figures, teacher = supervised.baseline(lab), frozen(Halves(lab.teacher()))
     net = reusing(lab, teacher)
     lab.train("simkd", net, [Update(simkd.feature_loss(net, teacher), net.own(), textlab.LR)])
-    return figures | lab.figures("SimKD", writer(lab, net))
+    return figures | lab.figures("SimKD", writer(lab.student(), net))

@@ -4,10 +4,11 @@
 
 A token that the student draws (T = 0.5, top-p 0.5) stays if it is among the teacher's K = 25 most likely, by its logits
 as they are; otherwise the teacher draws one (T = 0.2, top-p 0.5). The student drafts 5 tokens between two looks of the
-teacher; then one step on KL(p || q) over the tokens of the responses. K = V is on-policy distillation. (The released
-code tests another token than the drafted one, cuts the teacher's logits to the nucleus before it looks for the K, and
-leaves out the first token of the response.) The figure is of text that the student draws as it does here, in all arms.
-Expected: above supervised and on-policy, the more the weaker the student.
+teacher; then one step on KL(p || q), the mean over the tokens of all responses (in the paper's code over the texts'
+means: the same unless some end early). K = V is on-policy distillation. (The released code tests another token than the
+drafted one, cuts the teacher's logits to the nucleus before it looks for the K, and leaves out the first token of the
+response.) The figure is of text that the student draws as it does here, in all arms. Expected: 76.0%, beside 69.0% of
+supervised and 75.6% of on-policy, the last within noise.
 """
 
 import kdkernels as kd

