@@ -31,8 +31,8 @@ from kdkernels.trainer.data import Corpus
 from kdkernels.trainer.evaluate import evaluate
 from kdkernels.trainer.loop import Learner, Stage
 
+from .harness import machine
 from .ranks import commit
-from .rows import machine
 
 TOP, ROWS = 128, 256
 

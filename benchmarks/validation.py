@@ -29,7 +29,7 @@ from kdkernels.trainer.config import Config
 from kdkernels.trainer.lab import Lab
 
 from . import curves
-from .rows import machine
+from .harness import machine
 from .sharing import sharing
 
 ROOT = Path(__file__).resolve().parents[1]

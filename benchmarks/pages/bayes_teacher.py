@@ -20,8 +20,8 @@ from torch import nn
 
 import kdkernels as kd
 
+from ..harness import machine
 from ..ranks import commit
-from ..rows import machine
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
