@@ -1,5 +1,6 @@
 """What all benchmarks share: turns, clocks, memory, the machine's own rates, and results that survive being stopped."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -99,7 +100,8 @@ def step(function: Callable, leaf: torch.Tensor, *rest) -> Callable:
 def peak_bytes(function: Callable, device: str = "cpu") -> int:
     """The most that torch's allocator holds at a time during a call beyond what was there before."""
     if device != "cuda":
-        return allocations(function).peak
+        with silent():
+            return allocations(function).peak
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -108,15 +110,30 @@ def peak_bytes(function: Callable, device: str = "cpu") -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+@contextlib.contextmanager
+def silent():
+    """Without what the profiler's C++ writes to stderr."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept), os.close(nowhere)
+
+
 def copier(like: torch.Tensor) -> Callable:
     """A contender that reads the bytes of `like` and writes as many: what bandwidth is measured by."""
     source, target = like.detach().clone(), torch.empty_like(like)
     return lambda: target.copy_(source)
 
 
-def measured(steps: dict[str, Callable], floor: int, like: torch.Tensor, **options) -> dict[str, dict]:
+def measured(steps: dict[str, Callable], floor: int, like: torch.Tensor, clear: Callable, **options) -> dict[str, dict]:
     """Of each step: its `spread`, GB/s of the `floor` bytes it cannot do without, what that is of the bandwidth of a
-    copy of `like` measured in turns with it, and its peak bytes; or {"error": what it raised}."""
+    copy of `like` measured in turns with it, and its peak bytes; or {"error": what it raised}.
+
+    clear: frees what a step leaves behind; freed within the next one it would be missing in the peak.
+    """
     found, device = turns({"copy": copier(like), **steps}, like.device.type, **options), like.device.type
     copy = 2 * like.nbytes / statistics.median(found.pop("copy")) / 1e6
     out = {}
@@ -125,6 +142,7 @@ def measured(steps: dict[str, Callable], floor: int, like: torch.Tensor, **optio
             out[name] = {"error": times}
             continue
         rate = floor / statistics.median(times) / 1e6
+        clear()
         out[name] = spread(times) | dict(gb_s=rate, of_copy=rate / copy, peak=peak_bytes(steps[name], device))
     return out
 

@@ -31,8 +31,7 @@ from kdkernels.trainer.data import Corpus
 from kdkernels.trainer.evaluate import evaluate
 from kdkernels.trainer.loop import Learner, Stage
 
-from .harness import machine
-from .ranks import commit
+from .harness import commit, machine
 
 TOP, ROWS = 128, 256
 

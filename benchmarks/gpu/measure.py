@@ -44,8 +44,9 @@ if triton:
 
 def timed(functions, device, repeats):
     """Milliseconds of each function(i), the median; what fails is its error instead."""
-    counted = {name: lambda f=f, at=itertools.count(): f(next(at)) for name, f in functions.items()}
-    found = turns(counted, device, least=0, repeats=repeats)
+    counts = {name: itertools.count() for name in functions}
+    calls = {name: lambda name=name, f=f: f(next(counts[name])) for name, f in functions.items()}
+    found = turns(calls, device, least=0, repeats=repeats)
     return {name: x if isinstance(x, str) else statistics.median(x) for name, x in found.items()}
 
 

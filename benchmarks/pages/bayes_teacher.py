@@ -20,8 +20,7 @@ from torch import nn
 
 import kdkernels as kd
 
-from ..harness import machine
-from ..ranks import commit
+from ..harness import commit, machine
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"

@@ -1,0 +1,1 @@
+def run(o): return 0
