@@ -4,8 +4,9 @@ A cell is a loss, a shape and a dtype. Its contenders take turns: kdkernels on e
 and, `out=`, into a given buffer), the formula in eager torch, torch.compile of that, and the peers that have the loss
 (`benchmarks/peers.py`). Of each: milliseconds forward and backward (median, and between what half of the calls lie);
 GB/s of the bytes none can do without (logits read, gradient written, each once), and what that is of the bandwidth of a
-copy that takes turns with them; bytes at the peak beyond what was there, gradient included; the distance of value and
-gradient from the definition in float64, over its norm. Exponentials a second are those of our own steps.
+copy that takes turns with them; bytes of an element into and out of operators; bytes at the peak beyond what was there,
+gradient included; the distance of value and gradient from the definition in float64, over its norm. Exponentials a
+second are those of our own steps.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import kdkernels as kd
 from kdkernels.listing import cost
 
 from . import eager, peers
-from .harness import Results, measured, step
+from .harness import Results, measured, step, traffic
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES, QUICK_SHAPES = ("64x32000", "4096x1000"), ("64x4000",)
@@ -111,13 +112,15 @@ def measure(name: str, shape: str, dtype: str, device: str, chosen: list[str], c
     steps, missing, buffers = contenders(name, s, t, y, chosen, compiled)
     loss, exact = eager.pair(name, s.shape[1])[0], truth(name, s, t, y)
     floor = (3 if loss.needs_teacher else 2) * s.nbytes
-    found = measured(steps, floor, s.detach(), lambda: setattr(s, "grad", None), least=0.3, repeats=7, seconds=seconds)
+    clear = lambda: setattr(s, "grad", None)  # noqa: E731
+    found = measured(steps, floor, s.detach(), clear, least=0.3, repeats=7, seconds=seconds)
     work = cost(loss)
-    entropy = torch.special.entr(t.double().softmax(-1)).sum(-1).mean().item()
-    shifts = {p.name: entropy for p in peers.PEERS if p.loss == name and p.constant}
+    shifts = {p.name: float(peers.shift(p, t)) for p in peers.PEERS if p.loss == name and not p.linear}
     for who, cell in found.items():
         if "ms" not in cell:
             continue
+        if who != "compile" and device == "cpu":
+            cell["moved"] = traffic(steps[who]) / s.numel()
         cell["errors"] = errors(steps[who], s, buffers.get(who), exact, shifts.get(who, 0.0))
         cell["of_eager"] = cell["ms"] / found["eager"]["ms"] if "ms" in found["eager"] else None
         if work and who.startswith("kdkernels") and "reference" not in who:
@@ -141,6 +144,7 @@ def run(options) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
+    options.compile = options.compile and not options.quick
     chosen = options.backend or [b for b in backends(options.device) if b != "reference" or options.quick]
     cells, results = plan(options), Results(options.json, options.device, options.again)
     keys = [" ".join((*cell, options.device, *chosen, *["compile"] * options.compile)) for cell in cells]

@@ -170,7 +170,11 @@ USUAL = {
 
 
 def pair(name: str, classes: int) -> tuple[kd.BaseLoss, Callable]:
-    """Of a class of the catalogue: a loss, and the same as a function of (student, teacher, labels) in torch."""
+    """Of a class of the catalogue: a loss, and the same as a function of (student, teacher, labels) in torch.
+    "SymmetricKL" is half of either KL."""
+    if name == "SymmetricKL":
+        (ours, one), (other, two) = (pair(f"{way}KLLoss", classes) for way in ("Forward", "Reverse"))
+        return 0.5 * ours + 0.5 * other, lambda s, t, y: (one(s, t, y) + two(s, t, y)) / 2
     cls = kd.catalogue()[name]
     if name in USUAL:
         grouped = name in ("GroupedKLLoss", "LTKDLoss")

@@ -8,18 +8,16 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from allocations import allocations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("liger-kernel", "trl", "torchtune", "flash-linear-attention", "torchsort", "triton")
-if str(ROOT / "tests") not in sys.path:
-    sys.path.append(str(ROOT / "tests"))
-from allocations import allocations  # noqa: E402
 
 
 def turns(contenders: dict[str, Callable], device: str = "cpu", least: float = 0.6, repeats: int = 5,
@@ -108,6 +106,29 @@ def peak_bytes(function: Callable, device: str = "cpu") -> int:
     function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes into and out of every operator that is not a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            touched = torch.utils._pytree.tree_leaves((args, kwargs, out))
+            self.bytes += sum(x.nbytes for x in touched if isinstance(x, torch.Tensor))
+        return out
+
+
+def traffic(function: Callable) -> int:
+    """Bytes into and out of the operators of a call: what memory moves where nothing stays in cache between two of
+    them. Inside of compiled code no operator is seen."""
+    with Traffic() as seen:
+        function()
+    return seen.bytes
 
 
 @contextlib.contextmanager

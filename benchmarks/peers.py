@@ -161,13 +161,14 @@ PEERS = [
 
 def exact(peer: Peer, s: Tensor, t: Tensor) -> Tensor:
     """The mean of the textbook in float64, and what the peer adds to it."""
-    s, t = s.double(), t.double()
-    if peer.loss == "SymmetricKL":
-        value = sum(eager.loss(f"{way}KLLoss")[0](s, t, None) for way in ("Forward", "Reverse")) / 2
-    else:
-        value = eager.pair(peer.loss, s.shape[-1])[1](s, t, None)
-    share = 0.5 if peer.loss == "SymmetricKL" else 1.0
-    return value + share * torch.special.entr(t.softmax(-1)).sum(-1).mean() if peer.constant else value
+    return eager.pair(peer.loss, s.shape[-1])[1](s.double(), t.double(), None) + shift(peer, t)
+
+
+def shift(peer: Peer, t: Tensor) -> Tensor | float:
+    """What its value is above the definition's by: a constant of the student."""
+    if not peer.constant:
+        return 0.0
+    return (0.5 if peer.loss == "SymmetricKL" else 1) * torch.special.entr(t.double().softmax(-1)).sum(-1).mean()
 
 
 def made(peer: Peer, device: str = "cpu", interpreted: bool = False) -> tuple[Callable | None, str]:

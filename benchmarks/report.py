@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-COLUMNS = ("contender", "ms", "quartiles", "eager / it", "GB/s", "of a copy", "Gexp/s", "peak, MB", "error of value",
-           "of gradient")  # fmt: skip
+COLUMNS = ("contender", "ms", "quartiles", "eager / it", "GB/s", "of a copy", "Gexp/s", "bytes", "peak, MB",
+           "error of value", "of gradient")  # fmt: skip
 
 
 def console() -> Console:
@@ -44,9 +44,10 @@ def line(who: str, cell: dict) -> list[str]:
         return [who, cell["error"]]
     off, rate = cell.get("errors", {}), cell.get("exp_s")
     times = f"{1 / cell['of_eager']:.2f}x" if cell.get("of_eager") else ""
+    numbers = rate and rate / 1e9, cell.get("moved")
     return [who, f"{cell['ms']:.3g}", f"{cell['low']:.3g} - {cell['high']:.3g}", times, f"{cell['gb_s']:.3g}",
-            f"{100 * cell['of_copy']:.0f} %", number(rate and rate / 1e9), f"{cell['peak'] / 1e6:.1f}",
-            number(off.get("value"), ".1e"), number(off.get("gradient"), ".1e")]  # fmt: skip
+            f"{100 * cell['of_copy']:.0f} %", *map(number, numbers), f"{cell['peak'] / 1e6:.1f}",
+            *(number(off.get(key), ".1e") for key in ("value", "gradient"))]  # fmt: skip
 
 
 def table(cells: list[dict], about: dict) -> None:

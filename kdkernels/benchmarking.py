@@ -62,5 +62,4 @@ def run_bench(options):
     sys.path.insert(0, str(root))
     from benchmarks import bench, peers_table
 
-    options.compile = options.compile and not options.quick
     return (peers_table if options.peers else bench).run(options)
