@@ -95,7 +95,7 @@ def write(folder, cache, results, machine, share=1.0):
 
 
 def main():
-    from .rows import machine
+    from .harness import machine
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.curves", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip

@@ -12,16 +12,13 @@ gradients of the student's hidden states and head. Times are medians of repeats 
     LinearLoss  kdkernels, with its default memory budget; "in 64 MiB" with that one
     logits      kdkernels.ForwardKLLoss on whole logits made by F.linear
     eager       torch's own log_softmax and kl_div on whole logits made by F.linear
-    linear_ce   F.linear_cross_entropy with the teacher's probabilities as target: forward KL but for a constant
+    torch linear_ce  F.linear_cross_entropy of the teacher's probabilities: forward KL but for a constant
     TRL, Liger  those of `benchmarks.peers` that are installed and run here
 
 Memory is the most that torch's allocator held at a time during a step beyond what was there before, gradients included.
 """
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -31,10 +28,7 @@ import torch.nn.functional as F
 import kdkernels as kd
 
 from . import eager, peers
-from .rows import interleaved, machine
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from allocations import allocations
+from .harness import about, interleaved, peak_bytes, save
 
 SHAPES = {
     "bfloat16": ["1024x32000x256", "1024x32000x512", "1024x32000x1024", "1024x32000x2048", "512x128256x1024",
@@ -81,7 +75,6 @@ def contenders(rows: int, classes: int, hidden: int, dtype: str) -> dict:
         "in 64 MiB": step(lambda h, w: small(h, w, th, tw)),
         "logits": step(lambda h, w: loss(F.linear(h, w), F.linear(th, tw))),
         "eager": step(lambda h, w: textbook(F.linear(h, w), F.linear(th, tw), None)),
-        "linear_ce": step(lambda h, w: F.linear_cross_entropy(h, w, F.linear(th, tw).softmax(-1))),
         **{name: step(function) for name, function in others.items()},
     }
 
@@ -94,7 +87,7 @@ def measure_memory(rows: int) -> dict:
     """Of a first step, but not torch's own: what a module keeps for the next one counts."""
     first, found = (contenders(rows, MEMORY["classes"], MEMORY["hidden"], MEMORY["dtype"]) for _ in range(2))
     del found["products"]
-    return dict(rows=rows, bytes={name: allocations(step).peak for name, step in found.items() if not first[name]()})
+    return dict(rows=rows, bytes={name: peak_bytes(step) for name, step in found.items() if not first[name]()})
 
 
 def plot(found: dict, path: Path) -> None:
@@ -120,18 +113,6 @@ def plot(found: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def save(found: dict, path: Path | None) -> None:
-    if path:
-        path.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def commit() -> str:
-    """The commit of the source tree, with a + where it has been edited since."""
-    git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True, check=False,  # noqa: E731
-                                        cwd=Path(__file__).parent).stdout.strip()  # fmt: skip
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "../kdkernels") else "")
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -146,7 +127,7 @@ def main(arguments=None):
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 150)
-    found = dict(machine=machine(), commit=commit(), load=os.getloadavg(), time=[], memory=[])
+    found = {**about(), "time": [], "memory": []}
     table, names = Table(), ()
     for dtype in [options.dtype] if options.dtype else SHAPES:
         for shape in options.shape or SHAPES[dtype]:
@@ -167,7 +148,7 @@ def main(arguments=None):
         save(found, options.json)
     console.print(table)
     console.print(f"milliseconds, medians; ratio: LinearLoss / products; {found['machine']}; commit {found['commit']}; "
-                  f"load of the machine at the start {found['load'][0]:.1f}")  # fmt: skip
+                  f"load of the machine at the start {found['load']:.1f}")  # fmt: skip
     found["missing"] = MISSING
     save(found, options.json)
     for name, why in MISSING.items():

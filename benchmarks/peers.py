@@ -1,48 +1,204 @@
-"""Other libraries' fused-linear forward KL (pip install liger-kernel trl), as functions of student hidden and head."""
+"""Other libraries' losses behind one interface, each at its best settings.
+
+    pip install liger-kernel trl torchtune torchsort flash-linear-attention
+
+A `Peer` makes a function of (student, teacher, labels) logits, or, if it is `linear`, of (student hidden, student head,
+teacher hidden, teacher head, labels); -> the mean over the rows. What it cannot do (a temperature) its `make` does not
+take.
+"""
 
 import importlib
+import importlib.util
+import logging
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-
-def trl(teacher_hidden: Tensor, teacher_head: Tensor) -> Callable:
-    """TRL's chunked divergence, as DistillationTrainer calls it. No logits in memory: they are made again backward."""
-    function = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
-    return lambda h, w: function.apply(h, w, None, teacher_hidden, teacher_head, None, 0.0)[0].mean()
+from . import eager
 
 
-def liger_chunked(teacher_hidden: Tensor, teacher_head: Tensor) -> Callable:
-    """Liger's chunked loss at beta 0, torch.compiled, in chunks of its default 1024 rows."""
-    loss = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss
-    loss = loss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, temperature=1.0)
-    labels = torch.zeros(len(teacher_hidden), dtype=torch.int64)
-    return lambda h, w: loss(h, w, teacher_hidden, teacher_head, labels)
+@dataclass(frozen=True, eq=False)
+class Peer:
+    name: str
+    loss: str  # the class of ours that is the same; "SymmetricKL" for half of either KL
+    make: Callable[..., Callable]
+    options: dict = field(default_factory=dict)
+    linear: bool = False
+    gpu: bool = False  # Triton: a GPU, or its interpreter
+    constant: bool = False  # the value is the cross-entropy with the teacher: above the KL by the teacher's entropy
+    same: bool = True  # the same definition
 
 
-def liger_fused(teacher_hidden: Tensor, teacher_head: Tensor) -> Callable:
-    """Liger's Triton kernel at beta 0: GPUs only."""
-    loss = importlib.import_module("liger_kernel.transformers").LigerFusedLinearJSD(jsd_beta=0.0)
-    return lambda h, w: loss(h, w, teacher_hidden, teacher_head, torch.zeros(len(h), dtype=torch.int64))
+def of(module: str, name: str):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return getattr(importlib.import_module(module), name)
 
 
-LINEAR = {"TRL chunked": trl, "Liger chunked": liger_chunked, "Liger fused": liger_fused}
+def trl(beta: float, temperature: float = 1.0) -> Callable:
+    divergence = of("trl.experimental.gkd", "GKDTrainer").generalized_jsd_loss
+    return lambda s, t, y=None: divergence(s, t, y, beta=beta, temperature=temperature)
+
+
+def torchtune(name: str) -> Callable:
+    """From the file of its losses, which needs torch alone; the package asks for a torchao of its time."""
+    package = importlib.util.find_spec("torchtune")
+    if not package or not package.submodule_search_locations:
+        raise ModuleNotFoundError("No module named 'torchtune'")
+    path = Path(package.submodule_search_locations[0], "modules", "loss", "kd_losses.py")
+    spec = importlib.util.spec_from_file_location("torchtune_kd_losses", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    loss = getattr(module, name)()
+    labels = lambda s, y: s.new_zeros(len(s), dtype=torch.int64) if y is None else y  # noqa: E731
+    if "Chunked" not in name:
+        return lambda s, t, y=None: loss(s, t, labels(s, y))
+    return lambda s, t, y=None: loss(s[None].chunk(8, 1), t[None].chunk(8, 1), labels(s, y)[None])
+
+
+def liger_jsd(beta: float) -> Callable:
+    """It takes log-probabilities, which it is given here."""
+    loss = of("liger_kernel.transformers", "LigerJSD")(beta)
+    return lambda s, t, y=None: loss(s.log_softmax(-1), t.log_softmax(-1), y)
+
+
+def liger_kl() -> Callable:
+    loss = of("liger_kernel.transformers", "LigerKLDIVLoss")(reduction="batchmean", log_target=True)
+    return lambda s, t, y=None: loss(s.log_softmax(-1), t.log_softmax(-1))
+
+
+def liger_tvd() -> Callable:
+    loss = of("liger_kernel.transformers", "LigerTVDLoss")()
+    return lambda s, t, y=None: loss(s.softmax(-1), t.softmax(-1), y)
+
+
+def liger_ce_tvd() -> Callable:
+    """Cross-entropy and TVD of each row in one kernel, of which the second is asked for."""
+    loss = of("liger_kernel.transformers.fused_ce_tvd", "LigerFusedCETVDLoss")()
+    return lambda s, t, y=None: loss(s, t, s.new_zeros(len(s), dtype=torch.int64) if y is None else y)[1].mean()
+
+
+def torchsort() -> Callable:
+    rank = of("torchsort", "soft_rank")
+    return lambda s, t, y=None: (1 - eager.correlation(rank(eager.wide(s)), eager.scattered_ranks(t))).mean()
+
+
+def zeros(h: Tensor, y: Tensor | None) -> Tensor:
+    return torch.zeros(len(h), dtype=torch.int64, device=h.device) if y is None else y
+
+
+def trl_chunked(beta: float, temperature: float = 1.0) -> Callable:
+    """As DistillationTrainer calls it. No logits in memory: they are made again backward."""
+    function = of("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction")
+
+    def mean(h, w, th, tw, y=None):
+        rows = function.apply(h, w, None, th, tw, None, beta, temperature)[0]
+        return rows.mean() if y is None else rows[y != -100].sum() / (y != -100).sum().clamp_min(1)
+
+    return mean
+
+
+def liger_chunked(beta: float, temperature: float = 1.0) -> Callable:
+    """torch.compiled, in chunks of its default 1024 rows."""
+    loss = of("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")
+    loss = loss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=temperature)
+    return lambda h, w, th, tw, y=None: loss(h, w, th, tw, zeros(h, y))
+
+
+def liger_fused(beta: float, temperature: float = 1.0) -> Callable:
+    loss = of("liger_kernel.transformers", "LigerFusedLinearJSD")(jsd_beta=beta, temperature=temperature)
+    return lambda h, w, th, tw, y=None: loss(h, w, th, tw, zeros(h, y))
+
+
+def liger_fused_kl() -> Callable:
+    """It takes the teacher's probabilities."""
+    loss = of("liger_kernel.transformers.fused_linear_kl_div", "LigerFusedLinearKLDivLoss")()
+    return lambda h, w, th, tw, y=None: loss(h, w, F.linear(th, tw).softmax(-1), y)
+
+
+def fla() -> Callable:
+    loss = of("fla.modules.fused_kl_div", "FusedKLDivLoss")()
+    return lambda h, w, th, tw, y=None: loss(h, th, w, tw)
+
+
+def torch_linear() -> Callable:
+    """In PyTorch itself: of hidden states, the head and the teacher's probabilities."""
+    return lambda h, w, th, tw, y=None: F.linear_cross_entropy(h, w, F.linear(th, tw).softmax(-1))
+
+
+BETAS = {"ForwardKLLoss": 0.0, "ReverseKLLoss": 1.0, "JSDLoss": 0.5}
+
+
+def with_beta(name: str, make: Callable, **kind) -> list[Peer]:
+    bound = lambda beta: lambda **options: make(beta, **options)  # noqa: E731
+    return [Peer(name, loss, bound(beta), **kind) for loss, beta in BETAS.items()]
+
+
+def tune(loss: str, name: str, **kind) -> list[Peer]:
+    return [Peer(f"torchtune{shown}", loss, lambda name=full: torchtune(name), **kind)
+            for shown, full in (("", f"{name}Loss"), (" chunked", f"{name}WithChunkedOutputLoss"))]  # fmt: skip
+
+
+PEERS = [
+    *with_beta("TRL", trl),
+    *tune("ForwardKLLoss", "ForwardKL", constant=True), *tune("ReverseKLLoss", "ReverseKL"),
+    *tune("SymmetricKL", "SymmetricKL", constant=True),
+    *with_beta("Liger JSD", liger_jsd, gpu=True), Peer("Liger KLDiv", "ForwardKLLoss", liger_kl, gpu=True),
+    Peer("Liger TVD", "TVDLoss", liger_tvd, gpu=True), Peer("Liger CE + TVD", "TVDLoss", liger_ce_tvd, gpu=True),
+    Peer("torchsort", "SpearmanLoss", torchsort, same=False),
+    *with_beta("TRL chunked", trl_chunked, linear=True), *with_beta("Liger chunked", liger_chunked, linear=True),
+    *with_beta("Liger fused", liger_fused, linear=True, gpu=True),
+    Peer("Liger fused KL", "ForwardKLLoss", liger_fused_kl, linear=True, gpu=True),
+    Peer("FLA fused", "ForwardKLLoss", fla, linear=True, gpu=True),
+    Peer("torch linear_ce", "ForwardKLLoss", torch_linear, linear=True, constant=True),
+]  # fmt: skip
+
+
+def exact(peer: Peer, s: Tensor, t: Tensor) -> Tensor:
+    """The mean of the textbook in float64, and what the peer adds to it."""
+    return eager.pair(peer.loss, s.shape[-1])[1](s.double(), t.double(), None) + shift(peer, t)
+
+
+def shift(peer: Peer, t: Tensor) -> Tensor | float:
+    """What its value is above the definition's by: a constant of the student."""
+    if not peer.constant:
+        return 0.0
+    return (0.5 if peer.loss == "SymmetricKL" else 1) * torch.special.entr(t.double().softmax(-1)).sum(-1).mean()
+
+
+def made(peer: Peer, device: str = "cpu", interpreted: bool = False) -> tuple[Callable | None, str]:
+    """Its function, tried on a small batch; or why there is none here."""
+    if peer.gpu and device != "cuda" and not interpreted:
+        return None, "needs a GPU"
+    h, th = torch.randn(2, 8, 16, device=device, generator=torch.Generator(device).manual_seed(0))
+    w, tw = torch.randn(2, 40, 16, device=device, generator=torch.Generator(device).manual_seed(1)) / 4
+    s, t, level = h @ w.T, th @ tw.T, logging.root.manager.disable
+    try:
+        logging.disable(logging.ERROR)  # of kernels for other devices that could not be imported
+        function = peer.make()
+        got = function(h.requires_grad_(), w.requires_grad_(), th, tw) if peer.linear else function(s, t)
+        want = exact(peer, s, t)
+        if peer.same and abs(got.item() - want.item()) > 0.05 * want.item():
+            raise ValueError(f"gives {got.item():.4g} where the textbook gives {want.item():.4g}")
+        return function, ""
+    except Exception as error:  # whatever another library raises, the table has to say
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    finally:
+        logging.disable(level)
 
 
 def linear(teacher_hidden: Tensor, teacher_head: Tensor) -> tuple[dict[str, Callable], dict[str, str]]:
-    """Those that give the textbook's value here; and of the others why not."""
-    h, th = (torch.randn(8, teacher_hidden.shape[1], dtype=teacher_hidden.dtype) for _ in range(2))
-    w, tw = (torch.randn(40, teacher_hidden.shape[1], dtype=teacher_hidden.dtype) / 4 for _ in range(2))
-    want = torch.nn.functional.kl_div((h @ w.T).double().log_softmax(-1), (th @ tw.T).double().log_softmax(-1),
-                                      reduction="batchmean", log_target=True)  # fmt: skip
+    """Forward KLs from hidden states, as functions of the student's; and of those that cannot run why not."""
     found, missing = {}, {}
-    for name, make in LINEAR.items():
-        try:
-            got = make(th, tw)(h.requires_grad_(), w.requires_grad_())
-            if abs(got.item() - want.item()) > 0.05 * want.item():
-                raise ValueError(f"gives {got.item():.4g} where the textbook gives {want.item():.4g}")
-            found[name] = make(teacher_hidden, teacher_head)
-        except Exception as error:  # whatever another library raises, the table has to say
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    for peer in (p for p in PEERS if p.linear and p.loss == "ForwardKLLoss"):
+        function, why = made(peer, teacher_hidden.device.type)
+        if function:
+            found[peer.name] = lambda h, w, f=function: f(h, w, teacher_hidden, teacher_head)
+        else:
+            missing[peer.name] = why
     return found, missing

@@ -31,8 +31,7 @@ from kdkernels.trainer.data import Corpus
 from kdkernels.trainer.evaluate import evaluate
 from kdkernels.trainer.loop import Learner, Stage
 
-from .ranks import commit
-from .rows import machine
+from .harness import commit, machine
 
 TOP, ROWS = 128, 256
 

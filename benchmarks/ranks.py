@@ -14,7 +14,6 @@ measured where it is installed (pip install --no-build-isolation torchsort).
 import argparse
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +25,9 @@ import torch
 import kdkernels as kd
 from kdkernels import metrics
 
-from .rows import interleaved, machine, machine_rates
+from . import eager, peers
+from .harness import about, interleaved, machine, save, step
+from .rows import machine_rates
 
 SHAPES = [("64x131072", "bfloat16"), ("64x131072", "float32"), ("64x1000", "float32"), ("64x1000", "bfloat16")]
 # (contender, shape, dtype) -> the least ratio that the library promises.
@@ -37,65 +38,8 @@ PROMISED = {
 }  # fmt: skip
 
 
-def hard_ranks(x):
-    return x.argsort(-1).argsort(-1).float()
-
-
-def scattered_ranks(x):
-    """The same with one sort."""
-    places = torch.arange(x.shape[-1]).expand_as(x)
-    return torch.empty_like(places).scatter_(-1, x.argsort(-1), places).float()
-
-
-def correlation(a, b):
-    a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
-
-
-def eager_lapsum(s, t, tau=0.1):
-    """Soft ranks as one writes them in torch: a sort and two cumulative sums in the log domain."""
-    s = s.float()
-    x, order = (s / (tau * s.std(-1, correction=0, keepdim=True))).sort(-1)
-    below = (x.logcumsumexp(-1) - x).exp() - 1
-    above = ((-x).flip(-1).logcumsumexp(-1).flip(-1) + x).exp() - 1
-    soft = torch.arange(x.shape[-1], dtype=x.dtype) + (1 - below + above) / 2
-    return (1 - correlation(soft, scattered_ranks(t).gather(-1, order))).mean()
-
-
-def eager_hard(s, t):
-    return (1 - correlation(hard_ranks(s), hard_ranks(t))).mean()
-
-
-def eager_scattered(s, t):
-    return (1 - correlation(scattered_ranks(s), scattered_ranks(t))).mean()
-
-
 def torchsort_spearman(s, t):
-    import torchsort
-
-    return (1 - correlation(torchsort.soft_rank(s.float()), scattered_ranks(t))).mean()
-
-
-def eager_pearson(s, t):
-    return (1 - correlation(s.float(), t.float())).mean()
-
-
-def eager_pearson_probs(s, t):
-    return (1 - correlation(s.float().softmax(-1), t.float().softmax(-1))).mean()
-
-
-def eager_plackett_luce(s, t):
-    t, order = t.float().sort(-1)
-    s = s.float().gather(-1, order)
-    return (t.softmax(-1) * (s.logcumsumexp(-1) - s)).sum(-1).mean()
-
-
-def eager_kendall(s, t, k=128, tau=0.1):
-    t, index = t.topk(k, -1)
-    s = s.gather(-1, index).float()
-    s = s / (tau * s.std(-1, correction=0, keepdim=True))
-    agree = (t[:, :, None] - t[:, None]).sign() * (s[:, :, None] - s[:, None]).tanh()
-    return (1 - agree.sum((-1, -2)) / (k * (k - 1))).mean()
+    return peers.torchsort()(s, t)
 
 
 def one_by_one(weight, rank):
@@ -104,15 +48,16 @@ def one_by_one(weight, rank):
 
 
 LOSSES = {  # name -> loss, {contender: function, whether it is differentiated}
-    "Spearman": (kd.SpearmanLoss(), {"eager LapSum": (eager_lapsum, True), "eager hard, forward": (eager_hard, False),
-                                     "the same, one sort a row": (eager_scattered, False),
+    "Spearman": (kd.SpearmanLoss(), {"eager LapSum": (eager.lapsum, True),
+                                     "eager hard, forward": (eager.hard_spearman, False),
+                                     "the same, one sort a row": (eager.scattered_spearman, False),
                                      "torchsort": (torchsort_spearman, True)}),
-    "Spearman exact": (kd.SpearmanLoss(exact=True), {"eager LapSum": (eager_lapsum, True)}),
+    "Spearman exact": (kd.SpearmanLoss(exact=True), {"eager LapSum": (eager.lapsum, True)}),
     "Spearman top 128": (kd.SpearmanLoss(top_k=128), {}),
-    "Pearson": (kd.PearsonLoss(), {"eager": (eager_pearson, True)}),
-    "Pearson of probabilities": (kd.PearsonLoss("probs"), {"eager": (eager_pearson_probs, True)}),
-    "Plackett-Luce": (kd.PlackettLuceLoss(), {"eager": (eager_plackett_luce, True)}),
-    "Kendall top 128": (kd.KendallLoss(), {"eager": (eager_kendall, True)}),
+    "Pearson": (kd.PearsonLoss(), {"eager": (eager.pearson, True)}),
+    "Pearson of probabilities": (kd.PearsonLoss("probs"), {"eager": (eager.pearson_of_probabilities, True)}),
+    "Plackett-Luce": (kd.PlackettLuceLoss(), {"eager": (eager.plackett_luce, True)}),
+    "Kendall top 128": (kd.KendallLoss(), {"eager": (eager.kendall, True)}),
     "Kendall 16 shifts": (kd.KendallLoss("shifts", seed=0), {}),
     "KL + Spearman": (kd.ForwardKLLoss() + 5 * kd.SpearmanLoss(),
                       {"one by one": (one_by_one(5, kd.SpearmanLoss()), True)}),
@@ -128,16 +73,8 @@ def logits(rows, classes, dtype):
     return (0.7 * t + 1.5 * torch.randn(rows, classes)).to(dtype), t.to(dtype)
 
 
-def step(function, leaf, t, differentiated):
-    def run():
-        leaf.grad = None
-        if differentiated:
-            function(leaf, t).backward()
-        else:
-            with torch.no_grad():
-                function(leaf, t)
-
-    return run
+def timed(function, leaf, t, differentiated):
+    return step(function, leaf, t) if differentiated else torch.no_grad()(lambda: function(leaf, t))
 
 
 def gradient_error(loss, s, t):
@@ -176,11 +113,11 @@ def measure_loss(name, shape, dtype):
     s, t = logits(rows, classes, getattr(torch, dtype))
     loss, others = LOSSES[name]
     leaf = s.clone().requires_grad_()
-    ours = step(loss, leaf, t, True)
+    ours = step(loss, leaf, t)
     extra, rates = beyond_in_a_process_of_its_own(name, shape, dtype), machine_rates(s, t)
     floor = rates["read"] + rates["write"] + rates["faults"]
     contenders = {
-        other: step(function, leaf, t, differentiated) for other, (function, differentiated) in others.items()
+        other: timed(function, leaf, t, differentiated) for other, (function, differentiated) in others.items()
         if other != "torchsort" or importlib.util.find_spec("torchsort")
     }  # fmt: skip
     slow = rows * classes > 1 << 20
@@ -229,7 +166,7 @@ def main(arguments=None):
     from rich.console import Console
     from rich.table import Table
 
-    console, results, found, load = Console(), [], commit(), os.getloadavg()[0]  # other work on the machine
+    console, results, found = Console(), [], about()
     table = Table("loss", "shape", "dtype", "ms", "floor", "others, ms", "error", "beyond, MB", "promised")
     shapes = [(options.shape, x) for x in ("bfloat16", "float32")] if options.shape else SHAPES
     for shape, dtype in shapes:
@@ -241,17 +178,9 @@ def main(arguments=None):
             console.print(f"{name} {shape} {dtype} ...", highlight=False)
             results.append((measure_loss if name in LOSSES else measure_metric)(name, shape, dtype))
             table.add_row(*report(results[-1]))
-            if options.json:
-                written = {"machine": machine(), "load": load, "commit": found, "results": results}
-                options.json.write_text(json.dumps(written, indent=1) + "\n")
+            save({**found, "results": results}, options.json)
     console.print(table)
     console.print(f"milliseconds, medians; {machine()}")
-
-
-def commit() -> str:
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                           cwd=Path(__file__).parent)  # fmt: skip
-    return found.stdout.strip()
 
 
 if __name__ == "__main__":

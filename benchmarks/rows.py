@@ -12,11 +12,7 @@ can be beaten, so 1 is the end.
 """
 
 import argparse
-import json
 import mmap
-import platform
-import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -24,6 +20,7 @@ import torch
 import kdkernels as kd
 
 from . import eager
+from .harness import about, interleaved, machine, save, step
 
 LOSSES = {
     "ForwardKL": ("ForwardKLLoss", {}), "TTM": ("TTMLoss", {"gamma": 0.3}), "WTTM": ("WTTMLoss", {"gamma": 0.5}),
@@ -40,20 +37,6 @@ PROMISED = {
     ("256x1000", "float32", "step"): ((1, 1), (1, 1)), ("64x100", "float32", "step"): ((1, 1), (1, 1)),
 }  # fmt: skip
 MODES = {"step": "forward + backward", "out": "the same, gradient into a given buffer", "forward": "forward, no_grad"}
-
-
-def interleaved(contenders: dict, least: float = 0.6, repeats: int = 5, pick=statistics.median) -> dict[str, float]:
-    """Milliseconds of each (the median), taking turns; short ones are repeated until `least` seconds have gone by."""
-    times = {name: [] for name in contenders}
-    for function in contenders.values():
-        function(), function()
-    start = time.perf_counter()
-    while len(next(iter(times.values()))) < repeats or time.perf_counter() - start < least:
-        for name, function in contenders.items():
-            begin = time.perf_counter()
-            function()
-            times[name].append((time.perf_counter() - begin) * 1e3)
-    return {name: pick(x) for name, x in times.items()}
 
 
 def machine_rates(s: torch.Tensor, t: torch.Tensor) -> dict[str, float]:
@@ -107,13 +90,6 @@ def measure(name, shape, dtype, modes, compile_too):
     torch._dynamo.reset()
     compiled = torch.compile(textbook, dynamic=False)
 
-    def step(function):
-        def run():
-            leaf.grad = None
-            function(leaf, t, y).backward()
-
-        return run
-
     def forward(function):
         @torch.no_grad()
         def run():
@@ -124,7 +100,7 @@ def measure(name, shape, dtype, modes, compile_too):
     rates, buffer, out = machine_rates(s, t), torch.empty_like(s), []
     first, second = executed(loss, s, t, y)
     for mode in modes:
-        wrap = forward if mode == "forward" else step
+        wrap = forward if mode == "forward" else lambda function: step(function, leaf, t, y)
         contenders = {"eager": wrap(textbook), **({"compile": wrap(compiled)} if compile_too else {})}
         ours = wrap(loss) if mode != "out" else lambda: loss.value_and_grad(s, t, y, out=buffer)
         times = interleaved({**contenders, "kdkernels": ours})
@@ -176,18 +152,9 @@ def main(arguments=None):
             for result in measure(name, shape, dtype, modes, not options.no_compile):
                 results.append(result)
                 table.add_row(*report(result, promises[result["mode"]][name not in FIRST]))
-            if options.json:
-                options.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+            save({**about(), "results": results}, options.json)
     console.print(table)
     console.print(f"milliseconds, medians; {machine()}")
-
-
-def machine() -> str:
-    from kdkernels.backends import cpu
-    from kdkernels.doctor import processor
-
-    return (f"{processor()}, {cpu.isa()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-            f"Python {platform.python_version()}")  # fmt: skip
 
 
 if __name__ == "__main__":

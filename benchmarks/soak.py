@@ -15,7 +15,7 @@ import torch
 
 import kdkernels as kd
 
-from .rows import machine
+from .harness import machine
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

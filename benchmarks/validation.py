@@ -30,7 +30,7 @@ from kdkernels.trainer.config import Config, flag
 from kdkernels.trainer.lab import Lab
 
 from . import curves
-from .rows import machine
+from .harness import machine
 from .sharing import sharing
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""The command line: kdkernels distill | recipes | cache | probe | losses | doctor."""
+"""The command line: kdkernels distill | recipes | cache | probe | bench | losses | doctor."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from .backends import BackendUnavailable
+from .benchmarking import add_bench, run_bench
 from .doctor import run_doctor, version
 from .listing import print_catalogue, run_losses
 from .trainer.config import QUICK, Config, UserError, flag
@@ -29,7 +30,7 @@ def main(arguments=None):
         return 2
     except KeyboardInterrupt:
         resume = "`--resume RUN_DIR` goes on from the last checkpoint"
-        again = "the same command goes on" if options.run is run_cache else resume
+        again = "the same command goes on" if options.run in (run_cache, run_bench) else resume
         print(f"kdkernels: interrupted; {again}", file=sys.stderr)
         return 130
 
@@ -41,6 +42,7 @@ def parser():
     add_distill(commands)
     add_cache(commands)
     add_probe(commands)
+    add_bench(commands)
     one = commands.add_parser("recipes", help="the published systems that `distill --recipe` reproduces",
                               description=run_recipes.__doc__)  # fmt: skip
     one.set_defaults(run=run_recipes)

@@ -5,6 +5,7 @@ device is kept busy while the host prepares a call. Bytes are counted at the flo
 written once. Exponentials are counted as our step executes them.
 """
 
+import itertools
 import statistics
 import time
 
@@ -14,6 +15,7 @@ import kdkernels as kd
 from kdkernels.backends import cuda
 
 from .. import eager
+from ..harness import peak_bytes, turns
 from ..rows import LOSSES as ROW_LOSSES
 from ..rows import tilts
 from .report import OURS, row
@@ -40,38 +42,12 @@ if triton:
         tl.store(out + i, x)
 
 
-def timed(functions, device, repeats, sleep=1_000_000):
+def timed(functions, device, repeats):
     """Milliseconds of each function(i), the median; what fails is its error instead."""
-    times, failed = {name: [] for name in functions}, {}
-    for name, function in functions.items():
-        try:
-            function(0), function(1)
-            if device == "cuda":
-                torch.cuda.synchronize()
-        except Exception as error:  # a contender that cannot is no reason to do without the others
-            failed[name] = f"{type(error).__name__}: {error}"[:300]
-            if device == "cuda":
-                torch.cuda.synchronize()  # an error that stays ends the step
-    for i in range(repeats):
-        for name, function in functions.items():
-            if name in failed:
-                continue
-            if device == "cuda":
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
-                if sleep:
-                    torch.cuda._sleep(sleep)  # cycles in which the host gets ahead
-                begin.record()
-                function(i)
-                end.record()
-                times[name].append((begin, end))
-            else:
-                begin = time.perf_counter()
-                function(i)
-                times[name].append((time.perf_counter() - begin) * 1e3)
-        if device == "cuda":
-            torch.cuda.synchronize()
-    ms = lambda x: x if device != "cuda" else x[0].elapsed_time(x[1])  # noqa: E731
-    return {name: failed.get(name) or statistics.median(map(ms, times[name])) for name in functions}
+    counts = {name: itertools.count() for name in functions}
+    calls = {name: lambda name=name, f=f: f(next(counts[name])) for name, f in functions.items()}
+    found = turns(calls, device, least=0, repeats=repeats)
+    return {name: x if isinstance(x, str) else statistics.median(x) for name, x in found.items()}
 
 
 def rates(device):
@@ -159,11 +135,7 @@ def extra_bytes(function, device, sets):
         return None
     for s, *_ in sets:
         s.grad = None  # freed by the call otherwise, and missing in the difference
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    function(0)
-    return torch.cuda.max_memory_allocated() - before
+    return peak_bytes(lambda: function(0), device)
 
 
 def launches(function, device):

@@ -20,8 +20,7 @@ from kdkernels.trainer.images import accuracy
 from kdkernels.trainer.lab import Lab
 from kdkernels.trainer.recipes import abkd
 
-from ..ranks import commit
-from ..rows import machine
+from ..harness import commit, machine
 from .bayes_teacher import HERE, RESULTS
 
 ALPHA, BETA = (0.0, 0.2, 0.5, 0.8, 1.0), (0.0, 0.3, 0.7, 1.0)

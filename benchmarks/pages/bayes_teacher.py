@@ -20,8 +20,7 @@ from torch import nn
 
 import kdkernels as kd
 
-from ..ranks import commit
-from ..rows import machine
+from ..harness import commit, machine
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"

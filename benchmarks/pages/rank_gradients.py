@@ -17,9 +17,8 @@ import torch
 import kdkernels as kd
 from kdkernels.trainer.config import Config
 
+from ..harness import commit, machine
 from ..rank_distillation import language_model, models, train
-from ..ranks import commit
-from ..rows import machine
 from . import drawings
 from .permutahedron import one_block_from, one_minus_correlation, soft_ranks, spearman_gradient
 
