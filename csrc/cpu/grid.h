@@ -126,7 +126,8 @@ double spearman_by_grid(const Pair<float>& z, const Range& s, const Range& t, in
   const double width = (double(s.high) - s.low) / double(bins);
   for (int64_t k = 0; k <= bins; ++k) w.sum.add(s.low + double(k) * width, nodes[k][0], nodes[k][1]);
   const double value = w.sum.loss(double(z.n), tau, s.mean, s.variance, squares, g, out.to);
-  if (w.sum.own_share > kOwnShare || std::min(value, 2 - value) * double(z.n) < kLeastLoss) return spearman_by_sort(z, z.s, z.t, tau, g, out, w);
+  const bool small = std::min(value, 2 - value) * double(z.n) < kLeastLoss;
+  if (small || w.sum.own_share > kOwnShare) return spearman_by_sort(z, z.s, z.t, tau, g, out, w);
   if (out.to)
     out.write(z, w.out, [&](int64_t i) {
       float f;

@@ -8,9 +8,9 @@
 
 namespace kd {
 
-// A segment's Moments at one point, tile by tile. Sums of tiles with the same pivots are added up as they are.
 constexpr double kFar = 1000;  // in units of log 2
 
+// A segment's Moments at one point, tile by tile. Sums of tiles with the same pivots are added up as they are.
 template <typename R> class PointSum {
  public:
   PointSum(const Tilt& at, int flags) : at_(at), flags_(flags), e_{at.b * kLog2e, at.a * kLog2e, 0} {}
@@ -60,11 +60,11 @@ template <typename R> class PointSum {
   }
 
  private:
-  TileSums<R> sums(const Tiles<R>& isa, Tile<R>& x, int64_t skip, double constant) const {
+  TileSums<R> sums(const Tiles<R>& isa, Tile<R>& x, int64_t skip, double constant, bool special = false) const {
     const Exponent e{e_.b, e_.a, constant};
     TileSums<R> all{};
     x.parts(skip, [&](const View<R>& part, int) {
-      add_to(all, isa.sums(part, e, flags_, x.special, x.scratch));
+      add_to(all, isa.sums(part, e, flags_, special || x.special, x.scratch));
     });
     return all;
   }
@@ -85,17 +85,13 @@ template <typename R> class PointSum {
       }
     });
     if (best == -INFINITY) return;
-    TileSums<R> all{};
-    x.parts(skip, [&](View<R> part, int) {
-      part.s_pivot = R(s);
-      part.t_pivot = R(t);
-      add_to(all, isa.sums(part, e_, flags_, true, x.scratch));
-    });
-    std::swap(s, s_pivot_);
-    std::swap(t, t_pivot_);
-    total_.merge(moments(all, 0));
-    s_pivot_ = s;
-    t_pivot_ = t;
+    const View<R> usual = x.view;
+    x.view.s_pivot = R(s);
+    x.view.t_pivot = R(t);
+    move_to(x.view);
+    total_.merge(moments(sums(isa, x, skip, 0, true), 0));
+    x.view = usual;
+    move_to(usual);
   }
 
   static void add_to(TileSums<R>& all, const TileSums<R>& sum) {

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import groups
 from . import triton as base
 from .triton_lapsum import live_pair, row_at
-from .triton_tape import INF
+from .triton_tape import INF, _times
 
 
 @triton.jit
@@ -75,11 +75,6 @@ def _weight(x, scale, lse):
     """e^(scale x - lse), 0 where either is -inf."""
     there = (x > -INF) & (lse != -INF)
     return tl.where(there, tl.exp(tl.where(there, scale * x.to(tl.float64) - lse, 0.0).to(tl.float32)), 0.0)
-
-
-@triton.jit
-def _times(c, x):
-    return tl.where(c == 0, 0.0, c * x)
 
 
 @triton.jit(do_not_specialize=["args_row", "B", "G", "vocab", "width", "ignore"])

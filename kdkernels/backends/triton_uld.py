@@ -16,15 +16,15 @@ from .. import rankops
 from . import triton as base
 from . import triton_compare as ranks
 from .triton_lapsum import order_key
+from .triton_orders import _score
 from .triton_sorted import end_of_run, fill, live_row, place_of, runs, sort
 from .triton_tape import INF
 
 
 @triton.jit
-def _number(row, classes, places, m, n):
-    """The logits at m of n live classes in order of their places, and which classes they are."""
-    at = tl.load(classes + places, mask=m < n, other=0)
-    return tl.load(row + at, mask=m < n, other=-INF).to(tl.float32), at
+def _number(row, classes, m, n):
+    """The logits of the live classes m of n."""
+    return tl.load(row + tl.load(classes + m, mask=m < n, other=0), mask=m < n, other=-INF).to(tl.float32)
 
 
 @triton.jit
@@ -33,10 +33,10 @@ def _partition(row, classes, n, scale, BLOCK: tl.constexpr):
     top, total = tl.full((), -INF, tl.float32), scale * 0
     for first in range(0, n, BLOCK):
         m = first + tl.arange(0, BLOCK)
-        top = tl.maximum(top, tl.max(_number(row, classes, m, m, n)[0], 0))
+        top = tl.maximum(top, tl.max(_number(row, classes, m, n), 0))
     for first in range(0, n, BLOCK):
         m = first + tl.arange(0, BLOCK)
-        x = _number(row, classes, m, m, n)[0]
+        x = _number(row, classes, m, n)
         total += tl.sum(tl.where(m < n, _share(x, top, scale, 1.0), 0.0), 0).to(tl.float64)
     return top, total
 
@@ -52,7 +52,7 @@ def _gaps(s_row, classes, keys, P, Q, signs, n, S, r, Z, BLOCK: tl.constexpr):
     value, carry = r * 0, n * 0
     for first in range(0, n, BLOCK):
         m = first + tl.arange(0, BLOCK)
-        s, _at = _number(s_row, classes, place_of(tl.load(keys + m, mask=m < n, other=0)), m, n)
+        s, _at = _score(s_row, classes, keys, m, n)
         q = _share(s, S, r, Z)
         gap = tl.where(m < n, q.to(tl.float64) - tl.load(P + m, mask=m < n, other=0.0).to(tl.float64), 0.0)
         value += tl.sum(tl.abs(gap), 0)
@@ -106,9 +106,9 @@ def uld_kernel(
         keys, spare = sort(longs, longs + room, count, BLOCK)
         for first in range(0, count, BLOCK):
             m = first + tl.arange(0, BLOCK)
-            t, _at = _number(t_row, classes, place_of(tl.load(keys + m, mask=m < count, other=0)), m, count)
+            t, _at = _score(t_row, classes, keys, m, count)
             tl.store(P + m, _share(t, T, rt, Zt).to(tl.float32), mask=m < count)
-            s, _at = _number(s_row, classes, m, m, count)
+            s = _number(s_row, classes, m, count)
             tl.store(spare + m, (order_key(s) << 32) | m, mask=m < count)
         tl.debug_barrier()
         keys, spare = sort(spare, keys, count, BLOCK)
