@@ -28,6 +28,12 @@ def checksum(tensors):
     return crc
 
 
+def seal(header, tensors):
+    """CRC-32 over a header and the names, dtypes and shapes of the tensors beside it."""
+    kinds = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in sorted(tensors)]
+    return str(zlib.crc32(json.dumps([header, kinds]).encode()))
+
+
 def save_tensors(path, tensors, **header):
     """Write {name: tensor} and a JSON header to a safetensors file; returns the checksum."""
     from safetensors import SafetensorError
@@ -35,7 +41,8 @@ def save_tensors(path, tensors, **header):
 
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     crc = checksum(tensors)
-    metadata = {"kdkernels": json.dumps({**header, "crc32": crc}, sort_keys=True)}
+    text = json.dumps({**header, "crc32": crc}, sort_keys=True)
+    metadata = {"kdkernels": text, "seal": seal(text, tensors)}
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
@@ -52,12 +59,13 @@ def load_tensors(path):
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        header = json.loads(metadata["kdkernels"])
+        text, sealed = metadata["kdkernels"], metadata["seal"]
+        header = json.loads(text)
     except KeyError:
-        raise UserError(f"{path} was not written by kdkernels") from None
+        raise UserError(f"{path} was not written by this version of kdkernels, or is damaged") from None
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}; delete it to start over from what it was made of") from None
-    if checksum(tensors) != header["crc32"]:
+    if seal(text, tensors) != sealed or checksum(tensors) != header["crc32"]:
         raise UserError(f"{path} is damaged: its checksum differs; delete it to start over from what it was made of")
     return tensors, header
 
