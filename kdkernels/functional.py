@@ -54,7 +54,8 @@ class _InverseDeviation(Loss):
 
     def value(self, u):
         count = tape.exp(u.lse)
-        spread = tape.where(u.ss > 1e-24 + 1e-28 * u.s * u.s, u.ss * count / tape.where(count > 1.5, count - 1, 1.0), 1.0)
+        varied = u.ss > 1e-24 + 1e-28 * u.s * u.s
+        spread = tape.where(varied, u.ss * count / tape.where(count > 1.5, count - 1, 1.0), 1.0)
         return 1 / tape.sqrt(spread)
 
 

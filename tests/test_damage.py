@@ -39,8 +39,8 @@ def foreign(folder):
         "text": lambda path: path.write_text("loss,step\n1,2\n"),
         "zeros": lambda path: path.write_bytes(bytes(4096)),
         "bare safetensors": lambda path: save_file(TENSORS, path),
-        "of a library with the same key": lambda path: save_file(TENSORS, path, {"kdkernels": "[]", "seal": "1"}),
-        "no JSON under the key": lambda path: save_file(TENSORS, path, {"kdkernels": "{", "seal": "1"}),
+        "of a library with the same key": lambda path: save_file(TENSORS, path, {"kdkernels": "[]"}),
+        "no JSON under the key": lambda path: save_file(TENSORS, path, {"kdkernels": "{"}),
     }.items():
         path = folder / kind.replace(" ", "-")
         write(path)
