@@ -107,7 +107,7 @@ KD_HD double point_coefs(const Program& p, const double* args, int k, const Mome
   c0 += scaled(c1, d) + scaled(c2, e) + scaled(c3, d * d) + scaled(c4, d * e) + scaled(c5, e * e);
   c1 += 2 * scaled(c3, d) + scaled(c4, e);
   c2 += scaled(c4, d) + 2 * scaled(c5, e);
-  const double lam = o.z == 0 ? -INFINITY : at(row.s_max, row.t_max) - lse(o);
+  const double lam = o.z == 0 ? -INFINITY : at(row.s_max, row.t_max) - o.m - log(o.z);
   const double out[kCoefs] = {lam, at.b, at.a, c0 + poison, c1, c2, c3, c4, c5, double((p.flags(k) & EXCLUDE) != 0)};
   for (int j = 0; j < kCoefs; ++j) coef[k * kCoefs + j] = out[j];
   return log_scale;
@@ -136,7 +136,7 @@ KD_HD double value_and_coefs(const Program& p, const double* args, const double*
   }
   const Moments* x = reinterpret_cast<const Moments*>(stats);
   double* adjoints = registers + p.registers();
-  bool nothing = false;
+  bool nothing = row.s_y == INFINITY || row.t_y == INFINITY;  // which points without the label's class do not see
   for (int k = 0; k < K; ++k) nothing |= point_inputs(p, args, k, x[k], row, registers);
   label_inputs(p, args, row, registers);
   const double value = evaluate(p, registers), poison = nothing || value != value ? NAN : 0;
@@ -152,6 +152,8 @@ KD_HD double value_and_coefs(const Program& p, const double* args, const double*
 // The gradient at one class, in double: what the vectors of a backend compute, term by term. The means of a point of
 // one term are of `rounded` deviations (u, v), those of a mixture of `exact` ones; a mean and its deviations cancel.
 struct Deviation { double u, v; };
+// The logarithm of a weight, which is at most 1: of logits of 1e17 and more the rounding of a sum of them is not small.
+KD_HD double not_above_0(double x) { return x > 0 && x < INFINITY ? 0 : x; }
 KD_HD bool is_mixture(double b, double a) { return b < 0 || a < 0 || (b != 0 && a != 0); }
 KD_HD double slope_at(const double* coef, int K, Deviation exact, Deviation rounded, bool label) {
   double d = label ? coef[K * kCoefs] : 0;
@@ -161,7 +163,7 @@ KD_HD double slope_at(const double* coef, int K, Deviation exact, Deviation roun
     const auto [u, v] = is_mixture(coef[1], coef[2]) ? exact : rounded;
     const double q = c[0] + scaled(c[1], u) + scaled(c[2], v) + scaled(c[3], u * u) + scaled(c[4], u * v) +
                      scaled(c[5], v * v);
-    const double w = exp(scaled(coef[1], exact.u) + scaled(coef[2], exact.v) + coef[0]);
+    const double w = exp(not_above_0(scaled(coef[1], exact.u) + scaled(coef[2], exact.v) + coef[0]));
     if (w != 0) d += scaled(w, q);
   }
   return d;

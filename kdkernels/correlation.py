@@ -18,6 +18,7 @@ from .ranks import SpearmanLoss
 
 __all__ = ["CMKDLoss", "DISTLoss", "PearsonLoss"]
 
+EQUAL = 1e-13  # probabilities that differ from one another by less than this part of them
 NOISE = 1e-12  # of a sum of squares that comes out of log-partitions, where all probabilities are equal
 
 
@@ -25,8 +26,9 @@ class PearsonLoss(Comparison):
     """`1 - rho(s, t)`, or of probabilities `1 - rho(q, p)`, Pearson's. [Pearson 1895; Huang et al. 2022, DIST eq. 4]
 
     Of probabilities q, p the deviations V q_i - 1 are summed, as expm1(s_i - L + log V) with L the log-partition: sums
-    of squares minus 1 / V would cancel. A class at -inf in one row is then a class of probability 0 there, and only
-    classes at -inf in both are left out. The teacher's gradient is there too.
+    of squares minus 1 / V would cancel. Deviations below 1e-13 are rounding: rho is 0, as for a constant row. A class
+    at -inf in one row is then a class of probability 0 there, and only classes at -inf in both are left out. The
+    teacher's gradient is there too.
 
     On vocabulary shards the loss of probabilities comes from log-partitions, whose differences cancel where the logits
     over T hardly differ: in float32 with deviations of 1 (0.1, 0.01) the gradient errs by 1e-6 (1e-5, 1e-4). That of
@@ -64,7 +66,9 @@ class PearsonLoss(Comparison):
         return 1.0, 0, self.space == "probs"
 
     def definition(self, s, t, live, args):
-        return 1 - correlation(*(self._deviations(x, live, args[:, k, None]) for k, x in enumerate((s, t))))
+        noise = live.sum(-1) * EQUAL**2 if self.space == "probs" else torch.zeros_like(s[:, 0])
+        return 1 - correlation(*(self._deviations(x, live, args[:, k, None]) for k, x in enumerate((s, t))),
+                               noise=(noise, noise))  # fmt: skip
 
     def _deviations(self, x, live, scale):
         n = live.sum(-1, keepdim=True)

@@ -46,7 +46,7 @@ def power_transform(logits: Tensor, gamma: float) -> Tensor:
 
 
 class _InverseDeviation(Loss):
-    """1 / (unbiased standard deviation) of each row; 1 for a constant row."""
+    """1 / (unbiased standard deviation) of each row; 1 for a constant row, as is one of a deviation below 1e-12."""
 
     needs_teacher = False
 
@@ -55,7 +55,8 @@ class _InverseDeviation(Loss):
 
     def value(self, u):
         count = tape.exp(u.lse)
-        spread = tape.where(u.ss > 0, u.ss * count / tape.where(count > 1.5, count - 1, 1.0), 1.0)
+        varied = u.ss > 1e-24 + 1e-28 * u.s * u.s
+        spread = tape.where(varied, u.ss * count / tape.where(count > 1.5, count - 1, 1.0), 1.0)
         return 1 / tape.sqrt(spread)
 
     def each(self, alone: list[call.Rows]) -> list[Tensor]:

@@ -86,8 +86,9 @@ class Loss(BaseLoss):
         ce_weight: weight of an added cross-entropy of the student at temperature 1 with the labels.
         label_smoothing: smoothing of that cross-entropy, in [0, 1]; without one it raises.
         z_loss: >= 0; that cross-entropy gains z_loss * (log-partition)^2 (Chowdhery et al. 2022).
-        standardize: z-score each row first (logit standardisation, Sun et al. 2024); covariances at points that are
-            tilted have no gradient then, and raise.
+        standardize: z-score each row first (logit standardisation, Sun et al. 2024); one whose deviation is below
+            1e-12, or 1e-14 of its mean, is constant and stays as it is. Covariances at tilted points have no gradient
+            then, and raise.
         reduction: "mean" (sum of row_weight * loss over the number of kept rows), "sum", "none" or
             "batchmean" (sum over the size of the first dimension).
         ignore_index: rows with this label are left out, whatever they hold.

@@ -1,10 +1,13 @@
 """The C++ kernels under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer.
 
     python tests/sanitize.py [address] [thread]      `make sanitize`; g++ and its sanitizer libraries
+    python tests/sanitize.py quick                   in a minute: what .ci/run does
 
 Builds csrc/cpu into build/sanitize/ (objects are kept, and made again when csrc/ changes) and runs sanitized.py there
 against a package whose every other file is a link to the real one. torch is not instrumented and its OpenMP is unknown
 to ThreadSanitizer: there the kernels get their threads from sanitized_threads.cpp, plain ones that it follows.
+
+Quick: unoptimised; the vectors of the baseline alone, and of threads the files of QUICK; the rest as `make` compiled it.
 """
 
 import ast
@@ -32,6 +35,7 @@ TILES = {  # vectors of one instruction set: no integers to speak of; those of t
     "address": ["-fsanitize=address,float-cast-overflow", "-fno-sanitize-recover=all", *SMALL],
     "thread": [],
 }
+QUICK = {"address": lambda name: not name.startswith("tiles_avx"), "thread": lambda name: name in ("ops", "ranks")}
 # Leaks: an interpreter that exits leaves much behind.
 OPTIONS = {
     "address": dict(ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=1", UBSAN_OPTIONS="print_stacktrace=1"),
@@ -39,32 +43,35 @@ OPTIONS = {
 }
 
 
-def flags() -> list[str]:
+def flags(optimise: str) -> list[str]:
     """Those of setup.py, but for what hides the lines of a report or takes long to compile."""
     tree = ast.parse((ROOT / "setup.py").read_text())
     assigned = [x for x in tree.body if isinstance(x, ast.Assign)]
     [found] = [ast.literal_eval(x.value) for x in assigned if x.targets[0].id == "CXX_FLAGS"]
-    return [flag for flag in found if flag not in ("-O3", "-g0")] + ["-O1", "-g1", "-fPIC", "-fno-omit-frame-pointer"]
+    return [flag for flag in found if flag not in ("-O3", "-g0")] + [optimise, "-g1", "-fPIC", "-fno-omit-frame-pointer"]
 
 
-def compiled(source: Path, folder: Path, kind: str) -> Path:
+def compiled(source: Path, folder: Path, kind: str, quick: bool) -> Path:
+    if quick and source.parent.name == "cpu" and not QUICK[kind](source.stem):
+        return ROOT / "build" / "objects" / "csrc" / "cpu" / f"{source.stem}.o"
     target = folder / f"{source.stem}.o"
     newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
     if not target.exists() or target.stat().st_mtime < max(newest, source.stat().st_mtime):
         include = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
         vectors = source.stem.startswith("tiles_avx")
-        command = [CXX, *flags(), *(TILES if vectors else KINDS)[kind], *include, "-c", source, "-o", target]
+        command = [CXX, *flags("-O0" if quick else "-O1"), *(TILES if vectors else KINDS)[kind], *include, "-c", source, "-o", target]
         subprocess.run(command, check=True)
     return target
 
 
-def build(kind: str) -> Path:
+def build(kind: str, quick: bool) -> Path:
     """-> a folder with a package kdkernels on sanitized kernels."""
-    folder = ROOT / "build" / "sanitize" / kind
+    folder = ROOT / "build" / "sanitize" / (f"{kind}-quick" if quick else kind)
     (folder / "kdkernels").mkdir(parents=True, exist_ok=True)
     sources = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), TESTS / "sanitized_threads.cpp"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        *objects, threads = pool.map(lambda source: compiled(source, folder, kind), sources)
+        *objects, threads = pool.map(lambda source: compiled(source, folder, kind, quick), sources)
+        objects.sort(key=lambda path: folder not in path.parents)  # of a function in several the first is taken
     libraries = f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"
     link = [CXX, "-shared", *KINDS[kind]]
     subprocess.run([*link, *objects, *libraries, "-o", folder / "kdkernels" / "_cpu.abi3.so"], check=True)
@@ -85,16 +92,18 @@ def runtime(kind: str) -> str:
     return ":".join([*found, "libstdc++.so.6"])  # the runtimes look for the C++ library when they start
 
 
-def run(kind: str) -> int:
-    folder = build(kind)
+def run(kind: str, quick: bool) -> int:
+    folder = build(kind, quick)
     preload = runtime(kind) + (f":{folder / 'threads.so'}" if kind == "thread" else "")
     python = dict(PYTHONPATH=f"{folder}:{TESTS}", PYTHONDONTWRITEBYTECODE="1", PYTHONMALLOC="malloc")
     environment = {**os.environ, **OPTIONS[kind], **python, "LD_PRELOAD": preload, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TESTS / "sanitized.py"), kind]
+    environment |= {"KDKERNELS_ISA": "0"} if quick and kind == "address" else {}
+    command = [sys.executable, str(TESTS / "sanitized.py"), kind, *(["quick"] if quick else [])]
     if shutil.which("setarch"):  # the shadow memory of some versions does not fit beside random addresses
         command = ["setarch", "-R", *command]
     return subprocess.run(command, env=environment, cwd=folder).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(max(run(kind) for kind in sys.argv[1:] or KINDS))
+    quick = "quick" in sys.argv
+    sys.exit(max(run(kind, quick) for kind in [x for x in sys.argv[1:] if x != "quick"] or KINDS))

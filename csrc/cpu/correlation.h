@@ -71,7 +71,8 @@ double pearson(const Pair<R>& z, bool probabilities, double inverse_T, double in
       uu += a * a; uv += a * b; vv += b * b;
     }
   }
-  const bool constant = !(uu > 0 && vv > 0);
+  const double noise = probabilities ? 1e-26 * double(z.n) : 0;  // what probabilities that are equal differ by
+  const bool constant = !(uu > noise && vv > noise);
   const double rho = constant ? 0 : uv / std::sqrt(uu) / std::sqrt(vv);
   if (!out.to) return 1 - rho;
   if (side) { std::swap(u, v); std::swap(u_mean, v_mean); std::swap(uu, vv); }

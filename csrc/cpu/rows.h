@@ -35,10 +35,10 @@ template <typename R> class PointSum {
     x.parts(skip, [&](const View<R>& part, int) { top = std::fmax(top, isa.top(part, e_)); });
     if (top == INFINITY && !bounded) {  // a negative power of an impossible class
       total_.merge({INFINITY, 1, 0, 0, 0, 0, 0});
-    } else if (top > -kFar) {
-      total_.merge(moments(sums(isa, x, skip, -top), -top));
     } else {
-      add_far(isa, x, skip, top);
+      const TileSums<R> sum = top > -kFar ? sums(isa, x, skip, -top) : TileSums<R>{};
+      if (sum.z != 0) total_.merge(moments(sum, -top));
+      else add_far(isa, x, skip, top);
     }
   }
 

@@ -116,7 +116,7 @@ static void spread(const View<R>& x, const double* coef, int K, double g, bool s
   for (int k = 0; k < K; ++k) {
     const Term<R> term = term_of<R>(coef + k * kCoefs, g);
     if (term.none()) continue;
-    if (special || term.second()) {
+    if (special || term.second() || far(x, term.e)) {
       weights(x, term.e, scratch);
       careful_spread(x, scratch, term.c, first, out);
       first = false;

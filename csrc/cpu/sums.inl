@@ -97,7 +97,7 @@ template <typename R>
 static TileSums<R> sums(const View<R>& x, const Exponent& e, int flags, bool special, R* scratch) {
   const Kind kind = kind_of(e);
   const bool second = flags & SECOND, means = flags & (MEAN_S | MEAN_T);
-  if (special || second || (kind == MIXED && means)) {
+  if (special || second || (kind == MIXED && (means || far(x, e)))) {
     weights(x, e, scratch);
     return kind == MIXED ? careful_sums<double>(x, scratch, second) : careful_sums<R>(x, scratch, second);
   }

@@ -9,9 +9,9 @@ struct Raw {
   double b, a, c;
   double s_pivot, t_pivot;
   template <typename R> INLINE_MEMBER double operator()(R s, R t) const {
-    const double x = (b != 0 ? b * (s - s_pivot) : 0.) + ((a != 0 ? a * (t - t_pivot) : 0.) + c);
+    const double x = (b != 0 ? b * (s - s_pivot) : 0.) + (a != 0 ? a * (t - t_pivot) : 0.);
     const bool dead = (s == -R(INFINITY)) & (t == -R(INFINITY));
-    return dead ? -INFINITY : x;
+    return dead ? -INFINITY : x + c;  // c last: less the largest x it is 0 exactly
   }
 };
 
@@ -48,7 +48,7 @@ template <typename R> static void weights(const View<R>& x, const Exponent& e, R
 #pragma omp simd
   for (int i = 0; i < x.n; ++i) {
     const double y = raw(x.s[i], x.t[i]);
-    split(y < -2000 ? -2000 : y, w + i, low + i);  // below the least exponent: 0, and a rest of 0
+    split(y < -2000 ? -2000 : not_above_0(y), w + i, low + i);  // below the least exponent: 0, and a rest of 0
   }
   exp2_split(w, x.n);
 }
@@ -91,6 +91,11 @@ template <typename R, Kind K> struct Weigh {
 };
 template <typename R, Kind K, typename Src> INLINE Weigh<R, K> weigh_of(const View<R, Src>& x, const Exponent& e) {
   return {R(e.b), R(e.a), R(e.c), e.b, e.a, e.c - e.b * x.s_pivot - e.a * x.t_pivot};
+}
+
+// Whether only the differences of the logits from the pivots are small enough for an exponent.
+template <typename R> INLINE bool far(const View<R>& x, const Exponent& e) {
+  return e.c > 1000 || (is_mixture(e.b, e.a) && std::fabs(e.b * x.s_pivot) + std::fabs(e.a * x.t_pivot) > 1e6);
 }
 
 #include "sums.inl"

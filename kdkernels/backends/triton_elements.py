@@ -185,7 +185,8 @@ def _slope(c, u, v, use, folded: tl.constexpr):
     h = _times(c1, u) + _times(c2, v) if folded else c0 + _times(c1, u) + _times(c2, v)
     if (c3 != 0) | (c4 != 0) | (c5 != 0):
         h += _times(c3, u * u) + _times(c4, u * v) + _times(c5, v * v)
-    pi = tl.where(use, tl.exp((_times(b, u) + _times(a, v) + lam).to(tl.float32)), 0.0)
+    x = (_times(b, u) + _times(a, v) + lam).to(tl.float32)
+    pi = tl.where(use, tl.exp(tl.where((x > 0) & (x < INF), 0.0, x)), 0.0)  # at most 1, whatever x was rounded to
     return _times(pi.to(u.dtype), h)
 
 

@@ -114,7 +114,8 @@ def pearson_kernel(
     a, b, aa, ab, bb = _products(
         s_ptr, t_ptr, mask_ptr, sums, m, mt, shift, shift_t, r, rt, HAS_MASK, PROBS, BLOCK
     )  # fmt: skip
-    varied = varied & (aa > 0) & (bb > 0)
+    noise = 1e-26 * vocab if PROBS else 0.0  # what probabilities that are equal differ by
+    varied = varied & (aa > noise) & (bb > noise)
     aa, bb = tl.where(varied, aa, 1.0), tl.where(varied, bb, 1.0)
     rho = tl.where(varied, ab / tl.sqrt(aa) / tl.sqrt(bb), 0.0)
     nan += tl.where(spoilt, float("nan"), 0.0)

@@ -27,7 +27,7 @@ def _point(stats, args, program, k, use):
 @triton.jit
 def _inputs(stats, args, program, K: tl.constexpr, sy, ty, use):
     """The inputs of the tape; and true where a point has no class left to sum over."""
-    bad, x = use == (use == 0), ()
+    bad, x = use & ((sy == INF) | (ty == INF)), ()  # which points without the label's class do not see
     for k in tl.static_range(K):
         lse, S, T, ss, st, tt, flags, r, rt, b, a = _point(stats, args, program, k, use)
         given, at = (flags & 64) != 0, args + 3 + 2 * k

@@ -28,6 +28,12 @@ def checksum(tensors):
     return crc
 
 
+def seal(header, tensors):
+    """CRC-32 over a header and the names, dtypes and shapes of the tensors beside it."""
+    kinds = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in sorted(tensors)]
+    return zlib.crc32(json.dumps([header, kinds], sort_keys=True).encode())
+
+
 def save_tensors(path, tensors, **header):
     """Write {name: tensor} and a JSON header to a safetensors file; returns the checksum."""
     from safetensors import SafetensorError
@@ -35,7 +41,9 @@ def save_tensors(path, tensors, **header):
 
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     crc = checksum(tensors)
-    metadata = {"kdkernels": json.dumps({**header, "crc32": crc}, sort_keys=True)}
+    header = json.loads(json.dumps({**header, "crc32": crc}))  # as it will be read
+    # One key: safetensors writes several in any order, and the same state is to be the same bytes.
+    metadata = {"kdkernels": json.dumps({**header, "seal": seal(header, tensors)}, sort_keys=True)}
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
@@ -53,11 +61,12 @@ def load_tensors(path):
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         header = json.loads(metadata["kdkernels"])
-    except KeyError:
-        raise UserError(f"{path} was not written by kdkernels") from None
+        known, sealed = header["crc32"], header.pop("seal")
+    except (KeyError, TypeError):
+        raise UserError(f"{path} was not written by this version of kdkernels, or is damaged") from None
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}; delete it to start over from what it was made of") from None
-    if checksum(tensors) != header["crc32"]:
+    if seal(header, tensors) != sealed or checksum(tensors) != known:
         raise UserError(f"{path} is damaged: its checksum differs; delete it to start over from what it was made of")
     return tensors, header
 
