@@ -17,12 +17,11 @@ class FirstLoss(Exception):
 
 @contextlib.contextmanager
 def locked(path):
-    """One process at a time; -> the seconds it waited."""
+    """One process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield time.perf_counter() - start
+        yield
 
 
 def first_loss(train, where, name, net, updates, options):
@@ -41,15 +40,15 @@ def first_loss(train, where, name, net, updates, options):
 
 
 def sharing(train, common, spent, share=1.0):
-    """Lab.train, which trains nothing that `common` has, and adds up the seconds in `spent`."""
+    """Lab.train, which trains nothing that `common` has, and adds up the seconds of teachers in `spent`: of the
+    processor, which other work on the machine does not prolong."""
 
     def shared(self, name, net, updates, **options):
-        self.share, start = share, time.perf_counter()
+        self.share, start = share, time.process_time()
         if self.folder == self.cache:
-            with locked(self.cache / f".{name}.lock") as waited:
+            with locked(self.cache / f".{name}.lock"):
                 found = train(self, name, net, updates, **options)
-            spent["teachers"] += time.perf_counter() - start - waited
-            spent["waited"] += waited
+            spent["teachers"] += time.process_time() - start
             return found
         mine = self.folder / f"{name}.safetensors"
         if mine.exists():
@@ -58,8 +57,7 @@ def sharing(train, common, spent, share=1.0):
         about = [name, self.seed, share, settings, [u.lr for u in updates]]
         about.append(first_loss(train, self, name, net, updates, options))
         theirs = common / f"{name}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.safetensors"
-        with locked(theirs.with_suffix(".lock")) as waited:
-            spent["waited"] += waited
+        with locked(theirs.with_suffix(".lock")):
             if theirs.exists():
                 with files.replacing(mine) as temporary:
                     shutil.copyfile(theirs, temporary)

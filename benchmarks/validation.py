@@ -58,18 +58,18 @@ def prepare():
 def work(task, out, cache, share):
     """One seed of a recipe, after those before it; -> name, seed, an error or None."""
     name, seed = task
-    spent, folder = dict(teachers=0.0, waited=0.0), out / name
+    spent, folder = dict(teachers=0.0), out / name
     labs, train = defining("train"), Lab.train
     path = folder / f"seconds-{seed}.json"
     before = json.loads(path.read_text()) if path.exists() else dict(own=0.0, teachers=0.0)
-    labs.train, start = sharing(train, out / "common", spent, share), time.perf_counter()
+    labs.train, start = sharing(train, out / "common", spent, share), time.process_time()
     try:
         reproduce.run(name, folder, cache, seed + 1, lambda text: None)
     except Exception as error:  # the others go on, and the table says it
         return name, seed, f"{type(error).__name__}: {error}"
     finally:
         labs.train = train
-        own = time.perf_counter() - start - sum(spent.values())
+        own = time.process_time() - start - spent["teachers"]
         files.write_json(path, dict(own=before["own"] + own, teachers=before["teachers"] + spent["teachers"]))
     return name, seed, None
 
@@ -177,7 +177,7 @@ def table(record):
             lines.append(f"| {' | '.join(about if first else [''] * 4)} | {here} | {trend['holds']} |")
             first = False
     total = {k: sum(x or 0 for one in record["recipes"] for x in one.get(k, [])) / 60 for k in ("own", "teachers")}
-    took = f"{total['own']:.1f} minutes of one process, and {total['teachers']:.1f} for the teachers."
+    took = f"{total['own']:.1f} minutes of one core, and {total['teachers']:.1f} for the teachers."
     return "\n".join([*lines, "", took]) + "\n"
 
 

@@ -71,7 +71,7 @@ def test_two_recipes_from_end_to_end(small, monkeypatch, tmp_path, capsys):
 
 def test_only_equal_runs_are_shared(small, tmp_path):
     """Equal by name, settings and first loss; finding out leaves a net as it was, and is not done to what has begun."""
-    trained, spent = [], dict(teachers=0.0, waited=0.0)
+    trained, spent = [], dict(teachers=0.0)
 
     def train(self, name, net, updates, **options):
         before = (self.folder / f"{name}.safetensors").exists()
