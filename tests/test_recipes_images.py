@@ -84,6 +84,20 @@ def test_grouped_kd_is_binary_and_primary_without_secondary():
     assert min(binary, secondary) > 1e-3
 
 
+def test_grouped_kd_begins_with_the_labels_alone(lab, monkeypatch):
+    given = {}
+    monkeypatch.setattr(grouped.hinton, "run", lambda lab: {})
+    monkeypatch.setattr(lab, "train", lambda name, net, updates: given.update({name: (net, updates[0].loss)}))
+    grouped.run(lab)
+    student, loss = given["grouped"]
+    told = lab.teacher()(batch().images)
+    s, ce = student(batch().images), F.cross_entropy(student(batch().images), batch().labels)
+    own = grouped.loss()(s, told, batch().labels)
+    for share, step in ((0.0, 0), (0.25, 50), (1.0, 200), (1.0, 800)):
+        lab.share = 1.0
+        torch.testing.assert_close(loss(batch(step)), ce + share * own)
+
+
 def test_the_prompt_path_begins_as_the_teacher_and_learns_beside_it(lab):
     teacher, x = net(0), DATA.test[0][:10]
     both = dfpt.Both(net(1).requires_grad_(True), dfpt.DualPath(teacher))
