@@ -50,7 +50,10 @@ class BitTables {
     int i = 0;
     for (; i + 4 <= n; i += 4) {
       const uint64_t a = four(s + i), b = four(t + i);
-      for (int k = 0; k < 4; ++k) d[i + k] = f(line[a >> 16 * k & 0xffff], rank[b >> 16 * k & 0xffff]);
+      for (int k = 0; k < 4; ++k) {
+        const int shift = 16 * (std::endian::native == std::endian::little ? k : 3 - k);
+        d[i + k] = f(line[a >> shift & 0xffff], rank[b >> shift & 0xffff]);
+      }
     }
     for (; i < n; ++i) d[i] = f(line[s[i]], rank[t[i]]);
   }
