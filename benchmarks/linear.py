@@ -2,7 +2,7 @@
 
     python -m benchmarks.linear                                     the whole table and the memory curve (15 minutes)
     python -m benchmarks.linear --shape 1024x32000x1024 --dtype bfloat16
-    python -m benchmarks.linear --json result.json --plot result.png
+    python -m benchmarks.linear --json benchmarks/results/linear-cpu.json --plot benchmarks/pages/linear.png
 
 A shape is ROWSxCLASSESxHIDDEN, of student and teacher alike; the work is forward KL, forward and backward, with
 gradients of the student's hidden states and head. Times are medians of repeats in which the contenders take turns:
@@ -36,6 +36,7 @@ SHAPES = {
     "float32": ["1024x32000x256", "1024x32000x512", "1024x32000x1024", "64x32000x1024"],
 }  # fmt: skip
 PROMISED = 1.15  # times the products, from hidden size 1024 on
+CURVE = 1024, 32000  # rows and classes of the curve over hidden sizes
 MISSING: dict[str, str] = {}  # peer -> why it is not in the table
 MEMORY = dict(rows=(256, 512, 1024, 2048, 4096), classes=32000, hidden=128, dtype="float32")
 
@@ -91,26 +92,38 @@ def measure_memory(rows: int) -> dict:
 
 
 def plot(found: dict, path: Path) -> None:
+    """Time over hidden sizes, of the shapes that differ in nothing else, and memory over rows."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    names = list(dict.fromkeys(n for r in found["time"] for n in r["ms"] if n != "products"))
+    rows, classes = CURVE
     for dtype, style in (("bfloat16", "-"), ("float32", "--")):
-        curve = [r for r in found["time"] if r["dtype"] == dtype and r["shape"].startswith("1024x32000x")]
-        sizes = [int(r["shape"].split("x")[2]) for r in curve]
-        for k, name in enumerate(n for n in (curve[0]["ms"] if curve else ()) if n != "products"):
-            ratios = [r["ms"][name] / r["ms"]["products"] for r in curve]
-            left.plot(sizes, ratios, style, color=f"C{k}", marker="o", label=f"{name}, {dtype}")
+        curve = [(int(r["shape"].split("x")[2]), r["ms"]) for r in found["time"]
+                 if r["dtype"] == dtype and r["shape"].startswith(f"{rows}x{classes}x")]  # fmt: skip
+        for k, name in enumerate(names):
+            left.plot([size for size, _ in curve], [ms[name] / ms["products"] for _, ms in curve], style, color=f"C{k}",
+                      marker="o", ms=4, label=name if dtype == found["time"][0]["dtype"] else None)  # fmt: skip
     left.axhline(1, color="black", lw=0.8)
-    left.set(xscale="log", xlabel="hidden size (1024 rows, 32000 classes)", ylabel="time / the four products alone")
-    for k, name in enumerate(found["memory"][0]["bytes"] if found["memory"] else ()):
+    left.axhline(PROMISED, color="black", lw=0.8, ls=":")
+    left.set(xscale="log", yscale="log", ylabel="time of a step / the four matrix products alone")
+    left.set_xlabel(f"hidden size ({rows} rows, {classes} classes; solid bfloat16, dashed float32)")
+    sizes = sorted({int(r["shape"].split("x")[2]) for r in found["time"]})
+    left.set_xticks(sizes, labels=map(str, sizes), minor=False)
+    left.set_yticks(ticks := (1, 1.5, 2, 3, 5, 10, 20), labels=map(str, ticks))
+    for k, name in enumerate(names):
         right.plot([r["rows"] for r in found["memory"]], [r["bytes"][name] / 2**20 for r in found["memory"]],
-                   color=f"C{k}", marker="o", label=name)  # fmt: skip
-    right.set(xscale="log", yscale="log", ylabel="peak memory of a step, MiB")
+                   color=f"C{k}", marker="o", ms=4)  # fmt: skip
+    right.set(xscale="log", yscale="log", ylabel="peak memory of a step, gradients included (MiB)")
     right.set_xlabel(f"rows ({MEMORY['classes']} classes, hidden size {MEMORY['hidden']}, {MEMORY['dtype']})")
-    left.legend(fontsize=7)
-    right.legend(fontsize=7)
-    figure.suptitle(found["machine"], fontsize=8)
+    right.set_xticks(MEMORY["rows"], labels=map(str, MEMORY["rows"]))
+    for axes in (left, right):
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
+    figure.suptitle(f"{found['machine']}; commit {found['commit']}", fontsize=9)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main(arguments=None):

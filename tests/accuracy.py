@@ -21,8 +21,33 @@ SAMPLE = [case for case in CASES if str(case).startswith(FEATURES) or case.optio
 
 
 
+class Jeffreys(kd.Loss):
+    """KL(p || q) + KL(q || p), as a user would declare it."""
+
+    def points(self):
+        return kd.Point(student=1), kd.Point(teacher=1)
+
+    def value(self, q, p):
+        return (p.t - p.s) - (q.t - q.s)
+
+
+class SquaredDistance(kd.SeparableLoss):
+    """sum_i (q_i - p_i)^2, as a user would declare it."""
+
+    def phi(self, log_q, log_p):
+        return (kd.tape.exp(log_q) - kd.tape.exp(log_p)) ** 2
+
+
+DECLARED = {loss.__name__: loss for loss in (Jeffreys, SquaredDistance)}
+
+
+def of(case: Case) -> type:
+    """The class of the loss."""
+    return DECLARED.get(case.name) or getattr(kd, case.name)
+
+
 def has_kernels(case: Case, backend: str) -> bool:
-    loss = getattr(kd, case.name)
+    loss = of(case)
     if issubclass(loss, kd.SeparableLoss):
         return backend != "cuda"
     if loss in (kd.GroupedKLLoss, kd.ULDLoss):
@@ -51,16 +76,16 @@ def only(backend):
 
 def of_points(case: Case) -> bool:
     """Whether all of the loss is made at points of the log-partition."""
-    return not issubclass(getattr(kd, case.name), RowsLoss)
+    return not issubclass(of(case), RowsLoss)
 
 
 def can_shard(case: Case) -> bool:
     """Whether it can be computed on vocabulary shards."""
-    return getattr(kd, case.name).unsharded is None
+    return of(case).unsharded is None
 
 
 def make(case: Case, **options):
-    return getattr(kd, case.name)(**case.options, **options)
+    return of(case)(**case.options, **options)
 
 
 class Batch(NamedTuple):

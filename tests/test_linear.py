@@ -11,7 +11,7 @@ import textbook_ranks
 import torch
 import torch.distributed.fsdp
 import torch.nn.functional as F
-from accuracy import BF16, F16, F32, F64, SAMPLE, has_kernels, make, only, rms
+from accuracy import BF16, F16, F32, F64, SAMPLE, Jeffreys, has_kernels, make, only, rms
 from allocations import Widest, allocations
 from textbook import CASES
 from torch import Tensor
@@ -33,16 +33,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-class Jeffreys(kd.Loss):
-    """KL(p || q) + KL(q || p), as a user would declare it."""
-
-    def points(self):
-        return kd.Point(student=1), kd.Point(teacher=1)
-
-    def value(self, q, p):
-        return (p.t - p.s) - (q.t - q.s)
 
 
 class Batch(NamedTuple):

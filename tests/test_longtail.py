@@ -3,6 +3,8 @@
 import pytest
 import torch
 from accuracy import F64, batch
+from hypothesis import given
+from hypothesis import strategies as st
 from textbook import ltkd
 from torch.autograd import gradcheck
 
@@ -97,3 +99,27 @@ def test_refuses():
         kd.LTKDLoss(GROUPS[:5])(s, t)
     with pytest.raises((TypeError, ValueError), match="LTKDLoss"):
         kd.LinearLoss(kd.LTKDLoss(GROUPS))(torch.randn(3, 2), torch.randn(9, 2), teacher_logits=t)
+
+
+@pytest.mark.parametrize("make", [kd.LTKDLoss, kd.GroupedKLLoss])
+@given(st.integers(1, 4), st.integers(0, 2**20), st.integers(-300, 300), st.permutations(range(7)))
+def test_properties_with_groups(make, rows, seed, shift, order):
+    """Blind to shifts, gradient rows sum to 0, not negative, 0 for equal groups, classes in any order with theirs."""
+    g = torch.Generator().manual_seed(seed)
+    s, t = (torch.randn(2, rows, 7, generator=g, dtype=torch.float64) * 256).round() / 256
+    groups = torch.tensor([0, 1, 1, 2, 0, 2, 2])
+
+    def run(s, t, groups):
+        leaf = s.clone().requires_grad_()
+        value = make(groups)(leaf, t)
+        value.backward()
+        return value.detach(), leaf.grad
+
+    value, slope = run(s, t, groups)
+    near = dict(rtol=1e-9, atol=1e-11)
+    assert value > -1e-14
+    torch.testing.assert_close(slope.sum(-1), torch.zeros(rows, dtype=slope.dtype), rtol=0, atol=1e-12)
+    torch.testing.assert_close(run(s + shift, t - shift, groups), (value, slope), **near)
+    torch.testing.assert_close(run(s[:, order], t[:, order], groups[order]), (value, slope[:, order]), **near)
+    if make is kd.GroupedKLLoss:
+        torch.testing.assert_close(run(t, t, groups), (torch.zeros_like(value), torch.zeros_like(slope)), **near)

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from accuracy import BACKENDS, F32, F64, ON_BACKENDS, SAMPLE, Batch, has_kernels, make, only
+from accuracy import BACKENDS, DECLARED, F32, F64, ON_BACKENDS, SAMPLE, Batch, has_kernels, make, of, only
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from textbook import CASES
+from textbook import CASES as CATALOGUE
+from textbook import Case
 
 import kdkernels as kd
 
+OWN = [Case(name, lambda *rows: None) for name in DECLARED]  # no formula is looked at here
+CASES = [*CATALOGUE, *OWN]
 SHIFT_BLIND = [c for c in CASES if c.name != "LogitMSELoss" and not c.setting("z_loss", 0)]
 DISTILLATION_ONLY = [c for c in CASES if not c.setting("ce_weight", 0)]
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -51,7 +54,7 @@ def narrowest(rows) -> float:
 def cases(rows, backend, among=CASES):
     """The losses that are defined on rows this narrow: one class has no deviation, two equal logits have none."""
     if backend == "triton":  # a third of them each time, in turn
-        among = [c for i, c in enumerate(SAMPLE) if c in among and (i + int(rows.y.sum())) % 3 == 0]
+        among = [c for i, c in enumerate([*SAMPLE, *OWN]) if c in among and (i + int(rows.y.sum())) % 3 == 0]
     among = [c for c in among if has_kernels(c, backend)]
     flat = narrowest(rows) < 0.1
     return [c for c in among if not (flat and c.setting("standardize", False))]
@@ -255,7 +258,7 @@ def test_nothing_to_average(case, reduction, backend):
 def test_a_sparse_teacher_of_all_classes_is_the_teacher(backend, draw):
     rows = draw(logits(backend))
     order = rows.t.argsort(-1, descending=True)
-    for case in cases(rows, backend, [c for c in CASES if c.needs_teacher and getattr(kd, c.name).merges]):
+    for case in cases(rows, backend, [c for c in CASES if c.needs_teacher and of(c).merges]):
         T = case.setting("teacher_temperature", None) or case.setting("temperature", 1.0)
         log_p = (rows.t / T).log_softmax(-1).gather(-1, order)
         want = apply(case, backend, *rows)
