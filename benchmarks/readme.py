@@ -18,6 +18,8 @@ there, gradients included. error: of the gradient, from float64, over its norm; 
 inputs for which value and gradient are those of the textbook, of those that could be tried (below, with what went
 wrong). Cells of libraries that need a GPU were tried in Triton's interpreter and are not timed.
 """
+COLUMNS = ("| | ms float32 | ms bfloat16 | bytes float32 | peak, MB float32 / bfloat16 | error float32 / bfloat16 | "
+           "survived | has |")  # fmt: skip
 
 
 def show(x: float | None, form: str = ".3g") -> str:
@@ -54,16 +56,13 @@ def survival(tried: dict) -> str:
 
 def peers_page(found: dict) -> str:
     lines, about = [HEAD], found["runs"][-1]
-    shapes = {}
     for loss in dict.fromkeys(key.split()[0] for key in found["cells"]):
         for level in ("logits", "linear"):
             rows = rows_of(found, loss, level)
             if not rows:
                 continue
             cell = next(c for k, c in found["cells"].items() if k.startswith(f"{loss} {level} "))
-            shapes[level] = cell["shape"]
-            lines += [f"## {loss}, {cell['shape']} {level}\n", "| | ms float32 | ms bfloat16 | bytes float32 | peak, MB "
-                      "float32 / bfloat16 | error float32 / bfloat16 | survived | has |", "|---|" + "---|" * 7]  # fmt: skip
+            lines += [f"## {loss}, {cell['shape']} {level}\n", COLUMNS, "|---" * 8 + "|"]
             for name, measured, tried in rows:
                 both = [measured.get(d, {}) for d in ("float32", "bfloat16")]
                 cells = [show(c.get("ms")) or ("" if measured else "needs a GPU") for c in both]
