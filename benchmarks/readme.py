@@ -55,7 +55,7 @@ def survival(tried: dict) -> str:
 
 
 def peers_page(found: dict) -> str:
-    lines, about = [HEAD], found["runs"][-1]
+    lines = [HEAD]
     for loss in dict.fromkeys(key.split()[0] for key in found["cells"]):
         for level in ("logits", "linear"):
             rows = rows_of(found, loss, level)
@@ -80,9 +80,7 @@ def peers_page(found: dict) -> str:
         if wrong:
             loss, _, name = key.split(" ", 2)
             lines.append(f"* {name}, {loss}: " + "; ".join(f"{k}: {v}" for k, v in wrong.items()))
-    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
-    lines += ["", f"{about['machine']}; {versions}; commit {about['commit']}; load of the machine {about['load']}.", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", where(found), ""])
 
 
 def peers_short() -> str:
@@ -110,8 +108,16 @@ def peers_short() -> str:
         survived = f"{line['good']} of {line['cases']}" if line["cases"] else ""
         of_ours = f"{ratio(line['ms'])} | {ratio(line['peak'])}"
         out.append(f"| {shown} | {', '.join(line['losses'])} | {of_ours} | {survived} |")
-    about = found["runs"][-1]
-    return "\n".join([*out, "", f"{about['machine']}; commit {about['commit']}; load of the machine {about['load']}."])
+    return "\n".join([*out, "", where(found)])
+
+
+def where(found: dict) -> str:
+    """Shapes, machine, commit, versions."""
+    about, cells = found["runs"][-1], [c for c in found["cells"].values() if "shape" in c]
+    shapes = " and ".join(dict.fromkeys(c["shape"].replace("x", " × ") for c in cells))
+    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if name not in ("torch", "python"))
+    return (f"{shapes} (rows × classes, × hidden size); {about['machine']}; {versions}; commit {about['commit']}; load "
+            f"of the machine {about['load']}.")  # fmt: skip
 
 
 def rows_table() -> str:

@@ -7,7 +7,7 @@
 
 Each round runs the kernel and the same work in eager torch one after the other, and the clock that pytest-benchmark
 reads advances by the quotient of their times: "1 s" in its tables is one eager step, a stored baseline is a ratio of
-the same run, and other work on the machine, which slows both, is no regression. 30 % is what medians of 40 rounds vary
+the same run, and other work on the machine, which slows both, is no regression. 30 % is what medians of 21 rounds vary
 by on two busy cores.
 """
 
@@ -18,7 +18,7 @@ import kdkernels as kd
 from benchmarks import eager
 from benchmarks.harness import clocked, step
 
-ROWS, CLASSES, ROUNDS = 16, 32000, 40
+ROWS, CLASSES, ROUNDS = 16, 32000, 21
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
