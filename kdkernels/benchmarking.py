@@ -1,5 +1,6 @@
 """`kdkernels bench`: its flags. What measures is in benchmarks/ of the repository, which is not installed."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -60,6 +61,4 @@ def run_bench(options):
         raise UserError("bench needs a clone of the repository: benchmarks/ and tests/ are not installed. There: "
                         "pip install -e '.[bench]', then kdkernels bench")  # fmt: skip
     sys.path.insert(0, str(root))
-    from benchmarks import bench, peers_table
-
-    return (peers_table if options.peers else bench).run(options)
+    return importlib.import_module("benchmarks.peers_table" if options.peers else "benchmarks.bench").run(options)
