@@ -1,7 +1,7 @@
 """Microkernels under pytest-benchmark, in units of eager torch: not part of the test suite.
 
     python -m pytest benchmarks/test_micro.py --benchmark-storage=file://benchmarks/results/micro \\
-        --benchmark-compare --benchmark-compare-fail=median:30%        fails where a kernel has become slower
+        --benchmark-compare --benchmark-compare-fail=median:50%        fails where a kernel has become slower
     python -m pytest benchmarks/test_micro.py --benchmark-storage=file://benchmarks/results/micro \\
         --benchmark-save=baseline                                      a new baseline
 
