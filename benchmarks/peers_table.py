@@ -1,4 +1,4 @@
-"""Every peer beside kdkernels: `kdkernels bench --peers` (five minutes on two cores).
+"""Every peer beside kdkernels: `kdkernels bench --peers`.
 
 Writes benchmarks/results/peers-DEVICE.json as it goes, benchmarks/pages/peers.md and the README's table of it.
 Times: 64 x 32000 logits, or from hidden states of 256 rows, 8192 classes, hidden size 256. Cases and features:
@@ -123,7 +123,7 @@ def work(options) -> dict:
         for dtype in dtypes:
             jobs[f"{loss} logits {dtype}"] = lambda loss=loss, dtype=dtype: bench.measure(
                 loss, shapes["logits"], dtype, device, [b for b in bench.backends(device) if b != "reference"],
-                options.compile, 1 if options.quick else 4)  # fmt: skip
+                options.compile, 1 if options.quick else 2)  # fmt: skip
             if loss in peers.BETAS:
                 jobs[f"{loss} linear {dtype}"] = lambda loss=loss, dtype=dtype: measure_linear(
                     loss, shapes["linear"], dtype, device, options.compile)  # fmt: skip

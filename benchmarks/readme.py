@@ -18,6 +18,8 @@ there, gradients included. error: of the gradient, from float64, over its norm; 
 inputs for which value and gradient are those of the textbook, of those that could be tried (below, with what went
 wrong). Cells of libraries that need a GPU were tried in Triton's interpreter and are not timed.
 """
+COLUMNS = ("| | ms float32 | ms bfloat16 | bytes float32 | peak, MB float32 / bfloat16 | error float32 / bfloat16 | "
+           "survived | has |")  # fmt: skip
 
 
 def show(x: float | None, form: str = ".3g") -> str:
@@ -53,17 +55,14 @@ def survival(tried: dict) -> str:
 
 
 def peers_page(found: dict) -> str:
-    lines, about = [HEAD], found["runs"][-1]
-    shapes = {}
+    lines = [HEAD]
     for loss in dict.fromkeys(key.split()[0] for key in found["cells"]):
         for level in ("logits", "linear"):
             rows = rows_of(found, loss, level)
             if not rows:
                 continue
             cell = next(c for k, c in found["cells"].items() if k.startswith(f"{loss} {level} "))
-            shapes[level] = cell["shape"]
-            lines += [f"## {loss}, {cell['shape']} {level}\n", "| | ms float32 | ms bfloat16 | bytes float32 | peak, MB "
-                      "float32 / bfloat16 | error float32 / bfloat16 | survived | has |", "|---|" + "---|" * 7]  # fmt: skip
+            lines += [f"## {loss}, {cell['shape']} {level}\n", COLUMNS, "|---" * 8 + "|"]
             for name, measured, tried in rows:
                 both = [measured.get(d, {}) for d in ("float32", "bfloat16")]
                 cells = [show(c.get("ms")) or ("" if measured else "needs a GPU") for c in both]
@@ -81,9 +80,7 @@ def peers_page(found: dict) -> str:
         if wrong:
             loss, _, name = key.split(" ", 2)
             lines.append(f"* {name}, {loss}: " + "; ".join(f"{k}: {v}" for k, v in wrong.items()))
-    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
-    lines += ["", f"{about['machine']}; {versions}; commit {about['commit']}; load of the machine {about['load']}.", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", where(found), ""])
 
 
 def peers_short() -> str:
@@ -111,8 +108,16 @@ def peers_short() -> str:
         survived = f"{line['good']} of {line['cases']}" if line["cases"] else ""
         of_ours = f"{ratio(line['ms'])} | {ratio(line['peak'])}"
         out.append(f"| {shown} | {', '.join(line['losses'])} | {of_ours} | {survived} |")
-    about = found["runs"][-1]
-    return "\n".join([*out, "", f"{about['machine']}; commit {about['commit']}; load of the machine {about['load']}."])
+    return "\n".join([*out, "", where(found)])
+
+
+def where(found: dict) -> str:
+    """Shapes, machine, commit, versions."""
+    about, cells = found["runs"][-1], [c for c in found["cells"].values() if "shape" in c]
+    shapes = " and ".join(dict.fromkeys(c["shape"].replace("x", " × ") for c in cells))
+    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if name not in ("torch", "python"))
+    return (f"{shapes} (rows × classes, × hidden size); {about['machine']}; {versions}; commit {about['commit']}; load "
+            f"of the machine {about['load']}.")  # fmt: skip
 
 
 def rows_table() -> str:

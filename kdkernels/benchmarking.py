@@ -1,5 +1,6 @@
 """`kdkernels bench`: its flags. What measures is in benchmarks/ of the repository, which is not installed."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ DESCRIPTION = (
 )
 EPILOG = (
     "Killed, the same command goes on: what is in the --json file and was measured at this commit on this machine is "
-    "not measured again. The whole grid takes some ten minutes on two cores. Peers: pip install liger-kernel trl "
+    "not measured again. Most of the time goes into torch.compile's compiling. Peers: pip install liger-kernel trl "
     "torchtune torchsort flash-linear-attention. --peers writes benchmarks/results/peers-DEVICE.json and "
     "benchmarks/pages/peers.md. example: kdkernels bench --loss jsd --shape 64x128256 --dtype bfloat16"
 )
@@ -33,13 +34,13 @@ def add_flags(parser):
     add("--loss", nargs="+", metavar="NAME", help="losses whose class name contains one of these (default: all)")
     add("--backend", nargs="+", metavar="NAME", choices=("cpu", "cuda", "triton", "reference"),
         help="of these four (default: all that run on the device; the reference with --quick alone)")  # fmt: skip
-    add("--shape", nargs="+", type=shape, metavar="NxV", help="rows x classes (default: 64x32000 4096x1000)")
+    add("--shape", nargs="+", type=shape, metavar="NxV", help="rows x classes (default: 64x32000)")
     add("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), metavar="NAME",
         help="float32, bfloat16, float16 (default: the first two)")  # fmt: skip
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, metavar="INT", help="torch's threads (default: as torch has it)")
-    add("--quick", action="store_true", help="64x4000 float32, a second a cell, no torch.compile: a minute")
-    add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out (most of the time)")
+    add("--quick", action="store_true", help="64x4000 float32, about a second a cell, no torch.compile")
+    add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     add("--again", action="store_true", help="measure again what the --json file has")
     add("--peers", action="store_true", help="instead, the table of every peer beside kdkernels")
     add("--json", type=Path, metavar="FILE", help="what was measured; an earlier call's stays (written cell by cell)")
@@ -60,6 +61,4 @@ def run_bench(options):
         raise UserError("bench needs a clone of the repository: benchmarks/ and tests/ are not installed. There: "
                         "pip install -e '.[bench]', then kdkernels bench")  # fmt: skip
     sys.path.insert(0, str(root))
-    from benchmarks import bench, peers_table
-
-    return (peers_table if options.peers else bench).run(options)
+    return importlib.import_module("benchmarks.peers_table" if options.peers else "benchmarks.bench").run(options)
