@@ -7,7 +7,7 @@ Builds csrc/cpu into build/sanitize/ (objects are kept, and made again when csrc
 against a package whose every other file is a link to the real one. torch is not instrumented and its OpenMP is unknown
 to ThreadSanitizer: there the kernels get their threads from sanitized_threads.cpp, plain ones that it follows.
 
-Quick: unoptimised; the vectors of the baseline alone, and of threads the files of QUICK; the rest as `make` compiled it.
+Quick: unoptimised; the vectors of the baseline alone, and of threads the files of QUICK; the rest as `make` made it.
 """
 
 import ast
@@ -48,7 +48,8 @@ def flags(optimise: str) -> list[str]:
     tree = ast.parse((ROOT / "setup.py").read_text())
     assigned = [x for x in tree.body if isinstance(x, ast.Assign)]
     [found] = [ast.literal_eval(x.value) for x in assigned if x.targets[0].id == "CXX_FLAGS"]
-    return [flag for flag in found if flag not in ("-O3", "-g0")] + [optimise, "-g1", "-fPIC", "-fno-omit-frame-pointer"]
+    kept = [flag for flag in found if flag not in ("-O3", "-g0")]
+    return [*kept, optimise, "-g1", "-fPIC", "-fno-omit-frame-pointer"]
 
 
 def compiled(source: Path, folder: Path, kind: str, quick: bool) -> Path:
@@ -59,8 +60,8 @@ def compiled(source: Path, folder: Path, kind: str, quick: bool) -> Path:
     if not target.exists() or target.stat().st_mtime < max(newest, source.stat().st_mtime):
         include = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
         vectors = source.stem.startswith("tiles_avx")
-        command = [CXX, *flags("-O0" if quick else "-O1"), *(TILES if vectors else KINDS)[kind], *include, "-c", source, "-o", target]
-        subprocess.run(command, check=True)
+        how = [*flags("-O0" if quick else "-O1"), *(TILES if vectors else KINDS)[kind]]
+        subprocess.run([CXX, *how, *include, "-c", source, "-o", target], check=True)
     return target
 
 
