@@ -7,6 +7,7 @@ CXX := $(if $(filter default,$(origin CXX)),g++,$(CXX))
 TORCH ?= torch==2.13.0 triton==3.7.1
 EXTRAS ?= train,test,bench,docs,dev
 PYTEST_ARGS ?=
+SANITIZE ?=
 
 export CXX
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -36,8 +37,8 @@ lint: $(VENV)/installed  ## style and types
 docs: build  ## the API reference: build/docs/index.html
 	$(PY) -m benchmarks.pages.reference
 
-sanitize: build  ## the C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
-	$(PY) tests/sanitize.py
+sanitize: build  ## the C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (SANITIZE=quick)
+	$(PY) tests/sanitize.py $(SANITIZE)
 
 build: build/built  ## set up, and compile what changed in csrc/
 

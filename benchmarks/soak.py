@@ -2,7 +2,8 @@
 
     python -m benchmarks.soak --minutes 30      benchmarks/results/soak.json and .png
 
-The first sixth warms up (allocator, threads). Growth is the slope of a line through the rest, in KiB a thousand steps.
+The first sixth warms up (allocator, threads). Growth is the slope of a line through the rest, in KiB a thousand steps;
+the samples themselves take about 300 bytes each.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import kdkernels as kd
 
 from .harness import machine
 
+SAMPLES = 600
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -73,7 +75,8 @@ def main() -> None:
         for loss in every:
             step(loss, dice)
         count += len(every)
-        samples.append(dict(step=count, seconds=round(seconds, 2), bytes=resident()))
+        if seconds >= 60 * options.minutes * len(samples) / SAMPLES:
+            samples.append(dict(step=count, seconds=round(seconds, 2), bytes=resident()))
     found = dict(machine=machine(), minutes=options.minutes, steps=count, losses=len(every),
                  growth_kib_per_1000_steps=growth(samples), samples=samples)  # fmt: skip
     options.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -219,8 +219,9 @@ class CMKDLoss(RankLoss):
             weights = (rows.weight, rows.weight)
         else:
             with torch.no_grad():
-                alone = rows._replace(student=rows.teacher, teacher=None, weight=None)
-                h = uncertainty._evaluate(alone, rows.teacher, None, temperature).reshape(-1).double()
+                t = rows.teacher.double() if rows.student.dtype == torch.float64 else rows.teacher
+                alone = rows._replace(student=t, teacher=None, weight=None)
+                h = uncertainty._evaluate(alone, t, None, temperature).reshape(-1).double()
             hard, easy = h, 1 - h
             if rows.weight is not None:  # a weight of 0 counts nothing, whatever the row holds
                 hard, easy = (torch.where(rows.weight == 0, 0.0, x * rows.weight) for x in (hard, easy))

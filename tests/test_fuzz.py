@@ -120,6 +120,19 @@ def slope(name, s, t):
     return 1 / max(min((x[x > 0].min().item() for x in least if (x > 0).any()), default=1.0), 1e-300)
 
 
+def at_a_kink(name, s, t):
+    """Whether a sum of |q - p| has classes, or sorted neighbours, equal but for rounding: its slope jumps there."""
+    if not name.startswith(("ULDLoss", "TVDLoss")):
+        return False
+    T = LOSSES[name](s.shape[-1]).temperature
+    q, p = ((x.double() / T).log_softmax(-1) for x in (s, t))
+    if name.startswith("TVDLoss"):
+        return ((q - p).abs() < 1e-5).any().item()
+    q, p, s, t = (x.sort().values for x in (q, p, s.double(), t.double()))
+    tied = [(log.diff() < 1e-5) & (x.diff() != 0) for log, x in ((q, s), (p, t))]
+    return ((q - p).abs() < 1e-5).any().item() or any(x.any().item() for x in tied)
+
+
 def check(backend, name, s, t, y):
     """The same rows NaN and infinite; elsewhere equal but for the rounding of logits of this size and of results."""
     got, want = run(name, backend, s, t, y), run(name, "reference", s, t, y)
@@ -134,6 +147,8 @@ def check(backend, name, s, t, y):
         assert not (spoilt & (y != -100) & ~want[0].isnan()).any(), (where, want[0])
     for what, a, b in zip(("value", "gradient"), got, want, strict=True):
         defined = torch.ones_like(b, dtype=torch.bool)
+        if what == "gradient" and at_a_kink(name, s, t):
+            continue
         if what == "gradient":  # of a loss that is infinite there is none
             defined &= want[0].isfinite().view(-1, 1) if want[0].dim() else want[0].isfinite()
         assert torch.equal(a.isnan() & defined, b.isnan() & defined), (where, what, a, b)

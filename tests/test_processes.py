@@ -35,6 +35,44 @@ def test_threads_do_not_change_a_bit_of_any_loss(threads, shape):
         assert all(torch.equal(a, b) for other in others for a, b in zip(one, other, strict=True)), name
 
 
+def of_hidden_states(loss):
+    """Value and gradients of LinearLoss, of several chunks."""
+    g = torch.Generator().manual_seed(0)
+    h, w, ht, wt = (torch.randn(*shape, generator=g) for shape in ((60, 16), (700, 16), (60, 12), (700, 12)))
+    linear = kd.LinearLoss(loss, memory_budget=2**17)
+    value = linear(h.requires_grad_(), w.requires_grad_(), ht, wt, torch.arange(60))
+    value.backward()
+    return value.detach(), h.grad, w.grad
+
+
+def of_rows(loss, sparse=False):
+    s, t, y = rows(shape=(30, 600))
+    value = loss(s.requires_grad_(), kd.SparseTeacher.from_logits(t, 32) if sparse else t, y)
+    value.backward()
+    return value.detach(), s.grad
+
+
+OTHERS = {
+    "linear": lambda: of_hidden_states(kd.KDLoss()),
+    "linear, ranks": lambda: of_hidden_states(kd.SpearmanLoss()),
+    "linear, separable": lambda: of_hidden_states(kd.JSDLoss()),
+    "sparse": lambda: of_rows(kd.ForwardKLLoss(), sparse=True),
+    "sparse, separable": lambda: of_rows(kd.JSDLoss(), sparse=True),
+    "LTKDLoss": lambda: of_rows(kd.LTKDLoss(torch.arange(600) % 3)),
+    "SinkhornLoss": lambda: of_rows(kd.SinkhornLoss()),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_threads_do_not_change_a_bit_of_others(threads, name):
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        found.append(OTHERS[name]())
+    one, *others = found
+    assert all(torch.equal(a, b) for other in others for a, b in zip(one, other, strict=True))
+
+
 def test_losses_at_once_in_threads_of_python():
     """One module in three threads, on rows of their own."""
     for name, make in LOSSES.items():
