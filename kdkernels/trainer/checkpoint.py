@@ -63,7 +63,8 @@ def load_tensors(path):
         header = json.loads(metadata["kdkernels"])
         known, sealed = header["crc32"], header.pop("seal")
     except (KeyError, TypeError):
-        raise UserError(f"{path} was not written by this version of kdkernels, or is damaged") from None
+        raise UserError(f"{path} was not written by this version of kdkernels, or is damaged; delete it to "
+                        f"start over from what it was made of") from None
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}; delete it to start over from what it was made of") from None
     if seal(header, tensors) != sealed or checksum(tensors) != known:

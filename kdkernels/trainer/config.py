@@ -17,7 +17,7 @@ def option(default, group, help):
 
 def cache_folder():
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return str(Path(base) / "kdkernels")
+    return str(Path(base) / "kdkernels" / "2")  # the form of its files
 
 
 @dataclasses.dataclass
