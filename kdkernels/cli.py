@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from .backends import BackendUnavailable
 from .benchmarking import add_bench, run_bench
@@ -129,7 +130,7 @@ def run_probe(options):
 def run_cache(options):
     """Collect the settings and write the cache."""
     own = ("run", "quick", "teacher", "top_k", "temperature")
-    typed = absolute({k: v for k, v in vars(options).items() if k not in own})
+    typed: dict[str, Any] = absolute({k: v for k, v in vars(options).items() if k not in own})
 
     from .trainer.caching import write_cache
 

@@ -212,7 +212,7 @@ class CMKDLoss(RankLoss):
             _Uncertainty(temperature=self.temperature, reduction="none", ignore_index=self.ignore_index),
         )
 
-    def _term(self, rows, student_logits, num_items, temperature):
+    def _term(self, rows: Any, student_logits, num_items, temperature):
         self._check_teacher(rows.teacher)
         pearson, spearman, uncertainty = self._parts
         if self.hard == "both":

@@ -63,7 +63,7 @@ class _InverseDeviation(Loss):
         """Of several logits of the same rows. On vocabulary shards one all_gather brings all their states together."""
         shards = alone[0].shards
         if shards is not None and len(alone) > 1:
-            prepared = [self._prepared(rows, None, None) for rows in alone]
+            prepared: list[Any] = [self._prepared(rows, None, None) for rows in alone]
             if any(operators is None for _, operators, *_ in prepared):  # the reference copies its rows anyway
                 both = _stacked(alone)
                 return list(self._evaluate(both, both.student, None, None).chunk(len(alone)))

@@ -125,7 +125,7 @@ class LinearLoss(nn.Module):
         x = Inputs(student_hidden, student_head, student_bias, teacher_hidden, teacher_head, teacher_bias,
                    teacher_head_scale, teacher_logits, labels, row_weight, temperature, vocab_mask)  # fmt: skip
         breaks = torch.compiler.is_compiling() and not self._traceable(x, shared_vocab, group)
-        run = torch.compiler.disable(self._run) if breaks else self._run
+        run: Any = torch.compiler.disable(self._run) if breaks else self._run
         return run(x, num_items, vocab_size, shared_vocab, group)
 
     def _traceable(self, x: Inputs, shared, group) -> bool:

@@ -65,7 +65,7 @@ class Config:
     cache: str = option(cache_folder(), "run", "folder of tokenised text and trained teachers")
 
 
-QUICK = {
+QUICK: dict[str, Any] = {
     "hidden": 64, "ffn": 192, "teacher_steps": 250, "steps": 50, "eval_every": 15, "checkpoint_every": 30,
     "curve_tokens": 1024, "val_tokens": 4096,
 }  # fmt: skip
