@@ -30,6 +30,7 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fwrapv",  # bits of numbers are added as integers
     "-fopenmp-simd",
     "-Wno-psabi",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",

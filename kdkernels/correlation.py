@@ -67,8 +67,8 @@ class PearsonLoss(Comparison):
 
     def definition(self, s, t, live, args):
         noise = live.sum(-1) * EQUAL**2 if self.space == "probs" else torch.zeros_like(s[:, 0])
-        s, t = (self._deviations(x, live, args[:, k, None]) for k, x in enumerate((s, t)))
-        return 1 - correlation(s, t, noise=(noise, noise))
+        u, v = (self._deviations(x, live, args[:, k, None]) for k, x in enumerate((s, t)))
+        return 1 - correlation(u, v, noise=(noise, noise))
 
     def _deviations(self, x, live, scale):
         n = live.sum(-1, keepdim=True)
