@@ -5,8 +5,8 @@ and the LM head learns for both.
 
 The two updates of `atsc` on the last hidden states: student, projector and the teacher's encoder (w = 1); then the
 shared LM head, by the cross-entropy of the teacher's hidden states, at a tenth of the learning rate. Two teachers: a
-projector and an LM head for each, logits averaged. The paper is about images: this form is ours. Expected: 56% as of
-SimKD, below the 63% of the KL.
+projector and an LM head for each, logits averaged. The paper is about images: this form is ours. Expected: 56%, with
+two teachers no more, as of SimKD, below the 63% of the KL.
 """
 
 from torch import nn
