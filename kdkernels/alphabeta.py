@@ -55,7 +55,8 @@ class AlphaBetaLoss(Loss):
 
     Args:
         alpha, beta: any finite numbers; the paper's language models use 0.2 and 0.7. Or tensors with one for each row
-            of the logits, constants, limits of all kinds among them: make a loss for each batch.
+            of the logits, constants, limits of all kinds among them: make a loss for each batch. With standardize=True
+            both may be 0, but not near 0 together.
     """
 
     def __init__(self, alpha: float | Tensor = 0.2, beta: float | Tensor = 0.7, **options: Any):

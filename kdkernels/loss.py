@@ -230,7 +230,8 @@ def _traced(loss: Loss) -> Program:
         elements = loss._elements()
     out = value.register if isinstance(value, tape.Expr) else code.emit(tape.Op.CONST, const=float(value)).register
     code.used.add(out)
-    flags = [options.flags(p, code.used, MOMENTS * k, loss.standardize) for k, p in enumerate(points)]
+    sloped = code.sloped(out) if loss.standardize else set()
+    flags = [options.flags(p, code.used, sloped, MOMENTS * k, loss.standardize) for k, p in enumerate(points)]
     lines = [x for line in code.code for x in line]
     args = [1 / loss.temperature, 1 / (loss.teacher_temperature or loss.temperature), loss.temperature]
     args += [c for p in points for c in (p.student, p.teacher)]

@@ -177,13 +177,15 @@ def check_points(loss: Loss, points: tuple) -> None:
             check_coefficient(name, value)
 
 
-def flags(point: Point, used: set[int], first: int, standardize: bool) -> int:
-    """What the kernels do at a point, given the registers that its loss reads; its moments start at `first`."""
+def flags(point: Point, used: set[int], sloped: set[int], first: int, standardize: bool) -> int:
+    """What the kernels do at a point, given the registers that its loss reads, and has slopes by (if standardised); its
+    moments start at `first`."""
     found = RAW * point.raw | FROZEN * point.frozen | EXCLUDE * point.exclude_label | GIVEN * point.given
     found |= MEAN_S * (first + 1 in used) | MEAN_T * (first + 2 in used)
-    second = used & {first + 3, first + 4, first + 5} and not point.given
+    covariances = {first + 3, first + 4, first + 5}
+    second = used & covariances and not point.given
     tilted = any(isinstance(x, Tensor) or x != 0 for x in (point.student, point.teacher))
-    if second and standardize and tilted and not (point.frozen or point.raw):
+    if sloped & covariances and tilted and not (point.frozen or point.raw or point.given):
         raise ValueError("standardize=True takes covariances (.ss, .st, .tt) only of a point without coefficients, or "
                          "one that is frozen or raw: the scale's gradient would be one of third moments")  # fmt: skip
     if second or (standardize and not point.raw):

@@ -56,6 +56,15 @@ class Tape:
             self.used.update(int(r) for r in registers)
         return Expr(self, self._known[line])
 
+    def sloped(self, out: int) -> set[int]:
+        """The registers by which that one has a slope: not what conditions alone read, or what is detached."""
+        found = {out}
+        for register in range(self.inputs + len(self.code) - 1, self.inputs - 1, -1):
+            op, *operands, _ = self.code[register - self.inputs]
+            if register in found and op not in (Op.CONST, Op.GT, Op.DETACH):
+                found.update(int(r) for r in (operands[1:] if op == Op.SELECT else operands))
+        return found
+
     def _register(self, x: Value) -> int:
         if isinstance(x, Expr):
             return x.register
