@@ -1,6 +1,7 @@
 """The harness of the benchmarks: turns, cells, what goes on where it was stopped, tables made of JSON."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -160,7 +161,11 @@ def test_microkernels_fail_on_a_regression(tmp_path):
     """In units of eager torch; the stored ratio is lowered, as if the kernel had been faster."""
     here = [sys.executable, "-m", "pytest", "benchmarks/test_micro.py", "-q", "-p", "no:cacheprovider", "-k",
             "exponential and 2048", f"--benchmark-storage=file://{tmp_path}"]  # fmt: skip
-    run = lambda *more: subprocess.run([*here, *more], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: E731
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no worker of xdist
+
+    def run(*more):
+        return subprocess.run([*here, *more], cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
+
     assert run("--benchmark-save=baseline").returncode == 0
     (path,) = tmp_path.rglob("*.json")
     stored = json.loads(path.read_text())
