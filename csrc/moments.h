@@ -57,6 +57,8 @@ struct Tilt {
 };
 
 KD_HD double lse(const Moments& x) { return x.z == 0 ? -INFINITY : x.m + log(x.z); }
+// The logarithm of a weight from that of its share: at - lse(x), of which much may cancel.
+KD_HD double log_weight(double at, const Moments& x) { return x.z == 0 ? -INFINITY : at - x.m - log(x.z); }
 
 // The tape's inputs from point k. True where the point has no class left to sum over, which makes the value NaN, unless
 // it is a mixture: two rows may have no class in common.
@@ -107,7 +109,7 @@ KD_HD double point_coefs(const Program& p, const double* args, int k, const Mome
   c0 += scaled(c1, d) + scaled(c2, e) + scaled(c3, d * d) + scaled(c4, d * e) + scaled(c5, e * e);
   c1 += 2 * scaled(c3, d) + scaled(c4, e);
   c2 += scaled(c4, d) + 2 * scaled(c5, e);
-  const double lam = o.z == 0 ? -INFINITY : at(row.s_max, row.t_max) - o.m - log(o.z);
+  const double lam = log_weight(at(row.s_max, row.t_max), o);
   const double out[kCoefs] = {lam, at.b, at.a, c0 + poison, c1, c2, c3, c4, c5, double((p.flags(k) & EXCLUDE) != 0)};
   for (int j = 0; j < kCoefs; ++j) coef[k * kCoefs + j] = out[j];
   return log_scale;

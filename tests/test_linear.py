@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
+from kdkernels.sweep import Inputs
 
 EVERYWHERE = [(b, case) for b in ("reference", "cpu") for case in CASES if has_kernels(case, b)]
 everywhere = pytest.mark.parametrize("backend, case", EVERYWHERE, ids=str)
@@ -494,6 +495,15 @@ def test_in_a_compiled_graph(loss, dtype, options, cast):
             results.append((value.detach(), *(leaf.grad for leaf in y[:3])))
         same(*results, {F64: 1e-12, F32: 1e-6, BF16: 2e-2}[cast or dtype])
     assert counter.frame_count <= 2
+
+
+def test_its_operator_is_checked():
+    x, linear, y = batch(F32), kd.LinearLoss(kd.KDLoss(temperature=2.0)), None
+    factor = torch.full((1,), 1 / N, dtype=F64)
+    inputs = Inputs(x.hidden, x.head, y, x.t_hidden, x.t_head, y, y, y, x.labels, factor, y, y)
+    for wants in ((True, True, False), (False, False, False)):
+        given = (linear._name, V, None, list(wants), *inputs)
+        torch.library.opcheck(torch.ops.kdkernels.linear.default, given, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_what_compiles_with_a_graph_break():

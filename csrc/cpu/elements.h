@@ -17,7 +17,7 @@ inline LogWeights log_weights(const double* args, const double* stats, int point
   const Moments* x = reinterpret_cast<const Moments*>(stats);
   const double* last = stats + points * kStats;
   const double b = args[0] * args[3], a = args[1] * args[6];  // the student's coefficient at q, the teacher's at p
-  return {b, b * last[2] - lse(x[0]), a, a * last[3] - lse(x[1])};
+  return {b, log_weight(b * last[2], x[0]), a, log_weight(a * last[3], x[1])};
 }
 inline LogWeights log_weights(const double* coef) {
   return {coef[1], coef[0], coef[kCoefs + 2], coef[kCoefs]};
