@@ -9,6 +9,7 @@ rounding: a batch is cut into the rows of each rank, and those into --accumulate
 
 import atexit
 import contextlib
+import gc
 import os
 import sys
 
@@ -38,7 +39,7 @@ def start(cfg):
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    atexit.register(dist.destroy_process_group)
+    atexit.register(leave)
     name = torch.zeros(4096, dtype=torch.uint8)
     if rank() == 0:
         spelled = os.path.abspath(cfg.out).encode()
@@ -47,6 +48,12 @@ def start(cfg):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
     dist.broadcast(name, 0)
     cfg.out = bytes(name[name > 0].tolist()).decode()
+
+
+def leave():
+    """Ends the group. A thread of it that lets go of a tensor while Python is torn down would abort the process."""
+    gc.collect()  # models refer to themselves, and to the group
+    dist.destroy_process_group()
 
 
 def first(work):
