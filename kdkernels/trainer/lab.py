@@ -87,20 +87,20 @@ class Runs:
     def optimizer(self, update: Update) -> torch.optim.Optimizer:
         raise NotImplementedError
 
-    def agreement(self, net, teacher, data) -> float:
-        """The share of held-out examples of which both have the same most likely class."""
+    def answers(self, net, data) -> Tensor:
+        """The most likely class of each of a few held-out examples."""
         raise NotImplementedError
 
     def train(self, name: str, net: Any, updates: list[Update], *, steps=800, size=64, data=None, every=200,
               teacher=None):  # fmt: skip
         """`net` after `steps` steps, each of all updates in turn; from its file, as far as that has come. How far it
         agrees with a teacher is looked at every so often."""
-        alone = functools.partial(self._train, name, net, updates, math.ceil(steps * self.share), size,
-                                  data or self.data(), every, teacher)  # fmt: skip
+        job = functools.partial(self._train, name, net, updates, math.ceil(steps * self.share), size,
+                                data or self.data(), every, teacher)  # fmt: skip
         if self.folder != self.cache or parallel.size() == 1:
-            return alone()
+            return job()
         # What runs share is the same with any number of ranks: one makes it, and the others read it.
-        return parallel.first(lambda: parallel.alone(alone)) or parallel.alone(alone)
+        return parallel.first(lambda: parallel.alone(job)) or parallel.alone(job)
 
     def _train(self, name, net, updates, steps, size, data, every, teacher):
         path, how = self.folder / f"{name}.safetensors", settings(self.cfg)
@@ -112,10 +112,13 @@ class Runs:
         if parallel.size() > size:
             raise UserError(f"{parallel.size()} ranks are more than the batches of {name} have rows: {size}")
 
+        with torch.no_grad():
+            told = None if teacher is None else self.answers(teacher.eval(), data)
+
         def look(step):
-            if teacher is not None:
+            if told is not None:
                 with torch.no_grad():
-                    held.append((step, self.agreement(net.eval(), teacher, data)))
+                    held.append((step, (self.answers(net.eval(), data) == told).double().mean().item()))
             net.train()
 
         with self.show(name, f"{self.UNIT[1]}/s") as bar:
@@ -132,12 +135,13 @@ class Runs:
                     optimizer.step()
                 parallel.same_statistics(net)
                 self.curves[name].append(value)
-                speed = round(self.UNIT[0] * size * (step + 1 - done) / (time.perf_counter() - start))
-                bar(step + 1, steps, speed=speed, loss=value, **({"agreement": held[-1][1]} if held else {}))
                 if not math.isfinite(value):
                     raise UserError(f"the loss of {name} became {value} at step {step + 1}")
-                if (step + 1) % every == 0 or step + 1 == steps:
+                if due := (step + 1) % every == 0 or step + 1 == steps:
                     look(step + 1)
+                speed = round(self.UNIT[0] * size * (step + 1 - done) / (time.perf_counter() - start))
+                bar(step + 1, steps, speed=speed, loss=value, **({"agreement": held[-1][1]} if held else {}))
+                if due:
                     self._save(path, owner, net, optimizers, step + 1, self.curves[name], held)
         return net.eval()
 
@@ -216,10 +220,9 @@ class Lab(Runs):
     def optimizer(self, update: Update) -> torch.optim.Optimizer:
         return torch.optim.SGD(update.parameters, lr=update.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
-    def agreement(self, net, teacher, data):
-        """Of the main head's answers on test pictures."""
-        answer = lambda one: (y[0] if isinstance(y := one(data.test[0][:HELD]), tuple) else y).argmax(-1)  # noqa: E731
-        return (answer(net) == answer(teacher)).double().mean().item()
+    def answers(self, net, data):
+        """Those of the main head on test pictures."""
+        return (y[0] if isinstance(y := net(data.test[0][:HELD]), tuple) else y).argmax(-1)
 
     def student(self, widths=STUDENT, classes=100) -> ConvNet:
         """Every student of a seed starts from the same weights."""

@@ -124,11 +124,11 @@ class TextLab(Runs):
         data = data or self.data().few
         return super().train(name, net, updates, steps=steps, size=size, data=data, every=every, teacher=teacher)
 
-    def agreement(self, net, teacher, data):
-        """Of the responses' tokens."""
+    def answers(self, net, data):
+        """Those of the responses' tokens."""
         x = self.data().watched
-        answers = [(responses(y.logits) if hasattr(y := one(x), "logits") else y).argmax(-1) for one in (net, teacher)]
-        return (answers[0] == answers[1])[self.labels(x).flatten() != -100].double().mean().item()
+        logits = responses(y.logits) if hasattr(y := net(x), "logits") else y
+        return logits.argmax(-1)[self.labels(x).flatten() != -100]
 
     def teacher(self, seed=1000, steps=1200):
         """Trained once for all recipes."""
