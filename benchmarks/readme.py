@@ -120,7 +120,8 @@ def peers_short() -> str:
                 line["good"] += sum(v == "ok" for v in verdicts)
                 line["cases"] += len(verdicts)
     out = ["| | losses | time | peak memory | hard inputs survived |", "|---|---|---|---|---|"]
-    ratio = lambda x: f"{statistics.median(x):.2g}×" if x else "needs a GPU"  # noqa: E731
+    times = lambda x: f"{x:.2g}×" if x >= 0.01 else "< 0.01×"  # noqa: E731
+    ratio = lambda x: times(statistics.median(x)) if x else "needs a GPU"  # noqa: E731
     for (level, name), line in sorted(lines.items(), key=lambda item: item[0][0], reverse=True):
         shown = name if level == "logits" else f"{name}, from hidden states"
         survived = f"{line['good']} of {line['cases']}" if line["cases"] else ""
