@@ -13,6 +13,7 @@ import torch
 
 import kdkernels as kd
 from kdkernels import files
+from kdkernels.trainer import report
 from kdkernels.trainer.config import Config
 from kdkernels.trainer.lab import Lab, Update, logits_of
 from kdkernels.trainer.recipes import abkd, mse_teacher, ttm, wttm
@@ -50,7 +51,7 @@ def measure(folder, cache, share=1.0):
     """{recipe: {dtype: {"fused": [loss of each step], "textbook": [...], "apart": the largest difference, "relative":
     the largest of the differences divided by the loss}}}."""
     torch.use_deterministic_algorithms(True)
-    lab, found = Lab(folder, cache, 0, lambda text: None, share), {}
+    lab, found = Lab(folder, cache, 0, report.silent, share), {}
     teacher = lab.teacher()
     for name, both in pairs().items():
         found[name] = {}

@@ -8,7 +8,6 @@ import shutil
 import time
 
 from kdkernels import files
-from kdkernels.trainer.lab import Update
 
 
 class FirstLoss(Exception):
@@ -32,7 +31,7 @@ def first_loss(train, where, name, net, updates, options):
 
     kept = {k: v.clone() for k, v in net.state_dict().items()}
     try:
-        train(where, name, net, [Update(stop, updates[0].parameters, updates[0].lr), *updates[1:]], **options)
+        train(where, name, net, [updates[0]._replace(loss=stop), *updates[1:]], **options)
     except FirstLoss as found:
         return found.args[0]
     finally:
@@ -53,7 +52,7 @@ def sharing(train, common, spent, share=1.0):
         mine = self.folder / f"{name}.safetensors"
         if mine.exists():
             return train(self, name, net, updates, **options)
-        settings = {k: v for k, v in options.items() if k != "data"}
+        settings = {k: v for k, v in options.items() if k not in ("data", "teacher")}
         about = [name, self.seed, share, settings, [u.lr for u in updates]]
         about.append(first_loss(train, self, name, net, updates, options))
         theirs = common / f"{name}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.safetensors"

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from kdkernels import files
-from kdkernels.trainer import recipes, reproduce
+from kdkernels.trainer import recipes, report, reproduce
 from kdkernels.trainer.config import Config, flag
 from kdkernels.trainer.lab import Lab
 
@@ -64,7 +64,7 @@ def work(task, out, cache, share):
     before = json.loads(path.read_text()) if path.exists() else dict(own=0.0, teachers=0.0)
     labs.train, start = sharing(train, out / "common", spent, share), time.process_time()
     try:
-        reproduce.run(name, folder, cache, seed + 1, lambda text: None)
+        reproduce.run(name, folder, cache, seed + 1, report.silent)
     except Exception as error:  # the others go on, and the table says it
         return name, seed, f"{type(error).__name__}: {error}"
     finally:
@@ -123,7 +123,7 @@ def collected(names, options, failed):
         if name in failed or not done:
             found.append({"recipe": name, "failed": failed.get(name, "not run")})
             continue
-        result = reproduce.run(name, options.out / name, options.cache, done, lambda text: None)
+        result = reproduce.run(name, options.out / name, options.cache, done, report.silent)
         took = [seconds(options.out, name, seed) for seed in range(done)]
         found.append(result | {key: [t and t[key] for t in took] for key in ("own", "teachers")})
     return found

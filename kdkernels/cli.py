@@ -31,8 +31,8 @@ def main(arguments=None):
         return 2
     except KeyboardInterrupt:
         resume = "`--resume RUN_DIR` goes on from the last checkpoint"
-        again = "the same command goes on" if options.run in (run_cache, run_bench) else resume
-        print(f"kdkernels: interrupted; {again}", file=sys.stderr)
+        same = options.run in (run_cache, run_bench) or "recipe" in options
+        print(f"kdkernels: interrupted; {'the same command goes on' if same else resume}", file=sys.stderr)
         return 130
 
 
@@ -70,7 +70,8 @@ def add_distill(commands):
     one.add_argument("--quick", action="store_true", help="a small run: about two minutes on two cores")
     one.add_argument("--resume", metavar="RUN_DIR", help="go on with a run that was killed")
     one.add_argument("--recipe", metavar="NAME", help="instead, reproduce a published system at a small size (see "
-                     "`kdkernels recipes`); with --seeds, --out, --cache and --threads alone")  # fmt: skip
+                     "`kdkernels recipes`); with --seeds, --out, --cache, --threads, --accumulate and "
+                     "--dtype alone, under torchrun too")  # fmt: skip
     one.add_argument("--seeds", type=int, metavar="INT", help="of a recipe (default: 3)")
     groups = add_settings(one)
     for name in SHORT_FORMS:

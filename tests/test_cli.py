@@ -200,7 +200,6 @@ def test_missing_extra(capsys, monkeypatch):
 def test_what_torchrun_cannot_start(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "--recipe runs in one process" in fails(capsys, "distill", "--recipe", "kd", "--out", tmp_path)
     assert "`kdkernels cache` runs in one process" in fails(capsys, "cache", "--out", tmp_path)
     assert "DISTLoss compares the rows" in fails(capsys, "distill", "--loss", "dist", "--out", tmp_path / "run")
 

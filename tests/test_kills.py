@@ -17,6 +17,7 @@ import torch
 
 import kdkernels as kd
 from kdkernels.cache import Reader
+from kdkernels.trainer import report
 from kdkernels.trainer.lab import Lab, Update
 
 
@@ -38,7 +39,7 @@ def training(folder):
     torch.manual_seed(0)
     net, teacher, loss = torch.nn.Linear(8, 50), torch.nn.Linear(8, 50).requires_grad_(False), kd.KDLoss()
     update = Update(lambda b: loss(net(b.images), teacher(b.images), b.labels), list(net.parameters()))
-    Lab(folder, folder, 0, lambda text: None).train("kd", net, [update], steps=30, size=8, data=Rows(), every=2)
+    Lab(folder, folder, 0, report.silent).train("kd", net, [update], steps=30, size=8, data=Rows(), every=2)
 
 
 def caching(folder):

@@ -8,8 +8,10 @@ import torch
 from scipy import special, stats
 
 from kdkernels.cli import main
-from kdkernels.trainer import images, probe
+from kdkernels.trainer import images, probe, probed
 from kdkernels.trainer.checkpoint import save_tensors
+from kdkernels.trainer.lab import state
+from kdkernels.trainer.recipes import atsc, comparative, dfpt, simkd
 
 N, V, ALPHA = 300, 12, 0.5
 
@@ -98,9 +100,24 @@ def test_the_command_on_files_of_a_recipe(tmp_path, capsys, monkeypatch):
     wrong = {
         ("a", "b", "c"): "got 3 paths", (*paths, "--alpha", "1"): "--alpha must be above 0 and not 1",
         (paths[0], "nowhere"): "nowhere: no such file", (str(tmp_path / "none"),): "no such folder",
-        (str(tmp_path / "other.safetensors"), paths[1]): "not a plain network for images",
+        (str(tmp_path / "other.safetensors"), paths[1]): "not a network for images",
         ("x", "--tokens", "0"): "--tokens must be at least 1",
     }  # fmt: skip
     for given, message in wrong.items():
         assert main(["probe", *given]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["plain", "simkd", "atsc-two", "comparative", "dfpt"])
+def test_nets_of_recipes_are_read_again(kind, tmp_path):
+    """The student through the teacher's classifier, or all that is around it, from what its file has once."""
+    torch.manual_seed(0)
+    student, teachers = images.ConvNet(images.STUDENT), [images.ConvNet() for _ in range(2)]
+    reusing = [simkd.Reusing(student, teacher) for teacher in teachers]
+    nets = {"plain": images.ConvNet((4, 5, 6)), "simkd": reusing[0], "atsc-two": atsc.Several(reusing),
+            "comparative": comparative.Remembering(student, 100),
+            "dfpt": dfpt.Both(student, dfpt.DualPath(teachers[0]))}  # fmt: skip
+    net, x = nets[kind], images.Pairs(train=10, test=50).test[0]
+    net.train()(x)  # statistics of its normalisation that are not those it was made with
+    found = probed.image_net(tmp_path, {k: v.clone() for k, v in state(net).items()})
+    assert type(found) is type(net) and torch.equal(found(x), net.eval()(x))

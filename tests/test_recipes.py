@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 import kdkernels as kd
 from kdkernels.cli import main
-from kdkernels.trainer import checkpoint, images, recipes, reproduce
+from kdkernels.trainer import checkpoint, images, recipes, report, reproduce
 from kdkernels.trainer.config import UserError
 from kdkernels.trainer.lab import Lab, Update, frozen
 from kdkernels.trainer.recipes import (
@@ -33,7 +33,7 @@ Y = torch.randint(100, (6,), generator=torch.Generator().manual_seed(2))
 
 @pytest.fixture
 def lab(tmp_path):
-    lab = Lab(tmp_path / "run", tmp_path / "cache", 0, lambda text: None, share=0.004)
+    lab = Lab(tmp_path / "run", tmp_path / "cache", 0, report.silent, share=0.004)
     lab._data[()] = lab._data[("train", comparative.CALLS),] = images.Pairs(train=300, test=200)
     lab._data[("imbalance", 20.0),] = lab._data[()]
     return lab
@@ -93,18 +93,18 @@ def test_every_recipe_runs_and_says_what_it_is(name, lab):
 
 
 def test_the_table_of_a_recipe(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reproduce, "Lab", lambda *given: Lab(*given, share=0.004))
+    monkeypatch.setattr(reproduce, "Lab", lambda *given, cfg: Lab(*given, share=0.004, cfg=cfg))
     monkeypatch.setattr(images.Pairs.__init__, "__defaults__", (200, 100, 0.15, 1.0, 0))
     where = ["--out", str(tmp_path / "o"), "--cache", str(tmp_path)]
     assert main(["distill", "--recipe", "kd", "--seeds", "2", *where]) == 0
     shown = capsys.readouterr().out
-    assert "Hinton" in shown and "KD > cross-entropy: " in shown and " pictures/s\n" in shown
+    assert "Hinton" in shown and "KD > cross-entropy: " in shown and " pictures/s  ETA 0 s\n" in shown
     result = json.loads((tmp_path / "o/results.json").read_text())
     assert len(result["arms"]["KD"]) == 2 and result["trend"][0]["holds"] in ("yes", "no", "within noise")
     lines = [json.loads(line) for line in (tmp_path / "o/metrics.jsonl").read_text().splitlines()]
     assert {r["stage"] for r in lines} == {f"seed-{k}/{net}" for k in range(2) for net in ("kd", "cross-entropy")}
     kept = checkpoint.load_tensors(tmp_path / "o/seed-1/kd.safetensors")[0]["curve"].tolist()
-    assert [r["loss"] for r in lines if r["stage"] == "seed-1/kd"] == kept and len(kept) == 4
+    assert [r["loss"] for r in lines if r["stage"] == "seed-1/kd" and "loss" in r] == kept and len(kept) == 4
     board = event_accumulator.EventAccumulator(str(tmp_path / "o/tensorboard")).Reload()
     assert [point.value for point in board.Scalars("seed-1/kd/loss")] == pytest.approx(kept)
     assert (tmp_path / "o/curves.png").read_bytes().startswith(b"\x89PNG")

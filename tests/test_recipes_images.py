@@ -9,7 +9,7 @@ from textbook import kl, logp, ltkd
 
 import kdkernels as kd
 from benchmarks.pages import bayes_teacher
-from kdkernels.trainer import images
+from kdkernels.trainer import images, report
 from kdkernels.trainer.lab import Batch, Lab, frozen
 from kdkernels.trainer.recipes import bayesian_teacher, cmkd, dfpt, faithful, grouped, rdd
 from kdkernels.trainer.recipes import ltkd as longtail
@@ -22,7 +22,7 @@ SMALL = (8, 16, 24)
 
 @pytest.fixture
 def lab(tmp_path):
-    lab = Lab(tmp_path / "run", tmp_path / "cache", 0, lambda text: None, share=0.004)
+    lab = Lab(tmp_path / "run", tmp_path / "cache", 0, report.silent, share=0.004)
     lab._data[()] = lab._data[("imbalance", longtail.IMBALANCE),] = DATA
     return lab
 
@@ -87,7 +87,7 @@ def test_grouped_kd_is_binary_and_primary_without_secondary():
 def test_grouped_kd_begins_with_the_labels_alone(lab, monkeypatch):
     given = {}
     monkeypatch.setattr(grouped.hinton, "run", lambda lab: {})
-    monkeypatch.setattr(lab, "train", lambda name, net, updates: given.update({name: (net, updates[0].loss)}))
+    monkeypatch.setattr(lab, "train", lambda name, net, updates, **_: given.update({name: (net, updates[0].loss)}))
     grouped.run(lab)
     student, loss = given["grouped"]
     told = lab.teacher()(batch().images)

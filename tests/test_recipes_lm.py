@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from kdkernels.cli import main
-from kdkernels.trainer import models, recipes, reproduce, textlab
+from kdkernels.trainer import models, recipes, report, reproduce, textlab
 from kdkernels.trainer.checkpoint import save_tensors
 from kdkernels.trainer.config import Config
 from kdkernels.trainer.lab import Update, frozen
@@ -43,7 +43,7 @@ def lab(tmp_path, monkeypatch, texts):
                  STUDENT=dict(hidden=16, ffn=16, heads=2, layers=1))  # fmt: skip
     for name, value in small.items():
         monkeypatch.setattr(textlab, name, value)
-    lab = textlab.TextLab(tmp_path / "run", tmp_path / "cache", 1, lambda text: None, share=0.05)
+    lab = textlab.TextLab(tmp_path / "run", tmp_path / "cache", 1, report.silent, share=0.05)
     lab._data["text"] = textlab.Text(texts[0], texts[1:], vocab=300, few=40, held=8)
     return lab
 
@@ -392,7 +392,7 @@ def test_every_recipe_runs_and_says_what_it_is(name, lab, monkeypatch):
 
 def test_the_runner_knows_where_a_recipe_works(lab, tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(supervised, "LAB", lambda *args: given.append(args) or lab)
+    monkeypatch.setattr(supervised, "LAB", lambda *args, cfg: given.append(args) or lab)
     result = reproduce.run("supervised", tmp_path / "out", tmp_path / "cache", seeds=1)
     assert given[0][:3] == (tmp_path / "out/seed-0", tmp_path / "cache", 0)
-    assert result["trend"][0]["holds"] == "one seed" and "supervised" in reproduce.report(result)
+    assert result["trend"][0]["holds"] == "one seed" and "supervised" in reproduce.table(result)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from benchmarks import curves, validation
 from benchmarks.sharing import sharing
-from kdkernels.trainer import images, lab, recipes
+from kdkernels.trainer import images, lab, recipes, report
 from kdkernels.trainer.lab import Lab, Update
 
 
@@ -82,7 +82,7 @@ def test_only_equal_runs_are_shared(small, tmp_path):
     share = sharing(train, tmp_path / "common", spent)
 
     def run(folder, scale=1.0, **options):
-        here = Lab(tmp_path / folder, tmp_path / "cache", 0, lambda text: None)
+        here = Lab(tmp_path / folder, tmp_path / "cache", 0, report.silent)
         net = here.student()
         update = Update(lambda b: scale * F.cross_entropy(net(b.images), b.labels), list(net.parameters()))
         return share(here, "net", net, [update], steps=2, **options).state_dict()
@@ -94,7 +94,7 @@ def test_only_equal_runs_are_shared(small, tmp_path):
     assert trained == [("a", False), ("b", True)] and same(first, other)
     assert not same(first, run("c", scale=2.0)) and not same(first, run("d", size=32))
     assert trained[2:] == [("c", False), ("d", False)]
-    plain = Lab(tmp_path / "e", tmp_path / "cache", 0, lambda text: None)
+    plain = Lab(tmp_path / "e", tmp_path / "cache", 0, report.silent)
     net = plain.student()
     update = Update(lambda b: F.cross_entropy(net(b.images), b.labels), list(net.parameters()))
     assert same(first, plain.train("net", net, [update], steps=2).state_dict())

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from kdkernels.trainer import report
 from kdkernels.trainer.config import Config
 from kdkernels.trainer.images import accuracy
 from kdkernels.trainer.lab import Lab
@@ -30,7 +31,7 @@ def measure(seeds: int, steps: int, out: Path, cache, show=print) -> dict:
     """{"accuracy": [beta][alpha][seed], "noise": of one student, from the differences between seeds}."""
     found: list = [[[] for _ in ALPHA] for _ in BETA]
     for seed in range(seeds):
-        lab = Lab(out / f"steps-{steps}-seed-{seed}", cache, seed, lambda text: None)
+        lab = Lab(out / f"steps-{steps}-seed-{seed}", cache, seed, report.silent)
         teacher, data = lab.teacher(), lab.data()
         for i, beta in enumerate(BETA):
             for j, alpha in enumerate(ALPHA):

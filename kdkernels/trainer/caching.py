@@ -33,7 +33,6 @@ def batches_of(cfg, corpus):
 
 def write_cache(cfg, top_k, temperature=1.0, teacher_file=""):
     """Writes the cache in cfg.out, or goes on with it."""
-    cfg.keep_layers = cfg.keep_layers or sorted({0, cfg.layers - 1})
     path = Path(teacher_file)
     if teacher_file and path.is_dir() and not cfg.tokenizer:
         cfg.tokenizer = str(path / "tokenizer.json")

@@ -84,7 +84,8 @@ def flag(name):
 
 
 def check(cfg):
-    """Raise UserError for settings that cannot work, naming the flag."""
+    """Raise UserError for settings that cannot work, naming the flag; fill in those that follow from others."""
+    cfg.keep_layers = cfg.keep_layers or sorted({0, cfg.layers - 1})
     for name in "seq_len batch teacher_batch curve_tokens val_tokens hidden ffn heads layers".split():
         require(getattr(cfg, name) >= 1, name, cfg, "at least 1")
     for name in ("eval_every", "checkpoint_every", "accumulate"):

@@ -43,7 +43,6 @@ STATE = 12  # bytes of a parameter in a checkpoint: weight and two moments
 def distill(cfg, resume=False):
     """Run the job of `cfg`; with `resume`, go on in cfg.out. -> the table {model: {ce, kl, agreement, acceptance}}."""
     started = time.perf_counter()
-    cfg.keep_layers = cfg.keep_layers or sorted({0, cfg.layers - 1})
     check(cfg)
     cfg.loss_options = resolve(cfg.loss, cfg.loss_options)
     loss = make_loss(cfg.loss, cfg.loss_options)

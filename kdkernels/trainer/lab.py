@@ -5,6 +5,7 @@ recipe is run again: a recipe reads top to bottom, and a killed one does not rep
 functions of seed, name and step alone, so that a resumed run ends at the same weights to the last bit.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -17,9 +18,11 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
-from .config import UserError
+from . import checkpoint, models, parallel, report
+from .config import Config, UserError
 from .images import STUDENT, TEACHER, ConvNet, Pairs
+
+HELD = 500  # test pictures that a bar's agreement is of
 
 
 class Batch(NamedTuple):
@@ -38,26 +41,31 @@ class Batch(NamedTuple):
 
 
 class Update(NamedTuple):
-    """A loss(batch) and what it changes, each step."""
+    """A loss(batch) and what it changes, each step. It is the mean over the labels that count or, with `rows`, over all
+    rows: of parts of a batch it makes that of the whole. prepare(batch) -> batch comes first, of all of it."""
 
     loss: Any
     parameters: list[nn.Parameter]
     lr: float = 0.05
+    rows: bool = False
+    prepare: Any = None
 
 
 class Runs:
-    """Args: folder of the run, folder of what runs share (teachers), seed, show(text), share of all steps to make."""
+    """Args: folder of the run, folder of what runs share (teachers), seed, show(title, unit) like `report.progress`,
+    share of all steps to make, settings of which `accumulate` and `dtype` count."""
 
     CLIP = 5.0  # largest norm of a gradient
     UNIT = 1, "pictures"  # of an example
 
-    def __init__(self, folder, cache, seed=0, show=print, share=1.0):
+    def __init__(self, folder, cache, seed=0, show=report.progress, share=1.0, cfg: Config | None = None):
         self.folder, self.cache, self.seed, self.show, self.share = Path(folder), Path(cache), seed, show, share
+        self.cfg = cfg or Config()
         self.curves: dict[str, list[float]] = {}
         self._data: dict[Any, Any] = {}
 
     def shared(self, seed: int):
-        """The lab of what runs share."""
+        """The lab of what runs share, whatever their settings."""
         one = type(self)(self.cache, self.cache, seed, self.show, self.share)
         one._data = self._data
         return one
@@ -79,44 +87,88 @@ class Runs:
     def optimizer(self, update: Update) -> torch.optim.Optimizer:
         raise NotImplementedError
 
-    def train(self, name: str, net: Any, updates: list[Update], *, steps=800, size=64, data=None, every=200):
-        """`net` after `steps` steps, each of all updates in turn; from its file, as far as that has come."""
-        data, path, steps = data or self.data(), self.folder / f"{name}.safetensors", math.ceil(steps * self.share)
-        owner = json.dumps([name, data.key, steps, size, self.seed, [u.lr for u in updates]])
+    def agreement(self, net, teacher, data) -> float:
+        """The share of held-out examples of which both have the same most likely class."""
+        raise NotImplementedError
+
+    def train(self, name: str, net: Any, updates: list[Update], *, steps=800, size=64, data=None, every=200,
+              teacher=None):  # fmt: skip
+        """`net` after `steps` steps, each of all updates in turn; from its file, as far as that has come. How far it
+        agrees with a teacher is looked at every so often."""
+        alone = functools.partial(self._train, name, net, updates, math.ceil(steps * self.share), size,
+                                  data or self.data(), every, teacher)  # fmt: skip
+        if self.folder != self.cache or parallel.size() == 1:
+            return alone()
+        # What runs share is the same with any number of ranks: one makes it, and the others read it.
+        return parallel.first(lambda: parallel.alone(alone)) or parallel.alone(alone)
+
+    def _train(self, name, net, updates, steps, size, data, every, teacher):
+        path, how = self.folder / f"{name}.safetensors", settings(self.cfg)
+        owner = json.dumps([name, data.key, steps, size, self.seed, [u.lr for u in updates], *([how] if how else [])])
         optimizers = [self.optimizer(update) for update in updates]
-        done, self.curves[name] = self._restore(path, owner, net, optimizers)
-        net.train()
-        start = time.perf_counter()
-        for step in range(done, steps):
-            batch = self.batch(data, step, size)
-            for update, optimizer in zip(updates, optimizers, strict=True):
-                for group in optimizer.param_groups:
-                    group["lr"] = update.lr * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-                loss = update.loss(batch)
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(update.parameters, self.CLIP)
-                optimizer.step()
-            self.curves[name].append(value := loss.item())
-            if not math.isfinite(value):
-                raise UserError(f"the loss of {name} became {value} at step {step + 1}")
-            if (step + 1) % every == 0 or step + 1 == steps:
-                speed = self.UNIT[0] * size * (step + 1 - done) / (time.perf_counter() - start)
-                self.show(f"{name}: step {step + 1} of {steps}, loss {value:.4f}, {speed:.0f} {self.UNIT[1]}/s")
-                self._save(path, owner, net, optimizers, step + 1, self.curves[name])
+        done, self.curves[name], held = self._restore(path, owner, net, optimizers)
+        if done == steps:
+            return net.eval()
+        if parallel.size() > size:
+            raise UserError(f"{parallel.size()} ranks are more than the batches of {name} have rows: {size}")
+
+        def look(step):
+            if teacher is not None:
+                with torch.no_grad():
+                    held.append((step, self.agreement(net.eval(), teacher, data)))
+            net.train()
+
+        with self.show(name, f"{self.UNIT[1]}/s") as bar:
+            look(0) if not done else net.train()
+            start, value = time.perf_counter(), math.nan
+            for step in range(done, steps):
+                batch = self.batch(data, step, size)
+                for update, optimizer in zip(updates, optimizers, strict=True):
+                    for group in optimizer.param_groups:
+                        group["lr"] = update.lr * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+                    optimizer.zero_grad()
+                    value = self._gradient(update, batch, size)
+                    nn.utils.clip_grad_norm_(update.parameters, self.CLIP)
+                    optimizer.step()
+                parallel.same_statistics(net)
+                self.curves[name].append(value)
+                speed = round(self.UNIT[0] * size * (step + 1 - done) / (time.perf_counter() - start))
+                bar(step + 1, steps, speed=speed, loss=value, **({"agreement": held[-1][1]} if held else {}))
+                if not math.isfinite(value):
+                    raise UserError(f"the loss of {name} became {value} at step {step + 1}")
+                if (step + 1) % every == 0 or step + 1 == steps:
+                    look(step + 1)
+                    self._save(path, owner, net, optimizers, step + 1, self.curves[name], held)
         return net.eval()
 
-    def _save(self, path, owner, net, optimizers, step, curve):
-        once = {v.data_ptr(): (k, v) for k, v in reversed(net.state_dict().items())}  # parts may be shared
-        tensors = {f"net/{k}": v for k, v in once.values()} | {"curve": torch.tensor(curve)}
+    def _gradient(self, update, batch, size) -> float:
+        """Of the update's parameters, of all parts and ranks; -> the loss of the whole batch."""
+        if update.prepare:
+            with models.autocast("cpu", self.cfg.dtype):
+                batch = update.prepare(batch)
+        count = lambda x: len(x.inputs) if update.rows else int((x.labels != -100).sum())  # noqa: E731
+        total = torch.zeros(())
+        for rows in parallel.rows(size, self.cfg.accumulate):
+            part = cut(batch, rows, size)
+            with models.autocast("cpu", self.cfg.dtype):
+                loss = update.loss(part) * (count(part) / count(batch))
+            loss.backward()
+            total = total + loss.detach()
+        parallel.add([p.grad for p in update.parameters if p.grad is not None])
+        return parallel.total(total)
+
+    def _save(self, path, owner, net, optimizers, step, curve, held):
+        tensors = {f"net/{k}": v for k, v in state(net).items()} | {"curve": torch.tensor(curve)}
+        tensors |= {"held": torch.tensor(held, dtype=torch.float64)} if held else {}
         for i, optimizer in enumerate(optimizers):
             for j, p in enumerate(optimizer.param_groups[0]["params"]):
                 tensors |= {f"{i}/{j}/{name}": value for name, value in optimizer.state[p].items()}
-        checkpoint.save_tensors(path, tensors, step=step, owner=owner)
+        parallel.first(lambda: checkpoint.save_tensors(path, tensors, step=step, owner=owner))
 
-    def _restore(self, path, owner, net, optimizers) -> tuple[int, list[float]]:
+    def _restore(self, path, owner, net, optimizers) -> tuple[int, list[float], list]:
+        """-> the steps done, the loss of each, and (step, agreement) where it was looked at."""
         if not path.exists():
-            return 0, []
+            return 0, [], []
         tensors, header = checkpoint.load_tensors(path)
         if header.get("owner") != owner:
             raise UserError(f"{path} is of another run: {header.get('owner')}, not {owner}; take another --out")
@@ -127,7 +179,25 @@ class Runs:
             for j, p in enumerate(optimizer.param_groups[0]["params"]):
                 mine = f"{i}/{j}/"
                 optimizer.state[p] |= {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
-        return header["step"], tensors["curve"].tolist()
+        held = tensors["held"].tolist() if "held" in tensors else []
+        return header["step"], tensors["curve"].tolist(), held
+
+
+def settings(cfg) -> dict:
+    """What else decides the weights of a run, where it is not as usual."""
+    found = {"accumulate": (cfg.accumulate, 1), "dtype": (cfg.dtype, "float32"), "ranks": (parallel.size(), 1)}
+    return {name: value for name, (value, usual) in found.items() if value != usual}
+
+
+def cut(batch, rows: range, size: int):
+    """These of the `size` rows of a batch."""
+    part = lambda x: x[len(x) * rows.start // size : len(x) * rows.stop // size]  # noqa: E731
+    return batch._replace(**{k: part(v) for k, v in batch._asdict().items() if isinstance(v, Tensor)})
+
+
+def state(net) -> dict[str, Tensor]:
+    """{name: tensor} of a net, once what its parts share."""
+    return dict({v.data_ptr(): (k, v) for k, v in reversed(net.state_dict().items())}.values())
 
 
 class Lab(Runs):
@@ -145,6 +215,11 @@ class Lab(Runs):
 
     def optimizer(self, update: Update) -> torch.optim.Optimizer:
         return torch.optim.SGD(update.parameters, lr=update.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+    def agreement(self, net, teacher, data):
+        """Of the main head's answers on test pictures."""
+        answer = lambda one: (y[0] if isinstance(y := one(data.test[0][:HELD]), tuple) else y).argmax(-1)  # noqa: E731
+        return (answer(net) == answer(teacher)).double().mean().item()
 
     def student(self, widths=STUDENT, classes=100) -> ConvNet:
         """Every student of a seed starts from the same weights."""
@@ -169,7 +244,8 @@ class Lab(Runs):
         data, net = data or self.data(), net or self.student()
         logits = teacher if isinstance(teacher, Tensor) else logits_of(teacher, data)
         update = Update(lambda b: loss(net(b.images), logits[b.at], b.labels), list(net.parameters()))
-        return self.train(name, net, [update], data=data, **options)
+        told = None if isinstance(teacher, Tensor) else teacher
+        return self.train(name, net, [update], data=data, teacher=told, **options)
 
     def plain(self, name="cross-entropy", **options) -> ConvNet:
         """A student of the labels alone."""

@@ -87,10 +87,15 @@ def fill(model, tensors):
             parameter.copy_(tensors[name])
 
 
+def autocast(device, dtype):
+    """A context for forward passes; float32: none. Its cache would keep weights cast under no_grad without gradient."""
+    kind = getattr(torch, dtype)
+    return torch.autocast(device, kind, enabled=kind != torch.float32, cache_enabled=False)
+
+
 def logits_of(model, inputs, dtype="float32"):
     """inputs (B, T) -> logits (B * T, V), in `dtype`: every position is a row of the loss."""
-    kind = getattr(torch, dtype)
-    with torch.autocast(inputs.device.type, kind, enabled=kind != torch.float32):
+    with autocast(inputs.device.type, dtype):
         return model(input_ids=inputs).logits.flatten(0, 1)
 
 

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 -m kdkernels distill --resume runs/two
 
 The ranks share the run folder and the cache. Batches, their gradients and what is written are those of one rank, to
-rounding: a batch is cut into the rows of each rank, and those into --accumulate parts.
+rounding: a batch is cut into the rows of each rank, and those into --accumulate parts. So it is with a recipe, but that
+batch normalisation takes each part by itself; its teachers are trained by the first rank.
 """
 
 import atexit
@@ -21,10 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import UserError
 
+_alone = False
+
 
 def size() -> int:
     """The number of ranks torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ and not _alone else 1
 
 
 def rank() -> int:
@@ -54,6 +57,16 @@ def leave():
     """Ends the group. A thread of it that lets go of a tensor while Python is torn down would abort the process."""
     gc.collect()  # models refer to themselves, and to the group
     dist.destroy_process_group()
+
+
+def alone(work):
+    """work() on this rank, as if there were no others."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        return work()
+    finally:
+        _alone = before
 
 
 def first(work):
@@ -102,6 +115,22 @@ def total(value: Tensor) -> float:
     if size() > 1:
         dist.all_reduce(value)
     return value.item()
+
+
+def add(gradients: list[Tensor]):
+    """Makes each its sum over all ranks, for updates of more nets than one that a `wrap` could hold."""
+    if size() > 1:
+        for x in gradients:
+            dist.all_reduce(x)
+
+
+def same_statistics(net):
+    """Batch normalisation's running ones, of each rank's rows, become their mean."""
+    if size() > 1:
+        for part in net.modules():
+            if part.training and isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+                for x in (part.get_buffer("running_mean"), part.get_buffer("running_var")):
+                    dist.all_reduce(x.div_(size()))
 
 
 def rows(batch: int, accumulate: int) -> list[range]:

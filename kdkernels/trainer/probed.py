@@ -13,8 +13,9 @@ from .caching import read_teacher
 from .config import UserError
 from .data import Corpus
 from .distill import read_run, teacher_file
-from .images import STUDENT, ConvNet, Pairs
-from .recipes import simkd_lm
+from .images import CLASSES, STUDENT, TEACHER, ConvNet, Pairs
+from .lab import state
+from .recipes import atsc, comparative, dfpt, simkd, simkd_lm
 
 ROWS = 256  # at a time
 
@@ -70,13 +71,18 @@ def weights(path: Path) -> tuple[dict[str, Tensor], list]:
     return net, json.loads(header.get("owner", "[]"))
 
 
-def image_net(path: Path, tensors) -> ConvNet:
+def image_net(path: Path, tensors):
+    """A plain network of any widths, or what a recipe has around a student of the usual ones."""
     widths = tuple(tensors[k].shape[0] for k in sorted(tensors) if k.startswith("body.") and tensors[k].ndim == 4)
-    net = ConvNet(widths or STUDENT)
-    if set(tensors) != set(net.state_dict()):
-        raise UserError(f"{path}: not a plain network for images, as `kdkernels distill --recipe kd` trains them")
-    net.load_state_dict(tensors)
-    return net.eval()
+    student = ConvNet(STUDENT)
+    reusing = [simkd.Reusing(student, ConvNet(TEACHER)) for _ in range(2)]
+    around = [reusing[0], atsc.Several(reusing), comparative.Remembering(student, CLASSES),
+              dfpt.Both(student, dfpt.DualPath(ConvNet(TEACHER)))]  # fmt: skip
+    for net in [ConvNet(widths or STUDENT), *around]:
+        if {k: v.shape for k, v in state(net).items()} == {k: v.shape for k, v in tensors.items()}:
+            net.load_state_dict(tensors, strict=False)  # shared parts are there once
+            return net.eval()
+    raise UserError(f"{path}: not a network for images, as the recipes of `kdkernels distill` train them")
 
 
 def of_images(student, teacher, read, tokens):

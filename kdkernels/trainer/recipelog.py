@@ -7,7 +7,8 @@ from . import checkpoint
 
 
 def write(result: dict, out: Path, seeds: int):
-    """Of every training of the recipe's runs: the loss of each step, from the files of its nets."""
+    """Of every training of the recipe's runs: the loss of each step and how far student and teacher agreed, from the
+    files of its nets."""
     journal, curves = checkpoint.Journal(out / "metrics.jsonl"), {}
     journal.path.unlink(missing_ok=True)
     journal.board.rewrite([])
@@ -15,8 +16,11 @@ def write(result: dict, out: Path, seeds: int):
         for path in sorted((out / f"seed-{seed}").glob("*.safetensors")):
             tensors, _ = checkpoint.load_tensors(path)
             curves[seed, path.stem] = curve = tensors["curve"].tolist()
-            for step, value in enumerate(curve, 1):
-                journal.write(stage=f"seed-{seed}/{path.stem}", step=step, loss=value)
+            stage, held = f"seed-{seed}/{path.stem}", tensors["held"].tolist() if "held" in tensors else []
+            records = [{"step": step, "loss": value} for step, value in enumerate(curve, 1)]
+            records += [{"step": int(step), "held_out": {"agreement": value}} for step, value in held]
+            for record in sorted(records, key=lambda one: one["step"]):
+                journal.write(stage=stage, **record)
     journal.close()
     with files.replacing(out / "curves.png") as temporary:
         draw(result, curves, temporary)

@@ -46,6 +46,11 @@ def progress(title, unit):
         print(f"{title}: {time.monotonic() - started:.0f} s", flush=True)
 
 
+@contextlib.contextmanager
+def silent(title, unit):
+    yield lambda done, total, **values: None
+
+
 def note(values, unit):
     values = dict(values)
     speed = values.pop("speed", None)

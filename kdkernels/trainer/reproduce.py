@@ -1,41 +1,53 @@
 """`kdkernels distill --recipe NAME`: a published system, a few seeds of it, and whether its claim holds here."""
 
+import functools
 import statistics
 from pathlib import Path
 
 import torch
 
 from .. import files
-from . import parallel, recipelog, recipes
+from . import parallel, recipelog, recipes, report
 from .checkpoint import read_json
-from .config import Config, UserError, flag
-from .distill import check_room, need_extra
-from .lab import Lab
+from .config import Config, UserError, check, flag
+from .distill import check_room, need_extra, set_up
+from .lab import Lab, settings
 
 ROOM = 100 << 20  # bytes, more than any recipe writes
-FLAGS = {"recipe", "seeds", "out", "cache", "threads"}
+FLAGS = {"accumulate", "cache", "dtype", "out", "recipe", "seeds", "threads"}
 
 
-def run(name: str, out, cache, seeds: int = 3, show=print) -> dict:
+def run(name: str, out, cache, seeds: int = 3, show=report.progress, cfg: Config | None = None) -> dict:
     """-> {"arms": {arm: [figure of each seed]}, "trend": [...]}, in out/results.json too.
 
-    What an earlier call has done is not repeated.
+    What an earlier call has done is not repeated. cfg: what `Runs` looks at.
     """
-    recipe, found = recipes.load(name), []
+    recipe, found, cfg = recipes.load(name), [], cfg or Config()
+    if (cfg.accumulate > 1 or parallel.size() > 1) and (why := getattr(recipe, "WHOLE", "")):
+        raise UserError(f"--recipe {name}: {why}: no --accumulate and no torchrun for it")
+    parallel.first(lambda: claim(Path(out) / "config.json", {"recipe": name, **settings(cfg)}))
     torch.use_deterministic_algorithms(True)
     for seed in range(seeds):
         path = Path(out) / f"seed-{seed}" / "figures.json"
-        if not path.exists():
-            kind = getattr(recipe, "LAB", Lab)
-            lab = kind(path.parent, cache, seed, lambda text, seed=seed: show(f"{name}, seed {seed}: {text}"))
-            files.write_json(path, recipe.run(lab))
+        if parallel.total(torch.tensor(float(path.exists()))) < parallel.size():  # all ranks see it, or none
+            titled = functools.partial(lambda seed, title, unit: show(f"{name}, seed {seed}: {title}", unit), seed)
+            figures = recipe.run(getattr(recipe, "LAB", Lab)(path.parent, cache, seed, titled, cfg=cfg))
+            parallel.first(functools.partial(files.write_json, path, figures))
         found.append(read_json(path))
     arms = {arm: [figures[arm] for figures in found] for arm in found[0]}
     trend = [dict(better=a, worse=b, holds=holds(arms[a], arms[b])) for a, b in recipe.TREND]
     result = {"recipe": name, "source": recipe.SOURCE, "claim": recipe.CLAIM, "figure": recipe.FIGURE, "arms": arms,
               "trend": trend}  # fmt: skip
-    files.write_json(Path(out) / "results.json", result)
+    parallel.first(lambda: files.write_json(Path(out) / "results.json", result))
     return result
+
+
+def claim(path: Path, record: dict):
+    """Writes down what a folder is of, or checks it."""
+    if not path.exists():
+        files.write_json(path, record)
+    elif (found := read_json(path)) != record:
+        raise UserError(f"{path.parent} holds a run of {found}, not {record}; take another --out")
 
 
 def holds(better: list[float], worse: list[float]) -> str:
@@ -49,7 +61,7 @@ def holds(better: list[float], worse: list[float]) -> str:
     return "within noise" if abs(mean) <= 2 * error else "yes" if mean > 0 else "no"
 
 
-def report(result: dict) -> str:
+def table(result: dict) -> str:
     """The table of a result."""
     seeds = len(next(iter(result["arms"].values())))
     lines = [f"{result['recipe']}: {result['source']}", f"claim: {result['claim']}",
@@ -69,14 +81,14 @@ def command(options) -> int:
     if seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {seeds}")
     need_extra("sklearn")
-    if parallel.size() > 1:
-        raise UserError("--recipe runs in one process, without torchrun")
-    if threads := getattr(options, "threads", 0):
-        torch.set_num_threads(threads)
     recipes.load(options.recipe)  # before anything is written
-    out = Path(getattr(options, "out", "") or Path("runs") / options.recipe)
+    cfg = Config(**{name: value for name, value in vars(options).items() if name in FLAGS - {"recipe", "seeds"}})
+    cfg.out = cfg.out or str(Path("runs") / options.recipe)
+    check(cfg)
+    set_up(cfg)
+    out = Path(cfg.out)
     check_room(out, ROOM)
-    result = run(options.recipe, out, getattr(options, "cache", Config().cache), seeds)
-    recipelog.write(result, out, seeds)
-    print(f"\n{report(result)}\nin {out}", flush=True)
+    result = run(options.recipe, out, cfg.cache, seeds, cfg=cfg)
+    parallel.first(lambda: recipelog.write(result, out, seeds))
+    print(f"\n{table(result)}\nin {out}", flush=True)
     return 0

@@ -120,8 +120,15 @@ class TextLab(Runs):
     def optimizer(self, update):
         return torch.optim.AdamW(update.parameters, lr=update.lr, betas=(0.9, 0.95), weight_decay=0.01)
 
-    def train(self, name, net, updates, *, steps=STEPS, size=SIZE, data=None, every=50):
-        return super().train(name, net, updates, steps=steps, size=size, data=data or self.data().few, every=every)
+    def train(self, name, net, updates, *, steps=STEPS, size=SIZE, data=None, every=50, teacher=None):
+        data = data or self.data().few
+        return super().train(name, net, updates, steps=steps, size=size, data=data, every=every, teacher=teacher)
+
+    def agreement(self, net, teacher, data):
+        """Of the responses' tokens."""
+        x = self.data().watched
+        answers = [(responses(y.logits) if hasattr(y := one(x), "logits") else y).argmax(-1) for one in (net, teacher)]
+        return (answers[0] == answers[1])[self.labels(x).flatten() != -100].double().mean().item()
 
     def teacher(self, seed=1000, steps=1200):
         """Trained once for all recipes."""
@@ -154,13 +161,17 @@ class TextLab(Runs):
         tokens(net, batch), which both models read, or of the text's own."""
         net, teacher = net or self.student(), self.teacher()
 
-        def update(batch):
-            x = tokens(net, batch) if tokens else batch.inputs
-            with torch.no_grad():
-                t = responses(teacher(input_ids=x).logits)
-            return loss(responses(net(input_ids=x).logits), t, self.labels(x).flatten())
+        def write(batch):
+            x = tokens(net, batch)
+            return batch._replace(inputs=x, labels=self.labels(x).flatten())
 
-        return self.train(name, net, [Update(update, list(net.parameters()), LR)], steps=steps)
+        def compare(batch):
+            with torch.no_grad():
+                t = responses(teacher(input_ids=batch.inputs).logits)
+            return loss(responses(net(input_ids=batch.inputs).logits), t, batch.labels)
+
+        update = Update(compare, list(net.parameters()), LR, prepare=write if tokens else None)
+        return self.train(name, net, [update], steps=steps, teacher=teacher)
 
     def written(self, net, tokens, noise, taste=AS_IS, judge: Judge | None = None):
         """The prompts with responses by the net, judged or not."""

@@ -7,6 +7,7 @@ A recipe is a module with `run(lab) -> {arm: figure}` and
     FIGURE   what is measured; more is better
     TREND    [(better arm, worse arm), ...]: what the claim says of the arms
     LAB      where it works, if not on images
+    WHOLE    why its batches cannot be cut into parts, if they cannot
 """
 
 import importlib

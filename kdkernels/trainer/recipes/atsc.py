@@ -46,7 +46,8 @@ def updates(net, pretrained, lr=LR):
             features = teacher.features(batch.inputs)
         return nn.functional.cross_entropy(teacher.classify(features), batch.labels)
 
-    return [Update(teach, [*net.own(), *encoder], lr), Update(share, list(teacher.head.parameters()), lr / 10)]
+    move = Update(teach, [*net.own(), *encoder], lr, rows=True)
+    return [move, Update(share, list(teacher.head.parameters()), lr / 10)]
 
 
 class Several(nn.Module):
@@ -64,7 +65,7 @@ def together(both, pretrained, lr=LR):
     """The updates of a `Several`: one of the sum of what `updates` of each net moves by, then each classifier's."""
     steps = [updates(net, teacher, lr) for net, teacher in zip(both.nets, pretrained, strict=True)]
     moves = dict.fromkeys(parameter for move, _ in steps for parameter in move.parameters)
-    first = Update(lambda batch: sum(move.loss(batch) for move, _ in steps), list(moves), lr)
+    first = Update(lambda batch: sum(move.loss(batch) for move, _ in steps), list(moves), lr, rows=True)
     return [first, *(share for _, share in steps)]
 
 
@@ -76,9 +77,9 @@ def run(lab):
     figures, data = simkd.run(lab), lab.data()
     teachers = [lab.teacher(), lab.teacher(seed=1001)]
     net = shared(lab.student(), teachers[0])
-    lab.train("atsc", net, updates(net, teachers[0]))
+    lab.train("atsc", net, updates(net, teachers[0]), teacher=teachers[0])
     figures["ATSC"] = accuracy(net, data)
     student = lab.student()
     both = Several([shared(student, teacher) for teacher in teachers])
-    lab.train("atsc-two", both, together(both, teachers))
+    lab.train("atsc-two", both, together(both, teachers), teacher=teachers[0])
     return figures | {"ATSC, two teachers": accuracy(both, data)}

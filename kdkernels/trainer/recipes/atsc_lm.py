@@ -36,9 +36,9 @@ def run(lab):
     figures, teachers = simkd_lm.run(lab), [lab.teacher(), lab.teacher(seed=1001)]
     pretrained = [frozen(simkd_lm.Halves(teacher)) for teacher in teachers]
     net = simkd_lm.reusing(lab, movable(teachers[0]))
-    lab.train("atsc", net, atsc.updates(net, pretrained[0], textlab.LR))
+    lab.train("atsc", net, atsc.updates(net, pretrained[0], textlab.LR), teacher=teachers[0])
     figures |= lab.figures("ATSC", simkd_lm.writer(lab.student(), net))
     student = simkd_lm.Halves(lab.student())
     both = atsc.Several([simkd_lm.through(student, movable(teacher)) for teacher in teachers])
-    lab.train("atsc-two", both, atsc.together(both, pretrained, textlab.LR))
+    lab.train("atsc-two", both, atsc.together(both, pretrained, textlab.LR), teacher=teachers[0])
     return figures | lab.figures("ATSC, two teachers", writer(lab, both))

@@ -21,6 +21,7 @@ SOURCE = "Wilf et al. 2023, Comparative knowledge distillation"
 CLAIM = "With few calls of the teacher, matching differences is better than matching outputs."
 FIGURE = "top-1 accuracy, %"
 TREND = [("comparative", "logit error"), ("across batches", "logit error"), ("logit error", "cross-entropy")]
+WHOLE = "pairs are those of a whole batch"
 CALLS, KEPT, WEIGHT = 2000, 512, 0.5
 
 
@@ -64,7 +65,8 @@ def arms(net):
 def run(lab):
     data = lab.data(train=CALLS)
     figures = {"cross-entropy": accuracy(lab.plain(data=data), lab.data())}
-    logits = logits_of(lab.teacher(), data)
+    teacher = lab.teacher()
+    logits = logits_of(teacher, data)
     for arm in arms(None):
         net = Remembering(lab.student(), logits.shape[1])
         own = arms(net)[arm]
@@ -73,6 +75,6 @@ def run(lab):
             s = net(batch.images)
             return F.cross_entropy(s, batch.labels) + WEIGHT * own(s - logits[batch.at]) / s.shape[1]
 
-        lab.train(arm.replace(" ", "-"), net, [Update(loss, list(net.parameters()))], data=data)
+        lab.train(arm.replace(" ", "-"), net, [Update(loss, list(net.parameters()))], data=data, teacher=teacher)
         figures[arm] = accuracy(net, lab.data())
     return figures

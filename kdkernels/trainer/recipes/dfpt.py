@@ -104,5 +104,5 @@ def updates(net):
 def run(lab):
     figures, data = hinton.run(lab), lab.data()
     net = Both(lab.student(), DualPath(lab.teacher()))
-    lab.train("dfpt", net, updates(net))
+    lab.train("dfpt", net, updates(net), teacher=net.dual.teacher)
     return figures | {"prompt path": accuracy(net.dual, data), "DFPT-KD": accuracy(net, data)}

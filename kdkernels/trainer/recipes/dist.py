@@ -16,6 +16,7 @@ SOURCE = "Huang et al. 2022, Knowledge distillation from a stronger teacher (Neu
 CLAIM = "Correlations keep improving with a stronger teacher, where KD does not."
 FIGURE = hinton.FIGURE
 TREND = [("DIST", "KD"), ("DIST, strong", "KD, strong")]
+WHOLE = "DIST correlates the pictures of a batch"
 STRONG = tuple(2 * width for width in TEACHER)
 
 

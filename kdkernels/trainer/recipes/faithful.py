@@ -28,7 +28,7 @@ from torch import nn
 import kdkernels as kd
 
 from ..images import accuracy
-from ..lab import Lab, Update, frozen
+from ..lab import Update, frozen
 
 SOURCE = "Lamb et al. 2023, Faithful knowledge distillation (arXiv 2306.04431)"
 CLAIM = "A student distilled with both nets at adversarial points is more like its teacher around the data."
@@ -36,6 +36,7 @@ FIGURE = "top-1 accuracy, agreement, closeness and certified closeness, %"
 TREND = [("agreement, faithful", "agreement, KD"), ("closeness, faithful", "closeness, KD"),
          ("closeness, faithful", "closeness, teacher held"),
          ("certified, faithful", "certified, teacher held")]  # fmt: skip
+WHOLE = "where ascent begins is drawn for a whole batch"
 ALPHA, RADIUS, ASCENT, TEST, CERTIFIED = 0.9, 0.02, 2, 500, 5e-4
 STEPS, TEACHER_STEPS = 500, 300
 
@@ -68,11 +69,10 @@ def robust(net):
 
 
 def robust_teacher(lab):
-    shared = Lab(lab.cache, lab.cache, 1000, lab.show, lab.share)
     net = copy.deepcopy(lab.teacher()).requires_grad_(True)
     name = f"robust-teacher-{lab.data().key.replace(' ', '-')}-{RADIUS}-{ASCENT}-{TEACHER_STEPS}"
     update = Update(robust(net), list(net.parameters()), 0.02)
-    return frozen(shared.train(name, net, [update], steps=TEACHER_STEPS, data=lab.data()))
+    return frozen(lab.shared(1000).train(name, net, [update], steps=TEACHER_STEPS, data=lab.data()))
 
 
 def divergence(student, teacher):
@@ -174,7 +174,7 @@ def run(lab):
     for arm, options in arms.items():
         net = lab.student()
         update = Update(loss(net, teacher, **options), list(net.parameters()))
-        lab.train(arm.lower().replace(" ", "-"), net, [update], steps=STEPS)
+        lab.train(arm.lower().replace(" ", "-"), net, [update], steps=STEPS, teacher=teacher)
         figures[arm] = accuracy(net, data)
         measured = faithfulness(frozen(net), teacher, data, lab.noise(STEPS))
         figures |= {f"{name}, {arm}": value for name, value in measured.items()}

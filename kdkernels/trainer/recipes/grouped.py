@@ -38,8 +38,8 @@ def loss(secondary=0.0):
 
 
 def run(lab):
-    figures, data = hinton.run(lab), lab.data()
-    logits, ce = logits_of(lab.teacher(), data), kd.CrossEntropyLoss()
+    figures, data, teacher = hinton.run(lab), lab.data(), lab.teacher()
+    logits, ce = logits_of(teacher, data), kd.CrossEntropyLoss()
     for arm, own in (("grouped", loss()), ("grouped, secondary too", loss(PRIMARY))):
         net = lab.student()
 
@@ -47,6 +47,7 @@ def run(lab):
             s, omega = net(batch.images), min(1.0, batch.step / (RISE * lab.share))
             return ce(s, labels=batch.labels) + omega * own(s, logits[batch.at], batch.labels)
 
-        lab.train(arm.replace(", ", "-").replace(" ", "-"), net, [Update(both, list(net.parameters()))])
+        name = arm.replace(", ", "-").replace(" ", "-")
+        lab.train(name, net, [Update(both, list(net.parameters()))], teacher=teacher)
         figures[arm] = accuracy(net, data)
     return figures

@@ -56,5 +56,5 @@ def run(lab):
         distilled = soft(s, better[batch.at], row_weight=chosen[batch.at])
         return (1 - ALPHA) * F.cross_entropy(s, batch.labels) + ALPHA * distilled
 
-    lab.train("selection", net, [Update(both, list(net.parameters()))])
+    lab.train("selection", net, [Update(both, list(net.parameters()))], teacher=teacher)
     return figures | {"label revision and selection": accuracy(net, data)}

@@ -21,6 +21,7 @@ SOURCE = "Kim 2026, Distilling balanced knowledge from a biased teacher (CVPR)"
 CLAIM = "Balancing the groups of a biased teacher is better than KD, overall and most of all in the tail."
 FIGURE = hinton.FIGURE
 TREND = [("LTKD, tail", "KD, tail"), ("LTKD", "KD")]
+WHOLE = "what a group weighs is of a whole batch"
 IMBALANCE, T = 20.0, 4.0
 GROUPS = torch.bucketize(torch.arange(CLASSES), torch.tensor(BOUNDS), right=True)  # classes by falling frequency
 TAIL = (GROUPS == 2).nonzero()[:, 0]

@@ -18,13 +18,14 @@ from torch import nn
 
 import kdkernels as kd
 
-from ..lab import Lab, Update, frozen
+from ..lab import Update, frozen
 
 SOURCE = "Liang et al. 2024, Relative difficulty distillation for semantic segmentation"
 CLAIM = "Letting the relative difficulty of pixels choose what to learn from is better than learning from all."
 FIGURE = "mean intersection over union, %"
 TREND = [("RDD", "KD"), ("KD", "cross-entropy")]
 CLASSES, TEACHER, STUDENT = 11, (16, 64, 64), (8, 24, 24)
+WHOLE = "which pixels are hard depends on all those of a batch"
 FIRST, AUXILIARY, SURE, HARDEST, KL = 0.1, 0.4, 0.7, 0.024, 1.0
 STEPS, TEACHER_STEPS, LR = 400, 600, 0.2
 
@@ -106,12 +107,13 @@ def trained(lab, name, make, widths, **options):
 
 def run(lab):
     data, alone = lab.data(), lambda net: lambda batch: task(net(batch.images), batch.masks)
-    shared = Lab(lab.cache, lab.cache, 1000, lab.show, lab.share)
     key = f"segmentation-teacher-{data.key.replace(' ', '-')}-{TEACHER_STEPS}"
-    teacher = frozen(trained(shared, key, alone, TEACHER, steps=TEACHER_STEPS, data=data))
+    teacher = frozen(trained(lab.shared(1000), key, alone, TEACHER, steps=TEACHER_STEPS, data=data))
     figures = {"teacher": overlap(teacher, data)}
     arms = {"cross-entropy": alone, "KD": lambda net: loss(net, teacher, None),
             "RDD": lambda net: loss(net, teacher, FIRST * STEPS * lab.share)}  # fmt: skip
     for arm, make in arms.items():
-        figures[arm] = overlap(trained(lab, arm.lower(), make, STUDENT, steps=STEPS, data=data), data)
+        told = None if make is alone else teacher
+        net = trained(lab, arm.lower(), make, STUDENT, steps=STEPS, data=data, teacher=told)
+        figures[arm] = overlap(net, data)
     return figures

@@ -58,5 +58,5 @@ def feature_loss(net, teacher):
 def run(lab):
     figures, teacher = hinton.run(lab), frozen(lab.teacher())
     net = Reusing(lab.student(), teacher)
-    lab.train("simkd", net, [Update(feature_loss(net, teacher), net.own(), 0.2)])
+    lab.train("simkd", net, [Update(feature_loss(net, teacher), net.own(), 0.2, rows=True)], teacher=teacher)
     return figures | {"SimKD": accuracy(net, lab.data())}

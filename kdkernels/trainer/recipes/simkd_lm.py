@@ -57,7 +57,8 @@ def writer(model, net):
 
 
 def run(lab):
-    figures, teacher = supervised.baseline(lab), frozen(Halves(lab.teacher()))
-    net = reusing(lab, teacher)
-    lab.train("simkd", net, [Update(simkd.feature_loss(net, teacher), net.own(), textlab.LR)])
+    figures, teacher = supervised.baseline(lab), lab.teacher()
+    net = reusing(lab, frozen(Halves(teacher)))
+    update = Update(simkd.feature_loss(net, net.teacher), net.own(), textlab.LR, rows=True)
+    lab.train("simkd", net, [update], teacher=teacher)
     return figures | lab.figures("SimKD", writer(lab.student(), net))

@@ -22,6 +22,7 @@ LAB, FIGURE = divergences.LAB, divergences.FIGURE
 SOURCE = "Shing et al. 2025, TAID: temporally adaptive interpolated distillation (ICLR)"
 CLAIM = "A target between student and teacher that moves to the teacher is better than the teacher from the start."
 TREND = [("TAID", "supervised"), ("TAID", "reverse KL")]
+WHOLE = "its schedule moves by the loss of a whole batch"
 START, END, ALPHA, MOMENTUM = 0.4, 1.0, 5e-4, 0.99
 
 
