@@ -101,8 +101,11 @@ template <typename R> INLINE bool far(const View<R>& x, const Exponent& e) {
 #include "sums.inl"
 #include "spread.inl"
 #include "elements.inl"
+#include "columns.inl"
 
+#define COLUMNS {highest, shares, deviations, add_up, products, slope_sum, class_slopes}
 extern const Tiles<float> f32 = {widen_all, store, peak, top, sums, look, sums_through, spread, through, exp2_all,
-                                  elements};
+                                  elements, COLUMNS};
 extern const Tiles<double> f64 = {widen_all, store, peak, top, sums, look, sums_through, spread, through, exp2_all,
-                                  elements};
+                                  elements, COLUMNS};
+#undef COLUMNS
