@@ -13,6 +13,8 @@ kind's columns of `args` are, which are on the host unless rows have temperature
     class_spread(grad (1,), student, teacher, labels?, mask?, means, terms, rows, vocab, ignore_index, side)
             -> grad times the gradient, by that side's logits, of the sum over the classes
     together_step(...): see `kdkernels.together`
+    agreement(student, teacher, labels?, mask?, args (1 or N, 2 or more) = 1/T of both, ..., lse (2, N), vocab, ignore)
+            -> (N, 5) float64: the largest logit and its class, of both sides; sum_i min(p_i, q_i)
     rankdata(a (N, V)) -> ranks (N, V) float64;  spearman(a, b), kendall_tau(a, b) -> (N,) float64
 """
 
@@ -70,12 +72,16 @@ def register(prefix: str, names: tuple[str, ...] = ("compare",), metrics: bool =
         value, means, rows = (student.new_empty(shape, dtype=torch.float64) for shape in shapes)
         return value, means, terms, rows
 
+    @torch.library.register_fake("kdkernels::agreement")
+    def _(student, *rest):
+        return student.new_empty((student.shape[:-1].numel(), 5), dtype=torch.float64)
+
     @torch.library.register_fake("kdkernels::class_spread")
     def _(grad, student, teacher, labels, mask, means, terms, rows, vocab, ignore_index, side):
         logits = teacher if side else student
         return logits.new_empty(logits.shape)
 
-    for name in ("together_step", "class_correlation", "class_spread", *METRICS):
+    for name in ("together_step", "class_correlation", "class_spread", "agreement", *METRICS):
         torch.library.register_autograd(f"kdkernels::{name}", refuse)
 
 

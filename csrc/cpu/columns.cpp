@@ -43,19 +43,6 @@ template <typename R> struct Scratch {
   std::vector<double> sums;
 };
 
-// Classes [first, first + n) of a row, where they are or in `copy`.
-template <typename R> const R* logits_of(const Batch& x, int side, int64_t row, int64_t first, int n, R* copy) {
-  const Logits& own = side ? x.t : x.s;
-  const char* at = own.row(row) + own.size() * first;
-  const bool same = own.type == (sizeof(R) == 4 ? Type::f32 : Type::f64) && uintptr_t(at) % sizeof(R) == 0;
-  if (same && !x.mask) return reinterpret_cast<const R*>(at);
-  R max;
-  tiles<R>().widen(own.type, at, n, copy, &max);
-  for (int i = 0; x.mask && i < n; ++i)
-    if (!x.mask[first + i]) copy[i] = -std::numeric_limits<R>::infinity();
-  return copy;
-}
-
 // The rows' shares, from their log-partitions; false if one of them is no distribution.
 bool find_shares(const Batch& x, const Args& scales, bool wide, const std::vector<int64_t>& kept, RowOf* rows) {
   const double program[] = {2, 0, 0, 0, 0, 0};
