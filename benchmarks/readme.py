@@ -1,4 +1,4 @@
-"""Tables of the README and of pages/peers.md, made of the JSON in results/.
+"""Tables of the README, of pages/peers.md and of pages/speed.md, made of the JSON in results/.
 
     python -m benchmarks.readme    writes them; a test says where they differ
 """
@@ -18,6 +18,25 @@ there, gradients included. error: of the gradient, from float64, over its norm; 
 inputs for which value and gradient are those of the textbook, of those that could be tried (below, with what went
 wrong). Cells of libraries that need a GPU were tried in Triton's interpreter and are not timed.
 """
+SPEED = """# Every loss, fused linear and ranks beside others
+
+Written by `python -m benchmarks.readme` of the JSON in benchmarks/results. Medians of interleaved calls, forward and
+backward.
+
+## Every loss, by `kdkernels bench`
+
+Milliseconds of kdkernels, and the time of eager torch and of `torch.compile` over that. Where the ratio is below 1×,
+kdkernels loses.
+"""
+FROM_HIDDEN = """## From hidden states, by `python -m benchmarks.linear`
+
+Forward KL of rows × classes × hidden size: time over that of the four matrix products alone. Then the memory of a step
+at its peak, gradients included, of 32000 classes and hidden size 128 in float32.
+"""
+RANKS = """## Ranks and correlations, by `python -m benchmarks.ranks`
+
+Spearman's loss of 64 × 131072 in three runs. "forward" and the metrics (rho, tau-b) have no backward.
+"""
 COLUMNS = ("| | ms float32 | ms bfloat16 | bytes float32 | peak, MB float32 / bfloat16 | error float32 / bfloat16 | "
            "survived | has |")  # fmt: skip
 
@@ -34,17 +53,17 @@ def level_of(name: str) -> str:
 
 def rows_of(found: dict, loss: str, level: str) -> list[tuple[str, dict, dict]]:
     """(name, {dtype: measured}, tried) of a loss at one level, the fastest first, those without a time at the end."""
-    cells, of = found["cells"], {}
+    cells, who = found["cells"], {}
     for key, cell in cells.items():
         if key.startswith(f"{loss} {level} "):
             for name, measured in cell["contenders"].items():
-                of.setdefault(name, {})[cell["dtype"]] = measured
+                who.setdefault(name, {})[cell["dtype"]] = measured
             for name in cell["missing"]:
-                of.setdefault(name, {})
+                who.setdefault(name, {})
     plain = lambda name: "kdkernels" if name.startswith("kdkernels") else name  # noqa: E731
     tried = lambda name: cells.get(f"{loss} tried {plain(name)}", {})  # noqa: E731
     ms = lambda item: min([c["ms"] for c in item[1].values() if "ms" in c], default=float("inf"))  # noqa: E731
-    return [(name, measured, tried(name)) for name, measured in sorted(of.items(), key=ms)]
+    return [(name, measured, tried(name)) for name, measured in sorted(who.items(), key=ms)]
 
 
 def survival(tried: dict) -> str:
@@ -85,14 +104,13 @@ def peers_page(found: dict) -> str:
 
 def peers_short() -> str:
     """A line for each library: its time and peak over kdkernels' (medians over losses and dtypes), cases survived."""
-    found = json.loads((RESULTS / "peers-cpu.json").read_text())
-    of: dict = {}
+    found, lines = of("peers-cpu"), {}
     for loss in dict.fromkeys(key.split()[0] for key in found["cells"]):
         for level in ("logits", "linear"):
             rows = rows_of(found, loss, level)
             base = dict(row[:2] for row in rows).get("LinearLoss" if level == "linear" else "kdkernels cpu")
             for name, measured, tried in rows:
-                line = of.setdefault((level, name), dict(ms=[], peak=[], good=0, cases=0, losses=[]))
+                line = lines.setdefault((level, name), dict(ms=[], peak=[], good=0, cases=0, losses=[]))
                 line["losses"].append(loss.removesuffix("Loss"))
                 for dtype, cell in measured.items():
                     if "ms" in cell:
@@ -102,8 +120,9 @@ def peers_short() -> str:
                 line["good"] += sum(v == "ok" for v in verdicts)
                 line["cases"] += len(verdicts)
     out = ["| | losses | time | peak memory | hard inputs survived |", "|---|---|---|---|---|"]
-    ratio = lambda x: f"{statistics.median(x):.2g}×" if x else "needs a GPU"  # noqa: E731
-    for (level, name), line in sorted(of.items(), key=lambda item: item[0][0], reverse=True):
+    times = lambda x: f"{x:.2g}×" if x >= 0.01 else "< 0.01×"  # noqa: E731
+    ratio = lambda x: times(statistics.median(x)) if x else "needs a GPU"  # noqa: E731
+    for (level, name), line in sorted(lines.items(), key=lambda item: item[0][0], reverse=True):
         shown = name if level == "logits" else f"{name}, from hidden states"
         survived = f"{line['good']} of {line['cases']}" if line["cases"] else ""
         of_ours = f"{ratio(line['ms'])} | {ratio(line['peak'])}"
@@ -120,25 +139,108 @@ def where(found: dict) -> str:
             f"of the machine {about['load']}.")  # fmt: skip
 
 
+def of(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def two(x: float) -> str:
+    """A ratio, in two digits."""
+    return f"{x:.0f}×" if x >= 9.95 else f"{x:.1f}×"
+
+
+def millis(x: float) -> str:
+    return f"{x:.0f} ms" if x >= 99.5 else f"{x:.3g} ms"
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
 def rows_table() -> str:
     """Of benchmarks.rows."""
-    found = json.loads((RESULTS / "rows-cpu.json").read_text())["results"]
     from .rows import LOSSES, MODES
 
-    modes = {**MODES, "out": "the same, `out=` given"}
-    lines = ["| logits | work | " + " | ".join(LOSSES) + " |", "|---" * (len(LOSSES) + 2) + "|"]
-    two = lambda x: f"{x:.0f}" if x >= 9.95 else f"{x:.1f}"  # noqa: E731
-    of: dict = {}
-    for r in found:
-        of.setdefault((r["shape"], r["dtype"], r["mode"]), {})[r["loss"]] = r["ms"]
-    for (shape, dtype, mode), ms in of.items():
-        cells = [" / ".join(f"{two(ms[n][k] / ms[n]['kdkernels'])}×" for k in ("eager", "compile")) if n in ms else ""
-                 for n in LOSSES]  # fmt: skip
-        lines.append(f"| {shape.replace('x', ' × ')} {dtype} | {modes[mode]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    modes, cells = {**MODES, "out": "the same, `out=` given"}, {}
+    for r in of("rows-cpu")["results"]:
+        cells.setdefault((r["shape"], r["dtype"], r["mode"]), {})[r["loss"]] = r["ms"]
+    lines = []
+    for (shape, dtype, mode), ms in cells.items():
+        ratios = [" / ".join(two(ms[n][k] / ms[n]["kdkernels"]) for k in ("eager", "compile")) if n in ms else ""
+                  for n in LOSSES]  # fmt: skip
+        lines.append([f"{shape.replace('x', ' × ')} {dtype}", modes[mode], *ratios])
+    return table(["logits", "work", *LOSSES], lines)
 
 
-BLOCKS = {"rows": rows_table, "peers": peers_short}
+def of_losses() -> dict[str, list[tuple[float, float, float]]]:
+    """Of `kdkernels bench`: {loss: (ms, eager's over that, torch.compile's over that) of each dtype}."""
+    lines: dict = {}
+    for cell in of("bench-cpu")["cells"].values():
+        ms = {who: c["ms"] for who, c in cell["contenders"].items() if "ms" in c}
+        ours = next(ms[who] for who in ("kdkernels cpu", "kdkernels torch") if who in ms)
+        lines.setdefault(cell["loss"], []).append((ours, ms["eager"] / ours, ms["compile"] / ours))
+    return lines
+
+
+def losses_short() -> str:
+    """The medians, and who is slower than another contender in any dtype."""
+    lines, said = of_losses(), []
+    for k, other in ((1, "eager torch"), (2, "`torch.compile`")):
+        ratios = [cell[k] for cells in lines.values() for cell in cells]
+        slower = [f"`{name}`" for name, cells in lines.items() if min(cell[k] for cell in cells) < 1]
+        said.append(f"{other} takes {two(statistics.median(ratios))} in the median, and is faster than "
+                    + (", ".join(slower) or "none"))  # fmt: skip
+    return f"Of {len(lines)} losses, in float32 and bfloat16: {'; '.join(said)}.\n\n{where(of('bench-cpu'))}"
+
+
+def losses_table() -> str:
+    lines = of_losses()
+    least = lambda name: min(ratio for _, *ratios in lines[name] for ratio in ratios)  # noqa: E731
+    cells = [[f"`{name}`", *(x for ms, *ratios in lines[name] for x in (millis(ms), " / ".join(map(two, ratios))))]
+             for name in sorted(lines, key=least, reverse=True)]  # fmt: skip
+    head = ["", *(f"{dtype}{of}" for dtype in ("float32", "bfloat16") for of in ("", ", eager / compile"))]
+    return table(head, cells) + "\n\n" + where(of("bench-cpu"))
+
+
+LINEAR = {"LinearLoss": "LinearLoss", "in 64 MiB": "in 64 MiB", "logits": "whole logits", "eager": "eager",
+          "torch linear_ce": "`F.linear_cross_entropy`", "Liger chunked": "Liger chunked",
+          "TRL chunked": "TRL chunked"}  # fmt: skip
+
+
+def linear_table(memory: bool = True) -> str:
+    """Of benchmarks.linear."""
+    found = of("linear-cpu")
+    lines = []
+    for cell in found["time"]:
+        ratios = [format(cell["ms"][name] / cell["ms"]["products"], ".3g") for name in LINEAR]
+        shape = f"{cell['shape'].replace('x', ' × ')} {cell['dtype']}"
+        lines.append([shape, millis(cell["ms"]["products"]), *ratios])
+    for cell in found["memory"] if memory else ():
+        lines.append([f"{cell['rows']} rows: MiB", "", *(f"{cell['bytes'][name] / 2**20:.0f}" for name in LINEAR)])
+    return table(["", "products", *LINEAR.values()], lines) + "\n\n" + footer(found)
+
+
+def ranks_table(only: str = "") -> str:
+    """Of benchmarks.ranks: the whole run, and two more of Spearman's loss."""
+    runs, lines = [of(name) for name in ("ranks-cpu", "ranks-cpu-spearman", "ranks-cpu-spearman-again")], []
+    for cell in (cell for found in runs for cell in found["results"]):
+        shape, ours = f"{cell['shape'].replace('x', ' × ')} {cell['dtype']}", cell["ms"]["kdkernels"]
+        others = ", ".join(f"{who} {two(ms / ours)}" for who, ms in cell["ms"].items() if who != "kdkernels")
+        if others and f"{cell['name']} {shape}".startswith(only):
+            lines.append([cell["name"], shape, millis(ours), others])
+    return table(["", "logits", "kdkernels", "others over that"], lines) + "\n\n" + footer(runs[0])
+
+
+def footer(found: dict) -> str:
+    return f"{found['machine']}; commit {found['commit']}; load of the machine {found['load']:.1f}."
+
+
+def speed_page() -> str:
+    parts = [SPEED, losses_table(), FROM_HIDDEN, linear_table(), RANKS, ranks_table()]
+    return "\n".join([*(part.strip() + "\n" for part in parts)])
+
+
+BLOCKS = {"rows": rows_table, "losses": losses_short, "linear": lambda: linear_table(memory=False),
+          "ranks": lambda: ranks_table("Spearman 64 × 131072"), "peers": peers_short}  # fmt: skip
 
 
 def made(text: str) -> str:
@@ -154,7 +256,8 @@ def made(text: str) -> str:
 def write() -> None:
     readme = ROOT / "README.md"
     readme.write_text(made(readme.read_text()))
-    PAGE.write_text(peers_page(json.loads((RESULTS / "peers-cpu.json").read_text())))
+    PAGE.write_text(peers_page(of("peers-cpu")))
+    PAGE.with_name("speed.md").write_text(speed_page())
 
 
 if __name__ == "__main__":

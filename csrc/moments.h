@@ -95,8 +95,13 @@ KD_HD double point_coefs(const Program& p, const double* args, int k, const Mome
   const double gtt = scaled(second, at.rt * at.rt * g[5]);
   const double B = p.flags(k) & FROZEN ? 0 : side ? at.a : at.b;
   double c0 = scaled(B, gE - scaled(gss, o.ss) - scaled(gst, o.st) - scaled(gtt, o.tt)) + (side ? gt : gs);
-  double c1 = B * gs + (side ? gst : 2 * gss), c2 = B * gt + (side ? 2 * gtt : gst);
-  const double c3 = B * gss, c4 = B * gst, c5 = B * gtt;
+  const double top = at(row.s_max, row.t_max), lam = log_weight(top, o);
+  // Where neighbouring numbers are further apart than exp reaches, a class that has all the weight of one row's logits
+  // is the mean: what it gets would be lost in terms that cancel.
+  const bool alone = fabs(top) > 1e16 && lam == 0 && (at.b == 0 || at.a == 0);
+  const double off = alone ? 0 : 1;
+  double c1 = scaled(off, B * gs + (side ? gst : 2 * gss)), c2 = scaled(off, B * gt + (side ? 2 * gtt : gst));
+  const double c3 = scaled(off, B * gss), c4 = scaled(off, B * gst), c5 = scaled(off, B * gtt);
   double log_scale = 0;
   if (!(p.flags(k) & RAW)) {
     const double own = side ? o.t : o.s, own2 = side ? o.tt : o.ss;
@@ -109,7 +114,6 @@ KD_HD double point_coefs(const Program& p, const double* args, int k, const Mome
   c0 += scaled(c1, d) + scaled(c2, e) + scaled(c3, d * d) + scaled(c4, d * e) + scaled(c5, e * e);
   c1 += 2 * scaled(c3, d) + scaled(c4, e);
   c2 += scaled(c4, d) + 2 * scaled(c5, e);
-  const double lam = log_weight(at(row.s_max, row.t_max), o);
   const double out[kCoefs] = {lam, at.b, at.a, c0 + poison, c1, c2, c3, c4, c5, double((p.flags(k) & EXCLUDE) != 0)};
   for (int j = 0; j < kCoefs; ++j) coef[k * kCoefs + j] = out[j];
   return log_scale;

@@ -198,7 +198,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         for the others the log-partitions are one more.
 
         Args:
-            agreement: top-1 agreement and acceptance as well, for which the logits are read once more, in float64.
+            agreement: top-1 agreement and acceptance as well, for which the logits are read once more.
             given: the other keywords of a call. On vocabulary shards agreement costs one more all_gather.
 
         Raises:

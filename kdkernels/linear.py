@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import call, compiled, merged, parallel
 from .base import BaseLoss
+from .kept import Kept
 from .linearcall import autocast, check_head, check_shared, check_teacher
 from .options import check_number
 from .parts import fixed
@@ -42,7 +43,8 @@ class LinearLoss(nn.Module):
         memory_budget: bytes of logits at a time for chunk="auto": the student's, the teacher's, and their gradient
             where it does not take the student's place (not the float64 copies of the reference backend). An eighth of
             it may go to a product waiting to be added up, or to a block of a dequantised head. None: 256 MiB on a CPU,
-            1 GiB elsewhere. On a CPU the memory of the student's part is kept for the next call, as long as the module.
+            1 GiB elsewhere. On a CPU the module keeps a chunk's memory for the next call, and, once they are free, that
+            of the head's gradient and of its float32 sum over chunks, if each is no more than the budget.
         student_logit_scale, teacher_logit_scale: factor of the logits, in front of the cap.
         student_softcap, teacher_softcap: c > 0 of a soft-cap c * tanh(x / c), or None.
 
@@ -66,7 +68,7 @@ class LinearLoss(nn.Module):
         self.loss, self.chunk, self.memory_budget = loss, chunk, memory_budget
         self.student_logit_scale, self.teacher_logit_scale = student_logit_scale, teacher_logit_scale
         self.student_softcap, self.teacher_softcap = student_softcap, teacher_softcap
-        self._kept: list[Tensor] = []
+        self._kept = Kept()
         self._name = compiled.named(self)
         self._check_options()
 
@@ -209,11 +211,8 @@ class LinearLoss(nn.Module):
         scales = (self.student_logit_scale, self.teacher_logit_scale)
         caps = (self.student_softcap, self.teacher_softcap)
         name = backend.__name__.rpartition(".")[-1]
-        return Plan(fixed(self.loss), name, cast, chunk, block, budget // 8, vocab, scales, caps, temperature,
+        return Plan(fixed(self.loss), name, cast, chunk, block, budget, vocab, scales, caps, temperature,
                     self._kept, sparse, shared, shards)  # fmt: skip
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_kept": []}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import call, tape
+from . import backends, call, tape
 from .buckets import Merged, blocks
 from .compose import SumLoss, joins
 from .logpartition import ForwardKLLoss
@@ -129,7 +129,7 @@ def _metrics(sink: dict[str, Any], agreement: bool) -> RowMetrics:
 
     entropy = [of_rows(x) for x in lse - sink["mean"]]
     with_teacher = len(lse) == 2
-    again = _read_again(rows, sink["args"], lse) if agreement and with_teacher else (None, None)
+    again = _read_again(rows, sink["args"], lse, ignore) if agreement and with_teacher else (None, None)
     return RowMetrics(
         student_lse=of_rows(lse[0]),
         teacher_lse=of_rows(lse[1]) if with_teacher else None,
@@ -141,24 +141,33 @@ def _metrics(sink: dict[str, Any], agreement: bool) -> RowMetrics:
     )
 
 
-def _read_again(rows: call.Rows, args: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) whether the first choices agree, and sum_i min(p_i, q_i), a chunk of rows at a time."""
-    scales = args.to(lse.device)[:, :2].expand(lse.shape[1], 2)
+def _read_again(rows: call.Rows, args: Tensor, lse: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
+    """(N,) whether the first choices agree, and sum_i min(p_i, q_i)."""
     assert rows.teacher is not None
-    first, overlap = [], []
-    for at, *pair in blocks(rows.student, rows.teacher, memory=ELEMENTS):
-        logits = [x[:, : rows.vocab] for x in pair]
-        if rows.mask is not None:
-            logits = [torch.where(rows.mask, x, -math.inf) for x in logits]
-        first.append(torch.stack([y.double() for x in logits for y in x.max(-1)], -1))
-        q, p = ((x.double() * scales[at, k, None] - lse[k, at, None]).exp() for k, x in enumerate(logits))
-        overlap.append(torch.minimum(q, p).sum(-1, keepdim=True))
-    if not overlap:
-        return lse[0], lse[0]
-    found = torch.cat((torch.cat(first), torch.cat(overlap)), -1)  # largest logit, its class, of both sides; sum
+    kernel = getattr(backends.pick(rows.student, rows.teacher), "AGREEMENT", None)
+    if kernel is None:
+        found = _in_torch(rows, args, lse)
+    else:
+        s, t = call.dense(rows.student.detach()), call.dense(rows.teacher.detach())
+        found = kernel(s, t, rows.labels, rows.mask, args.contiguous(), lse.contiguous(), rows.vocab, ignore)
     if rows.shards is None:
         return (found[:, 1] == found[:, 3]).double(), found[:, 4]
     parts = rows.shards.gather(found)
     starts = parts.new_tensor([start for start, _ in rows.shards.spans])[:, None]
     first_of_all = [(parts[..., k + 1] + starts).gather(0, parts[..., k].argmax(0)[None])[0] for k in (0, 2)]
     return (first_of_all[0] == first_of_all[1]).double(), parts[..., 4].sum(0)
+
+
+def _in_torch(rows: call.Rows, args: Tensor, lse: Tensor) -> Tensor:
+    """(N, 5): the largest logit and its class, of both sides; sum_i min(p_i, q_i). A chunk of rows at a time."""
+    scales = args.to(lse.device)[:, :2].expand(lse.shape[1], 2)
+    found = [lse.new_empty(0, 5)]
+    assert rows.teacher is not None
+    for at, *pair in blocks(rows.student, rows.teacher, memory=ELEMENTS):
+        logits = [x[:, : rows.vocab] for x in pair]
+        if rows.mask is not None:
+            logits = [torch.where(rows.mask, x, -math.inf) for x in logits]
+        first = [y.double() for x in logits for y in x.max(-1)]
+        q, p = ((x.double() * scales[at, k, None] - lse[k, at, None]).exp() for k, x in enumerate(logits))
+        found.append(torch.stack((*first, torch.minimum(q, p).sum(-1)), -1))
+    return torch.cat(found)

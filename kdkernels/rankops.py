@@ -7,7 +7,14 @@ kind's columns of `args` are, which are on the host unless rows have temperature
             ignore_index) -> value (N,) float64
     compare_step(grad (N or 1,), ...the same..., side) -> value (N,), grad times the gradient of that side's logits
     uld, uld_step: the same for the distance of sorted probabilities; args (1 or N, 2), no kind
+    class_correlation(student, teacher, labels?, mask?, args (1 or N, 2) = 1/T of both, vocab, ignore_index)
+            -> [mean over the live classes of 1 - rho over the rows, 1 / their number] (2,), and what the next takes:
+            means (2, vocab) float64, terms (7, vocab), rows (N, 8) float64
+    class_spread(grad (1,), student, teacher, labels?, mask?, means, terms, rows, vocab, ignore_index, side)
+            -> grad times the gradient, by that side's logits, of the sum over the classes
     together_step(...): see `kdkernels.together`
+    agreement(student, teacher, labels?, mask?, args (1 or N, 2 or more) = 1/T of both, ..., lse (2, N), vocab, ignore)
+            -> (N, 5) float64: the largest logit and its class, of both sides; sum_i min(p_i, q_i)
     rankdata(a (N, V)) -> ranks (N, V) float64;  spearman(a, b), kendall_tau(a, b) -> (N,) float64
 """
 
@@ -21,6 +28,7 @@ from .ops import refuse, rescale
 
 PEARSON, SPEARMAN, PLACKETT_LUCE, KENDALL = range(4)  # csrc/cpu/ranks.cpp reads the same numbers
 METRICS = ("rankdata", "spearman", "kendall_tau")
+NARROW = 32  # classes or fewer: computed in float64 (csrc/cpu/parallel.h)
 
 
 def register(prefix: str, names: tuple[str, ...] = ("compare",), metrics: bool = False) -> None:
@@ -56,7 +64,24 @@ def register(prefix: str, names: tuple[str, ...] = ("compare",), metrics: bool =
     def _(student, *rest):
         return student.new_empty((), dtype=result_dtype(student)), student.new_empty(student.shape)
 
-    for name in ("together_step", *METRICS):
+    @torch.library.register_fake("kdkernels::class_correlation")
+    def _(student, teacher, labels, mask, args, vocab, ignore_index):
+        double = vocab <= NARROW or torch.float64 in (student.dtype, teacher.dtype)
+        terms = student.new_empty((7, vocab), dtype=torch.float64 if double else torch.float32)
+        shapes = (2,), (2, vocab), (student.shape[:-1].numel(), 8)
+        value, means, rows = (student.new_empty(shape, dtype=torch.float64) for shape in shapes)
+        return value, means, terms, rows
+
+    @torch.library.register_fake("kdkernels::agreement")
+    def _(student, *rest):
+        return student.new_empty((student.shape[:-1].numel(), 5), dtype=torch.float64)
+
+    @torch.library.register_fake("kdkernels::class_spread")
+    def _(grad, student, teacher, labels, mask, means, terms, rows, vocab, ignore_index, side):
+        logits = teacher if side else student
+        return logits.new_empty(logits.shape)
+
+    for name in ("together_step", "class_correlation", "class_spread", "agreement", *METRICS):
         torch.library.register_autograd(f"kdkernels::{name}", refuse)
 
 
@@ -98,3 +123,25 @@ class Compare(torch.autograd.Function):
                 slope = ctx.operators[1](grad, s, t, labels, mask, args, ctx.kind, ctx.vocab, ctx.ignore, side)[1]
                 out[side] = slope.view(logits.shape)
         return *out, *(None,) * 10
+
+
+class OverRows(torch.autograd.Function):
+    """Mean over the classes of 1 - rho of their probabilities in the rows, by a backend's two operators."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, args, labels, mask, operators, vocab, ignore):
+        ctx.spread, ctx.vocab, ctx.ignore = operators[1], vocab, ignore
+        value, *found = operators[0](dense(student), dense(teacher), labels, mask, args, vocab, ignore)
+        ctx.save_for_backward(student, teacher, labels, mask, value, *found)
+        return value[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        student, teacher, labels, mask, value, *found = ctx.saved_tensors
+        s, t, by = dense(student), dense(teacher), grad.reshape(1) * value[1]
+        inputs = (by, s, t, labels, mask, *found, ctx.vocab, ctx.ignore)
+        out: list[Tensor | None] = [None, None]
+        for side, logits in enumerate((student, teacher)):
+            if ctx.needs_input_grad[side]:
+                out[side] = ctx.spread(*inputs, side).view(logits.shape)
+        return *out, *(None,) * 6

@@ -2,7 +2,7 @@
 
 For a chunk of n rows: logits (n, V) = hidden @ head.T, the loss's value and the gradient g (n, V) of those logits in
 their place, then g @ head and the chunk's part of g.T @ hidden. The teacher's logits are there for a block of the
-chunk's rows at a time. The buffers of a chunk serve the next one.
+chunk's rows at a time. The buffers of a chunk serve the next one, and on a CPU the next call.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from . import backends
 from .base import BaseLoss
 from .call import result_dtype
 from .head import Head, fitting, slices
+from .kept import Kept
 from .ops import Once
 from .options import readable
 from .parts import part_of, reducing
@@ -23,7 +24,7 @@ from .sparse import SparseTeacher
 from .vocab import SharedVocab
 
 CACHED = 1 << 20  # bytes that are widened at a time on a CPU
-BLOCK_CPU = 256  # rows with teacher's logits at a time: a product of fewer reads the head more often than it computes
+BLOCK_CPU = 512  # rows with teacher's logits at a time: a product of fewer reads the head more often than it computes
 _NOT_AGAIN = ("kdkernels: the gradient of LinearLoss is not itself differentiable; for double backward call its loss "
               "on the logits, under kdkernels.use_backend('reference')")  # fmt: skip
 
@@ -61,11 +62,11 @@ class Plan(NamedTuple):
         backend: the name of the one that runs, in the backward too.
         cast: what autocast makes of hidden states and heads, if it is on.
         chunk, block: rows of the student's logits and of the teacher's at a time.
-        scratch: bytes that a product waiting to be added up, or a block of a dequantised head, may take.
+        budget: bytes of logits at a time, and of a head's gradient whose memory is worth keeping.
         vocab: classes; rows of a head from here on are never looked at.
         scales, softcaps: of student and teacher.
         temperature: the call's, where it is a number.
-        kept: what holds the memory of a chunk between calls.
+        kept: what holds memory between calls.
         sparse: the teacher, where it is a SparseTeacher of rows (N, k).
         shared: what the vocabularies share, where they differ.
         shards: of the vocabulary (`kdkernels.parallel`), if these heads are only a part of it.
@@ -76,15 +77,20 @@ class Plan(NamedTuple):
     cast: torch.dtype | None
     chunk: int
     block: int
-    scratch: int
+    budget: int
     vocab: int
     scales: tuple[float, float]
     softcaps: tuple[float | None, float | None]
     temperature: float | None
-    kept: list[Tensor]
+    kept: Kept
     sparse: SparseTeacher | None
     shared: SharedVocab | None
     shards: Any
+
+    @property
+    def scratch(self) -> int:
+        """Bytes that a product waiting to be added up, or a block of a dequantised head, may take."""
+        return self.budget // 8
 
 
 class Gradients(NamedTuple):
@@ -107,18 +113,19 @@ def _sweep(plan, x, factor, wants, per_row):
     student, teacher = _heads(plan, x)
     dtype = student.weight.dtype
     chunk = max(min(plan.chunk, rows), 1)
-    memory = _memory(plan.kept, x.student_hidden, chunk * vocab, dtype)
-    s_buffer = memory[: chunk * vocab].view(chunk, vocab)
-    g_buffer = torch.empty_like(s_buffer) if student.softcap is not None and any(wants) else s_buffer
+    s_buffer = g_buffer = t_buffer = plan.kept.empty("student", x.student_hidden, (chunk, vocab), dtype)
+    if student.softcap is not None and any(wants):
+        g_buffer = plan.kept.empty("gradient", s_buffer, (chunk, vocab), dtype)
     t_dtype = dtype if teacher is None else cast_dtype(x.teacher_hidden, plan.cast)
     known = plan.sparse if x.teacher_logits is None else x.teacher_logits
-    t_size = min(plan.block, chunk), 0 if teacher is None else len(teacher.weight)
-    t_buffer = s_buffer if teacher is None else s_buffer.new_empty(t_size, dtype=t_dtype)
+    if teacher is not None:
+        t_buffer = plan.kept.empty("teacher", s_buffer, (min(plan.block, chunk), len(teacher.weight)), t_dtype)
     whole = reducing(plan.loss, "none" if per_row else "sum")
-    grads, values, product = _empty(x, wants, vocab, rows > chunk), [], None
+    grads, values, product = _empty(plan, x, wants, rows > chunk), [], None
     if grads.head is not None and grads.head.dtype != dtype:
         width = x.student_head.shape[1]
-        product = s_buffer.new_empty((min(vocab, fitting(width, dtype, plan.scratch)), width))
+        size = min(vocab, fitting(width, dtype, plan.scratch)), width
+        product = plan.kept.empty("product", s_buffer, size, dtype)
     counts = factor != 0 if x.labels is None else (factor != 0) & (x.labels != plan.loss.ignore_index)
     for at in slices(rows, chunk):
         # Whatever a row holds that does not count: its gradient is 0, and 0 * NaN is not.
@@ -149,20 +156,8 @@ def _sweep(plan, x, factor, wants, per_row):
     if plan.shards is not None and grads.hidden is not None:
         plan.shards.add_up(grads.hidden)
     values = values or [factor.new_zeros(0 if per_row else ())]
-    if memory.is_cpu and type(memory) is Tensor and not memory.is_inference():
-        plan.kept[:] = [memory]
     value = torch.cat(values) if per_row else torch.stack(values).sum(dtype=torch.float64)
     return value.to(result_dtype(s_buffer)), grads
-
-
-def _memory(kept: list[Tensor], like: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """(>= count,), that of an earlier call if it will do: to fault in new pages takes a tenth of a product's time."""
-    try:
-        memory = kept.pop()
-    except IndexError:  # none yet, or another thread has it
-        return like.new_empty(count, dtype=dtype)
-    fits = memory.device == like.device and memory.dtype == dtype and len(memory) >= count
-    return memory if fits else like.new_empty(count, dtype=dtype)
 
 
 def cast_dtype(x: Tensor, cast: torch.dtype | None) -> torch.dtype:
@@ -193,14 +188,21 @@ def _value_and_grad(loss: BaseLoss, s: Tensor, t: Tensor | None, labels: Tensor 
         return value.detach(), torch.autograd.grad(value, leaf)[0]
 
 
-def _empty(x: Inputs, wants: tuple[bool, bool, bool], vocab: int, several: bool) -> Gradients:
+def _empty(plan: Plan, x: Inputs, wants: tuple[bool, bool, bool], several: bool) -> Gradients:
     """Where the gradients go. What is summed over several chunks is summed in float32 at least."""
     dtypes = [torch.promote_types(y.dtype, torch.float32) if several and y is not None else None for y in x[1:3]]
     hidden = torch.empty_like(x.student_hidden) if wants[0] else None
-    # The first chunk writes a head's gradient, all of it if no row of the head is padding.
-    new = torch.empty_like if len(x.student_hidden) and vocab == len(x.student_head) else torch.zeros_like
-    head = new(x.student_head, dtype=dtypes[0]) if wants[1] else None
+    head = _empty_head(plan, x.student_head, dtypes[0] or x.student_head.dtype) if wants[1] else None
+    if head is not None:  # the first chunk writes the rest, if there is one
+        head[plan.vocab if len(x.student_hidden) else 0 :] = 0
     return Gradients(hidden, head, torch.zeros_like(x.student_bias, dtype=dtypes[1]) if wants[2] else None)
+
+
+def _empty_head(plan: Plan, head: Tensor, dtype: torch.dtype) -> Tensor:
+    """As empty_like. Memory of no more than the budget is kept for the next call, once the gradient is gone."""
+    if not head.is_contiguous() or head.numel() * dtype.itemsize > plan.budget:
+        return torch.empty_like(head, dtype=dtype)
+    return plan.kept.empty(f"head's {dtype}", head, head.shape, dtype)
 
 
 def _add_up(grads: Gradients, at: slice, g: Tensor, head: Head, hidden: Tensor, product: Tensor | None) -> None:
@@ -265,6 +267,9 @@ class LinearRows(torch.autograd.Function):
             ready = sweep(ctx.plan, x, x.factor * grad.reshape(-1).to(torch.float64), ctx.wants)[1]
         elif not (readable(grad) and grad == 1):
             ready = Gradients(*(None if g is None else g.mul_(grad) for g in ready))
+        if ready.head is not None and ready.head.dtype != x.student_head.dtype:
+            rounded = _empty_head(ctx.plan, x.student_head, x.student_head.dtype)
+            ready = ready._replace(head=rounded.copy_(ready.head))
         out = [None if g is None else g.to(like.dtype) for g, like in zip(ready, x[:3], strict=True)]
         if torch.is_grad_enabled():
             out = Once.apply(_NOT_AGAIN, lambda *them: tuple(g if g is None else g.view_as(g) for g in them[:3]), *out,

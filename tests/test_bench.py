@@ -153,8 +153,8 @@ def test_tables_agree_with_what_was_measured():
     """`python -m benchmarks.readme` has nothing to write."""
     text = (ROOT / "README.md").read_text()
     assert readme.made(text) == text
-    found = json.loads((readme.RESULTS / "peers-cpu.json").read_text())
-    assert readme.peers_page(found) == readme.PAGE.read_text()
+    assert readme.peers_page(readme.of("peers-cpu")) == readme.PAGE.read_text()
+    assert readme.speed_page() == readme.PAGE.with_name("speed.md").read_text()
 
 
 def test_microkernels_fail_on_a_regression(tmp_path):

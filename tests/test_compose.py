@@ -6,9 +6,10 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import BACKENDS, F32, F64, batch, only
+from accuracy import BACKENDS, F32, F64, Batch, batch, only
 from hypothesis import given
 from hypothesis import strategies as st
+from textbook import forward_kl, reverse_kl
 
 import kdkernels as kd
 
@@ -48,6 +49,24 @@ def results(loss, rows, backend, **call):
         value = loss(s, t, rows.y, **call)
         value.backward()
     return value.detach(), s.grad, t.grad
+
+
+@pytest.mark.parametrize("V, ties", [(8, False), (8, True), (5000, False)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_both_divergences_of_giant_logits(backend, V, ties):
+    """All weight is at the maxima: what one divergence gives a class is not lost in the other's 1e30 that cancels."""
+    g = torch.Generator().manual_seed(0)
+    s, t = 1e30 * torch.randn(2, 3, V, generator=g)
+    if ties:
+        s[0, 2] = s[0, 5] = s[0].max()
+    rows = Batch(s, t, torch.zeros(3, dtype=torch.int64))
+    own, other = (x.double().requires_grad_() for x in (s, t))
+    exact = (forward_kl(own, other, None) + reverse_kl(own, other, None)).mean() / 2
+    got = results(0.5 * kd.ForwardKLLoss() + 0.5 * kd.ReverseKLLoss(), rows, backend)
+    assert abs(got[0] / exact - 1) < 1e-5
+    for found, slope in zip(got[1:], torch.autograd.grad(exact, (own, other)), strict=True):
+        for a, b in zip(found.double(), slope, strict=True):  # of each row: those of ties are as giant
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """kdkernels in Hugging Face's and TRL's trainers, with tiny models made from configurations."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -184,25 +188,57 @@ def test_arguments_are_checked(tmp_path):
             trainer(tmp_path, **options)
 
 
+def losses_of_two(folder):
+    return losses(trainer(folder, batch=4))
+
+
+def sharded(folder):
+    """The loss and its gradients, of a model cut by FSDP2 as accelerate does it, less those of a whole one."""
+    one, rank = trainer(folder), dist.get_rank()
+    batch = {k: torch.stack([row[k] for row in rows()[4 * rank : 4 * rank + 4]]) for k in rows()[0]}
+    found = []
+    for cut in (False, True):
+        student = model(16, 0)
+        if cut:
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            for part in (*student.model.layers, student):
+                fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        (loss := one.compute_loss(student, batch)).backward()
+        grads = [p.grad for p in student.parameters()]
+        for g in [] if cut else grads:
+            dist.all_reduce(g.div_(dist.get_world_size()))
+        found.append([loss.detach(), *(g.full_tensor() if cut else g for g in grads)])
+    return [((a - b).norm() / b.norm()).item() for b, a in zip(*found, strict=True)]
+
+
 WORKER = """
 import json, os, sys
 sys.path.insert(0, {tests!r})
-from test_integrations import losses, trainer
-found = losses(trainer({folder!r}, batch=4))
+import test_integrations
+found = test_integrations.{function}({folder!r})
 if os.environ["RANK"] == "0":
-    print("LOSSES", json.dumps(found))
+    print("FOUND", json.dumps(found))
 """
 
 
-def test_two_processes_are_one_with_the_batch_of_both(tmp_path):
-    code = tmp_path / "worker.py"
-    code.write_text(WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "out")))
+def of_two_processes(function, folder):
+    """What the function returned on the first of two ranks."""
+    code = folder / "worker.py"
+    code.write_text(WORKER.format(tests=str(Path(__file__).parent), folder=str(folder / "out"), function=function))
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(code)]
     done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
-    line = [x for x in done.stdout.splitlines() if x.startswith("LOSSES")]
+    line = [x for x in done.stdout.splitlines() if x.startswith("FOUND")]
     assert line, done.stderr[-2000:]
-    together = [float(x) for x in line[0].removeprefix("LOSSES [").removesuffix("]").split(",")]
+    return json.loads(line[0].removeprefix("FOUND "))
+
+
+def test_two_processes_are_one_with_the_batch_of_both(tmp_path):
+    together = of_two_processes("losses_of_two", tmp_path)
     assert together == pytest.approx(losses(trainer(tmp_path, batch=8)), rel=1e-4)
+
+
+def test_the_head_of_a_model_cut_by_fsdp2_is_whole_for_the_loss(tmp_path):
+    assert max(of_two_processes("sharded", tmp_path)) < 1e-5
 
 
 # --- TRL

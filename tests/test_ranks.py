@@ -337,6 +337,56 @@ def test_dist_of_equal_rows(N):
     assert value.item() == pytest.approx(1, abs=1e-9) and gradient.abs().max() == 0
 
 
+@pytest.mark.parametrize("N, scale", [(3, 1.0), (16, 3.0), (16, 0.3), (16, 1e-3), (300, 1.0)])
+def test_dist_between_rows_is_no_further_from_float64_than_torch(N, scale):
+    s, t = batch(N, 500, torch.float32, scale)
+    (exact, slope), (eager, eager_slope), (got, own) = (
+        run(loss, x, y) for loss, x, y in [
+            (lambda s, t: dist(s, t, beta=0.0), s.double(), t.double()), (lambda s, t: dist(s, t, beta=0.0), s, t),
+            (kd.DISTLoss(beta=0.0), s, t)])  # fmt: skip
+    assert (got - exact).abs() <= (eager - exact).abs() + 2e-7 * exact
+    assert (own - slope).norm() <= (eager_slope - slope).norm() + 2e-7 * slope.norm()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_dist_counts_what_is_unlikely_everywhere(backend):
+    """rho knows no scale: a class of probability 1e-300 in all rows counts as any other, and so does its gradient."""
+    s, t = (3 * torch.randn(2, 6, 40)).double()
+    far = torch.zeros(40, dtype=torch.float64).index_fill(0, torch.tensor([3, 20]), -700.0)
+    with kd.use_backend(backend):
+        value, slope = run(kd.DISTLoss(beta=0.0), s + far, t + far)
+    want, exact = run(lambda s, t: dist(s, t, beta=0.0), s + far / 5, t + far / 5)  # squares of 1e-122
+    torch.testing.assert_close((value, slope), (want, exact), rtol=1e-10, atol=1e-12)
+    assert slope[:, 3].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [20, 700, 3001])
+def test_dist_of_damaged_masked_and_impossible_classes(dtype, V):
+    """The kernels beside the definition, both gradients; a NaN spoils the batch, unless its row or class is none."""
+    s, t = (2 * torch.randn(2, 3, 4, V + 3)).to(dtype)
+    for gone in (s[0, 1, 4], t[1, 2, 5], s[..., 7], t[..., 7], s[..., 8]):
+        gone.fill_(-torch.inf)
+    y = torch.randint(V, (3, 4)).index_fill(1, torch.tensor([3]), -100)
+    s[:, 3], t[..., 9] = torch.nan, torch.nan
+    mask = (torch.arange(V) != 9) & (torch.arange(V) % 7 != 1)
+    warm = torch.rand(3, 4, dtype=torch.float64) + 0.5
+    more = dict(labels=y.where(mask[y.clamp(0)] | (y < 0), 0), vocab_size=V, vocab_mask=mask, temperature=warm)
+    loss, results = kd.DISTLoss(t_squared=False, beta=0.0), []
+    for backend in ("cpu", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (s, t)]
+        with kd.use_backend(backend):
+            value = loss(*leaves, **more)
+            value.backward()
+        results.append((value.detach(), *(x.grad for x in leaves)))
+    for a, b in zip(*results, strict=True):
+        bar = 1e-12 if a.dtype == torch.float64 else 4 * torch.finfo(a.dtype).eps
+        assert a.isfinite().all() and (a - b).double().norm() <= bar * b.double().norm()
+    s[1, 0, 2] = torch.nan
+    value, slope = run(loss, s, t, **more)
+    assert value.isnan() and slope[:, :3, :V].isnan().all() and slope[:, 3].eq(0).all()
+
+
 def test_a_permutahedron_at_eps_1_is_pearson():
     """Projected ranks are affine in the logits there. In a process of its own: torchsort is built with fast-math."""
     if importlib.util.find_spec("torchsort") is None:

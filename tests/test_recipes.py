@@ -39,6 +39,12 @@ def lab(tmp_path):
     return lab
 
 
+def test_teachers_of_another_share_of_the_steps_are_other_files(tmp_path):
+    for share in (0.002, 0.004):
+        Lab(tmp_path / "run", tmp_path / "cache", 0, report.silent, share).teacher()
+    assert len(list((tmp_path / "cache").glob("image-teacher-*"))) == 2
+
+
 def test_pairs_of_digits():
     data, again = (images.Pairs(train=200, test=100, noise=0.0) for _ in range(2))
     for x, y in zip((*data.train, *data.test), (*again.train, *again.test), strict=True):

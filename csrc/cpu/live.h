@@ -26,6 +26,19 @@ template <typename R> void widen_all(Type type, const void* x, int64_t n, R* out
     tiles<R>().widen(type, static_cast<const char*>(x) + i * size, int(std::min<int64_t>(kTile, n - i)), out + i, &max);
 }
 
+// Classes [first, first + n) of a row, where they are or in `copy`.
+template <typename R> const R* logits_of(const Batch& x, int side, int64_t row, int64_t first, int n, R* copy) {
+  const Logits& own = side ? x.t : x.s;
+  const char* at = own.row(row) + own.size() * first;
+  const bool same = own.type == (sizeof(R) == 4 ? Type::f32 : Type::f64) && uintptr_t(at) % sizeof(R) == 0;
+  if (same && !x.mask) return reinterpret_cast<const R*>(at);
+  R max;
+  tiles<R>().widen(own.type, at, n, copy, &max);
+  for (int i = 0; x.mask && i < n; ++i)
+    if (!x.mask[first + i]) copy[i] = -std::numeric_limits<R>::infinity();
+  return copy;
+}
+
 // What is not finite, for numbers and for bits.
 struct Special {
   uint16_t infinity;

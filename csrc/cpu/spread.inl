@@ -15,9 +15,10 @@ template <typename R> INLINE Term<R> term_of(const double* coef, double g) {
 }
 
 template <typename R> static void careful_spread(const View<R>& x, const R* w, const R* c, bool first, R* out) {
+  const R *s = x.s, *t = x.t, s_pivot = x.s_pivot, t_pivot = x.t_pivot;
 #pragma omp simd
   for (int i = 0; i < x.n; ++i) {
-    const R u = x.s[i] - x.s_pivot, v = x.t[i] - x.t_pivot;
+    const R u = s[i] - s_pivot, v = t[i] - t_pivot;
     R q = c[0] + (c[1] != 0 ? c[1] * u : R(0)) + (c[2] != 0 ? c[2] * v : R(0));
     q += (c[3] != 0 ? c[3] * u * u : R(0)) + (c[4] != 0 ? c[4] * u * v : R(0)) + (c[5] != 0 ? c[5] * v * v : R(0));
     out[i] = (first ? R(0) : out[i]) + (w[i] == 0 ? R(0) : w[i] * q);
@@ -116,8 +117,9 @@ static void spread(const View<R>& x, const double* coef, int K, double g, bool s
   for (int k = 0; k < K; ++k) {
     const Term<R> term = term_of<R>(coef + k * kCoefs, g);
     if (term.none()) continue;
-    if (special || term.second() || far(x, term.e)) {
-      weights(x, term.e, scratch);
+    const bool careful = special || far(x, term.e) || (term.second() && kind_of(term.e) == MIXED);
+    if (careful || term.second()) {
+      careful ? weights(x, term.e, scratch) : plain_weights(x, term.e, scratch);
       careful_spread(x, scratch, term.c, first, out);
       first = false;
     } else if (kind_of(term.e) == MIXED) {

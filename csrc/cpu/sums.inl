@@ -93,15 +93,45 @@ static TileSums<R> unmixed_sums(const View<R, Src>& x, const Exponent& e, int fl
   return {};
 }
 
+// A mixture's, with the means of both rows, in double (see slope_at).
+template <typename R> static TileSums<R> mixed_sums(const View<R>& x, const Exponent& e) {
+  const Weigh<R, MIXED> weigh = weigh_of<R, MIXED>(x, e);
+  const double s_pivot = x.s_pivot, t_pivot = x.t_pivot;
+  Vec<R> z[kSums]{};
+  Vec<double> s[4]{}, t[4]{};
+  each_group<true, true>(x, [&](auto group, const R* at_s, const R* at_t, const auto& u, const auto& v, int n,
+                                int) INLINE_LAMBDA {
+    constexpr int G = decltype(group)::size, to = decltype(group)::slot, L = kLanes<R>;
+    Vec<R> w[G];
+    weigh.template operator()<G>(at_s, at_t, u, v, w);
+    if (n < L) w[0] = some<R>(w[0], n);
+    EACH(G) {
+      z[to + k] += w[k];
+      const int sum = 2 * (k % 2);
+      if constexpr (sizeof(R) == 8) {
+        s[sum] += w[k] * (load(at_s + k * L) - s_pivot);
+        t[sum] += w[k] * (load(at_t + k * L) - t_pivot);
+      } else {
+        s[sum] += lower(w[k]) * (lower(load(at_s + k * L)) - s_pivot);
+        s[sum + 1] += upper(w[k]) * (upper(load(at_s + k * L)) - s_pivot);
+        t[sum] += lower(w[k]) * (lower(load(at_t + k * L)) - t_pivot);
+        t[sum + 1] += upper(w[k]) * (upper(load(at_t + k * L)) - t_pivot);
+      }
+    }
+  });
+  return {total<R>(z), total<double>(s), total<double>(t), 0, 0, 0};
+}
+
 template <typename R>
 static TileSums<R> sums(const View<R>& x, const Exponent& e, int flags, bool special, R* scratch) {
   const Kind kind = kind_of(e);
-  const bool second = flags & SECOND, means = flags & (MEAN_S | MEAN_T);
-  if (special || second || (kind == MIXED && (means || far(x, e)))) {
-    weights(x, e, scratch);
+  const bool second = flags & SECOND, careful = special || (kind == MIXED && (second || far(x, e)));
+  if (careful || second) {
+    careful ? weights(x, e, scratch) : plain_weights(x, e, scratch);
     return kind == MIXED ? careful_sums<double>(x, scratch, second) : careful_sums<R>(x, scratch, second);
   }
-  return kind == MIXED ? fast_sums<R, MIXED, false, false>(x, e) : unmixed_sums(x, e, flags);
+  if (kind != MIXED) return unmixed_sums(x, e, flags);
+  return flags & (MEAN_S | MEAN_T) ? mixed_sums(x, e) : fast_sums<R, MIXED, false, false>(x, e);
 }
 
 // What is in memory, where a tile's own copy is not wanted.

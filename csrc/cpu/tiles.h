@@ -43,6 +43,35 @@ struct ElementSums {
   void add(const ElementSums& o) { total += o.total; q += o.q; p += o.p; xq += o.xq; xp += o.xp; }
 };
 
+// A row's log q_i = (x_i - top) scale + lam.
+struct Share {
+  double scale, top, lam;
+  double operator()(double x) const { return (x - top) * scale + lam; }
+};
+// What the slope of a loss over the rows is at each class, as a function of deviations (see columns.cpp).
+template <typename R> struct ClassTerms { const R *u, *v, *constant, *mean; };
+struct Products { double uu, uv, vv; };
+// Loops over the classes of one row, or of a tile of it.
+template <typename R> struct Columns {
+  // top_i = the largest log q_i so far
+  void (*highest)(const R* x, int n, const Share&, double* top);
+  // e = exp(log q - pivot), of classes with a pivot each or (null) without
+  void (*shares)(const R* x, int n, const Share&, const double* pivot, R* e);
+  // u = factor e - 1 = exp(log q - mean) - 1, which may be e; one factor for all where there are no means
+  void (*deviations)(const R* x, int n, const Share&, const double* mean, const R* factor, const R* e, R* u);
+  void (*add_up)(const R* e, int n, double* sums);
+  void (*products)(const R* u, const R* v, int n, int step, double* sums);
+  double (*slope_sum)(const R* u, const R* v, int n, const ClassTerms<R>&);
+  void (*slopes)(const R* e, const R* v, int n, const ClassTerms<R>&, double all, double g, R* u);
+  // e = the lesser of exp(log q) of x and exp(log p) of y
+  void (*lesser)(const R* x, const Share& q, const R* y, const Share& p, int n, R* e);
+  double (*sum)(const R* x, int n);
+  void (*centre)(const R* x, int n, double mean, R* u);
+  Products (*centred)(const R* u, const R* v, int n, double u_mean, double v_mean);
+  // u = by_u u + by_v v + constant, times 1 + u if it is of probabilities
+  void (*row_slopes)(const R* v, int n, double by_u, double by_v, double constant, bool probabilities, R* u);
+};
+
 template <typename R> struct Tiles {
   // A copy of x and, as `peak` does, a look at it.
   bool (*widen)(Type, const void* x, int n, R* out, R* max);
@@ -64,6 +93,7 @@ template <typename R> struct Tiles {
   void (*exp2)(const R* x, int n, R* out);
   // Sums of a tile; what has to do with the slope in log p only if `both`. slope: where that of one side goes, or null.
   ElementSums (*elements)(const View<R>&, const Elements&, const LogWeights&, bool both, int side, R* work, R* slope);
+  Columns<R> columns;
 };
 
 namespace base { extern const Tiles<float> f32; extern const Tiles<double> f64; }

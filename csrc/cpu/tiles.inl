@@ -53,20 +53,33 @@ template <typename R> static void weights(const View<R>& x, const Exponent& e, R
   exp2_split(w, x.n);
 }
 
+// The same of an ordinary tile and one row's logits.
+template <typename R> static void plain_weights(const View<R>& x, const Exponent& e, R* w) {
+  const R *own = e.a != 0 ? x.t : x.s, pivot = e.a != 0 ? x.t_pivot : x.s_pivot, by = R(e.a != 0 ? e.a : e.b), c = R(e.c);
+#pragma omp simd
+  for (int i = 0; i < x.n; ++i) w[i] = (own[i] - pivot) * by + c;
+  exp2_all(w, x.n, w);
+}
+
 // E: the precision of u and v (see slope_at); the sums are in double, u^2 will cancel against the squared mean.
 template <typename E, typename R> static TileSums<R> careful_sums(const View<R>& x, const R* w, bool second) {
   double z = 0, s = 0, t = 0, ss = 0, st = 0, tt = 0;
+  const R *at_s = x.s, *at_t = x.t;  // gcc loads through x only where it is sure to need to, class by class
+  const E s_pivot = x.s_pivot, t_pivot = x.t_pivot;
 #pragma omp simd reduction(+ : z, s, t)
   for (int i = 0; i < x.n; ++i) {
+    const double u = at_s[i] - s_pivot, v = at_t[i] - t_pivot;
     z += w[i];
-    s += w[i] == 0 ? 0. : w[i] * double(E(x.s[i]) - x.s_pivot);
-    t += w[i] == 0 ? 0. : w[i] * double(E(x.t[i]) - x.t_pivot);
+    s += w[i] == 0 ? 0. : w[i] * u;
+    t += w[i] == 0 ? 0. : w[i] * v;
   }
   if (second)
 #pragma omp simd reduction(+ : ss, st, tt)
     for (int i = 0; i < x.n; ++i) {
-      const double u = w[i] == 0 ? 0. : E(x.s[i]) - x.s_pivot, v = w[i] == 0 ? 0. : E(x.t[i]) - x.t_pivot;
-      ss += w[i] * u * u; st += w[i] * u * v; tt += w[i] * v * v;
+      const double u = at_s[i] - s_pivot, v = at_t[i] - t_pivot;
+      ss += w[i] == 0 ? 0. : w[i] * u * u;
+      st += w[i] == 0 ? 0. : w[i] * u * v;
+      tt += w[i] == 0 ? 0. : w[i] * v * v;
     }
   return {z, s, t, ss, st, tt};
 }
@@ -101,8 +114,12 @@ template <typename R> INLINE bool far(const View<R>& x, const Exponent& e) {
 #include "sums.inl"
 #include "spread.inl"
 #include "elements.inl"
+#include "columns.inl"
 
+#define COLUMNS {highest, shares, deviations, add_up, products, slope_sum, class_slopes, lesser, sum_of, \
+                 centre, centred, row_slopes}
 extern const Tiles<float> f32 = {widen_all, store, peak, top, sums, look, sums_through, spread, through, exp2_all,
-                                  elements};
+                                  elements, COLUMNS};
 extern const Tiles<double> f64 = {widen_all, store, peak, top, sums, look, sums_through, spread, through, exp2_all,
-                                  elements};
+                                  elements, COLUMNS};
+#undef COLUMNS

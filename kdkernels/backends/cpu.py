@@ -80,6 +80,8 @@ SEPARABLE = Operators(
 TOGETHER = _checked(_counted("together_step"))
 GROUPED = (_checked(_counted("group_moments")), _counted("group_spread"))
 ULD = (_checked(_counted("uld")), _checked(_counted("uld_step")))
+OVER_ROWS = (_checked(_counted("class_correlation")), _counted("class_spread"))
+AGREEMENT = _checked(_counted("agreement"))
 _COMPARE = (_checked(_counted("compare")), _checked(_counted("compare_step")))
 
 

@@ -137,7 +137,8 @@ def _moments(s, t, b, a, out, gone_s, gone_t, point, wanted):
 
     def mean(f: Tensor, gone: Tensor) -> Tensor:
         hit = ((w > 0) & gone).any(-1)
-        return (w * f).sum(-1) + torch.where(hit, -math.inf, 0.0)
+        near = (w * f).sum(-1).detach()  # relative to it, the slope by w does not drown that by lse where f is giant
+        return near + (w * (f - near[:, None])).sum(-1) + torch.where(hit, -math.inf, 0.0)
 
     S = mean(s, gone_s) if wanted & {1, 3, 4, 5} else zero
     T = mean(t, gone_t) if wanted & {2, 3, 4, 5} else zero

@@ -9,7 +9,7 @@ from .triton_tape import INF, _times
 
 @triton.jit
 def _point(stats, args, program, k, use):
-    """Statistics m, z, S, T, ss, st, tt of point k; its flags, scales and scaled coefficients."""
+    """Statistics lse, S, T, ss, st, tt of point k; its flags, scales and scaled coefficients; m and log z."""
     flags = tl.load(program + 4 + k).to(tl.int32)
     row = stats + k * STATS
     m, z = tl.load(row, mask=use, other=0.0), tl.load(row + 1, mask=use, other=1.0)
@@ -20,8 +20,8 @@ def _point(stats, args, program, k, use):
     rt = tl.where((flags & 1) != 0, 1.0, tl.load(args + 1, mask=use, other=1.0))
     b = r * tl.load(args + 3 + 2 * k, mask=use, other=0.0)
     a = rt * tl.load(args + 4 + 2 * k, mask=use, other=0.0)
-    lse = tl.where(z == 0, -INF, m + tl.log(tl.where(z == 0, 1.0, z)))
-    return lse, S, T, ss, st, tt, flags, r, rt, b, a
+    log_z = tl.where(z == 0, -INF, tl.log(tl.where(z == 0, 1.0, z)))
+    return tl.where(z == 0, -INF, m + log_z), S, T, ss, st, tt, flags, r, rt, b, a, m, log_z
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _inputs(stats, args, program, K: tl.constexpr, sy, ty, use):
     """The inputs of the tape; and true where a point has no class left to sum over."""
     bad, x = use & ((sy == INF) | (ty == INF)), ()  # which points without the label's class do not see
     for k in tl.static_range(K):
-        lse, S, T, ss, st, tt, flags, r, rt, b, a = _point(stats, args, program, k, use)
+        lse, S, T, ss, st, tt, flags, r, rt, b, a, _m, _log_z = _point(stats, args, program, k, use)
         given, at = (flags & 64) != 0, args + 3 + 2 * k
         x3 = tl.where(given, tl.load(at, mask=use, other=0.0), r * r * ss)
         x4 = tl.where(given, tl.load(at + 1, mask=use, other=0.0), r * rt * st)
@@ -53,15 +53,19 @@ def _slopes_of(y, k: tl.constexpr, point):
 @triton.jit
 def _point_coefs(side: tl.constexpr, point, slopes, smax, tmax):
     """The row of coefficients of a point, and its share of d value / d log(scale of this side)."""
-    lse, S, T, vs, vst, vt, flags, _r, _rt, b, a = point
+    _lse, S, T, vs, vst, vt, flags, _r, _rt, b, a, m, log_z = point
     E, gS, gT, ps, pst, pt = slopes
     A = tl.where((flags & 2) != 0, 0.0, a if side else b)
     own_g, own_mean, own_v, own_p = (gT, T, vt, pt) if side else (gS, S, vs, ps)
     other_g = gS if side else gT
     c0 = _times(A, E - _times(ps, vs) - _times(pst, vst) - _times(pt, vt)) + own_g
-    c1 = _times(A, gS) + (pst if side else 2 * ps)
-    c2 = _times(A, gT) + (2 * pt if side else pst)
-    c3, c4, c5 = _times(A, ps), _times(A, pst), _times(A, pt)
+    top = _times(b, smax) + _times(a, tmax)
+    lam = tl.where(log_z == -INF, -INF, top - m - log_z)  # m + log z would lose the second
+    # One class has all the weight of giant logits, and is the mean: see csrc/moments.h.
+    some = tl.where((tl.abs(top) > 1e16) & (lam == 0) & ((b == 0) | (a == 0)), 0.0, 1.0)
+    c1 = _times(some, _times(A, gS) + (pst if side else 2 * ps))
+    c2 = _times(some, _times(A, gT) + (2 * pt if side else pst))
+    c3, c4, c5 = _times(some * A, ps), _times(some * A, pst), _times(some * A, pt)
     scale = _times(_times(A, E) + own_g, own_mean) + _times(_times(own_g, A) + 2 * own_p, own_v)
     scale = tl.where((flags & 1) != 0, 0.0, scale + _times(_times(other_g, A) + pst, vst))
     D, F = smax - S, tmax - T  # from deviations of the means to deviations of the maxima
@@ -69,7 +73,6 @@ def _point_coefs(side: tl.constexpr, point, slopes, smax, tmax):
     c0 += tl.where((c4 == 0) | (D == 0), 0.0, D * _times(c4, F))
     c1 += 2 * _times(c3, D) + _times(c4, F)
     c2 += 2 * _times(c5, F) + _times(c4, D)
-    lam = tl.where(lse == -INF, -INF, _times(b, smax) + _times(a, tmax) - lse)
     return (lam, b, a, c0, c1, c2, c3, c4, c5, ((flags & 4) != 0) + smax * 0), scale
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 try:
     from transformers import Trainer
@@ -138,28 +139,29 @@ class DistillationTrainer(Trainer):
     def _within(self, model, function, *given):
         """The function, called with the bare model within a forward of what wraps it: DDP and FSDP then see it."""
         bare = self.accelerator.unwrap_model(model)
-        if bare is model:
-            return function(bare, *given)
+        sharded = isinstance(bare, FSDPModule)
+        if bare is model and not sharded:
+            return function(bare, bare, *given)
 
         def forward():
-            with _replaced(bare, own):
-                return function(bare, *given)
+            with _replaced(bare, own):  # the hooks of a sharded one would let its head go before the loss has seen it
+                return function(bare, own if sharded else bare, *given)
 
         own = bare.forward
         with _replaced(bare, forward):
             return model()
 
-    def _of_logits(self, model, inputs, labels, num_items):
-        logits = model(**inputs).logits
+    def _of_logits(self, model, call, inputs, labels, num_items):
+        logits = call(**inputs).logits
         with torch.no_grad():
             teacher = self.teacher_model(**inputs).logits.to(logits.device)
         loss = self.loss(logits, teacher, labels, num_items=num_items, vocab_size=self.vocab_size)
         return loss, {"logits": logits}
 
-    def _of_hidden_states(self, model, inputs, labels, num_items):
+    def _of_hidden_states(self, model, call, inputs, labels, num_items):
         assert self._linear is not None
         own, other = model.get_output_embeddings(), self.teacher_model.get_output_embeddings()
-        _, hidden = _observed(model, own, _no_logits, inputs)
+        _, hidden = _observed(call, own, _no_logits, inputs)
         with torch.no_grad():
             teacher = _observed(self.teacher_model, other, _no_logits, inputs)[1].to(hidden.device)
         loss = self._linear(hidden, own.weight, teacher, _full(other.weight, hidden), labels, student_bias=own.bias,
@@ -197,8 +199,8 @@ def _no_logits(hidden: Tensor) -> Tensor:
     return hidden[..., :1]
 
 
-def _observed(model: Any, head: nn.Linear, forward, inputs: dict) -> tuple[Any, Tensor]:
-    """What the model returns with this forward of its head, and what the head was given."""
+def _observed(call: Any, head: nn.Linear, forward, inputs: dict) -> tuple[Any, Tensor]:
+    """What a model's call returns with this forward of its head, and what the head was given."""
     seen: list[Tensor] = []
 
     def instead(hidden):
@@ -206,9 +208,9 @@ def _observed(model: Any, head: nn.Linear, forward, inputs: dict) -> tuple[Any, 
         return forward(hidden)
 
     with _replaced(head, instead):
-        outputs = model(**inputs)
+        outputs = call(**inputs)
     if len(seen) != 1:
-        raise ValueError(f"{type(model).__name__} calls its output embedding {len(seen)} times in a forward; "
+        raise ValueError(f"the model calls its output embedding {len(seen)} times in a forward; "
                          "pass fused_linear=False")  # fmt: skip
     return outputs, seen[0]
 

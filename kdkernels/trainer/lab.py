@@ -103,7 +103,8 @@ class Runs:
         return parallel.first(lambda: parallel.alone(job)) or parallel.alone(job)
 
     def _train(self, name, net, updates, steps, size, data, every, teacher):
-        path, how = self.folder / f"{name}.safetensors", settings(self.cfg)
+        of = f"-{self.share:g}" if self.folder == self.cache and self.share != 1 else ""  # another share is another net
+        path, how = self.folder / f"{name}{of}.safetensors", settings(self.cfg)
         owner = json.dumps([name, data.key, steps, size, self.seed, [u.lr for u in updates], *([how] if how else [])])
         optimizers = [self.optimizer(update) for update in updates]
         done, self.curves[name], held = self._restore(path, owner, net, optimizers)

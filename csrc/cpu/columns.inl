@@ -1,0 +1,138 @@
+// Deviations and their products: of the probabilities of a tile of classes in one row, relative to what each class has
+// over all rows (columns.cpp); of a row relative to its mean (correlation.h).
+
+// log q_i less a number of each class, or of all.
+template <typename R> struct LogShare {
+  const R* x;
+  Share q;
+  const double* less;
+  INLINE_MEMBER double operator()(int i) const { return q(x[i]) - less[i]; }
+};
+template <typename R> struct LogShareOfRow {
+  const R* x;
+  Share q;
+  INLINE_MEMBER double operator()(int i) const { return q(x[i]); }
+};
+
+template <typename R> static void highest(const R* x, int n, const Share& q, double* top) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const double y = q(x[i]);
+    top[i] = y > top[i] ? y : top[i];
+  }
+}
+
+template <typename R, typename F> INLINE void exponentials(F log_share, int n, R* e) {
+  constexpr double least = sizeof(R) == 4 ? -1e6 : -1e9;  // -inf is not taken
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const double y = log_share(i) * kLog2e;
+    e[i] = R(y > least ? y : least);
+  }
+  exp2_all(e, n, e);
+}
+template <typename R> static void shares(const R* x, int n, const Share& q, const double* pivot, R* e) {
+  if (pivot) exponentials(LogShare<R>{x, q, pivot}, n, e);
+  else exponentials(LogShareOfRow<R>{x, q}, n, e);
+}
+
+// e = the lesser of both rows' probabilities.
+template <typename R> static void lesser(const R* x, const Share& q, const R* y, const Share& p, int n, R* e) {
+  const LogShareOfRow<R> one{x, q}, other{y, p};
+  const auto least = [=](int i) INLINE_LAMBDA {
+    const double a = one(i), b = other(i);
+    return a < b ? a : b;
+  };
+  exponentials(least, n, e);
+}
+
+// factor e - 1 to full precision: of what is close to 1 the logarithm d is known, and expm1(d) is d times a series.
+template <typename R, typename F, typename G> INLINE void less_1(F log_share, int n, G ratio, R* u) {
+  constexpr bool single = sizeof(R) == 4;
+  constexpr R near = single ? R(0.25) : R(0.1);
+  constexpr R c[] = {R(1), R(1. / 2), R(1. / 6), R(1. / 24), R(1. / 120), R(1. / 720), R(1. / 5040), R(1. / 40320),
+                     R(1. / 362880), R(1. / 3628800), R(1. / 39916800)};
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const R d = R(log_share(i));
+    R series = c[single ? 6 : 10];
+#pragma GCC unroll 12
+    for (int k = single ? 5 : 9; k >= 0; --k) series = series * d + c[k];
+    u[i] = std::fabs(d) < near ? d * series : ratio(i) - 1;
+  }
+}
+template <typename R>
+static void deviations(const R* x, int n, const Share& q, const double* mean, const R* factor, const R* e, R* u) {
+  if (mean) return less_1(LogShare<R>{x, q, mean}, n, [=](int i) INLINE_LAMBDA { return e[i] * factor[i]; }, u);
+  const R by = *factor;
+  less_1(LogShareOfRow<R>{x, q}, n, [=](int i) INLINE_LAMBDA { return e[i] * by; }, u);
+}
+
+// Sums over the rows, of a class each: u, v, u^2, u v, v^2, `step` apart.
+template <typename R> static void products(const R* u, const R* v, int n, int step, double* sums) {
+  double *s = sums, *t = s + step, *ss = t + step, *st = ss + step, *tt = st + step;
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const double a = u[i], b = v[i];
+    s[i] += a;
+    t[i] += b;
+    ss[i] += a * a;
+    st[i] += a * b;
+    tt[i] += b * b;
+  }
+}
+
+template <typename R> static void add_up(const R* e, int n, double* sums) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) sums[i] += e[i];
+}
+
+// The sum of (1 + u) (by_u u + by_v v + constant).
+template <typename R> static double slope_sum(const R* u, const R* v, int n, const ClassTerms<R>& by) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; ++i) sum += (1 + u[i]) * (by.u[i] * u[i] + (by.v[i] * v[i] + by.constant[i]));
+  return sum;
+}
+
+// u becomes g e (by_u u + by_v v + constant - mean all).
+template <typename R>
+static void class_slopes(const R* e, const R* v, int n, const ClassTerms<R>& by, double all, double g, R* u) {
+  const R less = R(all), factor = R(g);
+#pragma omp simd
+  for (int i = 0; i < n; ++i)
+    u[i] = factor * e[i] * (by.u[i] * u[i] + (by.v[i] * v[i] + (by.constant[i] - by.mean[i] * less)));
+}
+
+template <typename R> static double sum_of(const R* x, int n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; ++i) sum += x[i];
+  return sum;
+}
+template <typename R> static void centre(const R* x, int n, double mean, R* u) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) u[i] = R(x[i] - mean);
+}
+// The sums of squares and products of u less its mean and v less its.
+template <typename R> static Products centred(const R* u, const R* v, int n, double u_mean, double v_mean) {
+  double uu = 0, uv = 0, vv = 0;
+#pragma omp simd reduction(+ : uu, uv, vv)
+  for (int i = 0; i < n; ++i) {
+    const double a = u[i] - u_mean, b = v[i] - v_mean;
+    uu += a * a;
+    uv += a * b;
+    vv += b * b;
+  }
+  return {uu, uv, vv};
+}
+// u becomes by_u u + by_v v + constant, times 1 + u if it is of probabilities.
+template <typename R>
+static void row_slopes(const R* v, int n, double by_u, double by_v, double constant, bool probabilities, R* u) {
+  const double one = probabilities ? 1 : 0;
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const double slope = by_u * u[i] + (by_v * v[i] + constant);
+    u[i] = R(slope + one * u[i] * slope);
+  }
+}
