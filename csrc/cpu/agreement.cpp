@@ -67,8 +67,8 @@ Tensor agreement(const Tensor& s, const Tensor& t, const MaybeTensor& labels, co
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
-  m.def("agreement(Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor lse, SymInt vocab, "
-        "int ignore_index) -> Tensor");
+  m.def("agreement(Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor lse, "
+        "SymInt vocab, int ignore_index) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) { m.impl("agreement", TORCH_BOX(&agreement)); }
