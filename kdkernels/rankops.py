@@ -7,7 +7,8 @@ kind's columns of `args` are, which are on the host unless rows have temperature
             ignore_index) -> value (N,) float64
     compare_step(grad (N or 1,), ...the same..., side) -> value (N,), grad times the gradient of that side's logits
     uld, uld_step: the same for the distance of sorted probabilities; args (1 or N, 2), no kind
-    class_correlation(student, teacher, labels?, mask?, args (1 or N, 2) = 1/T of both, vocab, ignore_index)
+    class_correlation(student, teacher, labels?, mask?, args (1 or N, 2) = 1/T of both, vocab, ignore_index,
+            sides: 0, 1 or 2 that will want a gradient)
             -> [mean over the live classes of 1 - rho over the rows, 1 / their number] (2,), and what the next takes:
             means (2, vocab) float64, terms (7, vocab), rows (N, 8) float64
     class_spread(grad (1,), student, teacher, labels?, mask?, means, terms, rows, vocab, ignore_index, side)
@@ -15,6 +16,8 @@ kind's columns of `args` are, which are on the host unless rows have temperature
     together_step(...): see `kdkernels.together`
     agreement(student, teacher, labels?, mask?, args (1 or N, 2 or more) = 1/T of both, ..., lse (2, N), vocab, ignore)
             -> (N, 5) float64: the largest logit and its class, of both sides; sum_i min(p_i, q_i)
+    row_distances(x (N, V), y (M, V)) -> (N, M) float64, sum_k |x_ik - y_jk|; row_distances_slopes(grad (N, M), x, y)
+            -> the gradient by x
     rankdata(a (N, V)) -> ranks (N, V) float64;  spearman(a, b), kendall_tau(a, b) -> (N,) float64
 """
 
@@ -65,7 +68,7 @@ def register(prefix: str, names: tuple[str, ...] = ("compare",), metrics: bool =
         return student.new_empty((), dtype=result_dtype(student)), student.new_empty(student.shape)
 
     @torch.library.register_fake("kdkernels::class_correlation")
-    def _(student, teacher, labels, mask, args, vocab, ignore_index):
+    def _(student, teacher, labels, mask, args, vocab, ignore_index, sides):
         double = vocab <= NARROW or torch.float64 in (student.dtype, teacher.dtype)
         terms = student.new_empty((7, vocab), dtype=torch.float64 if double else torch.float32)
         shapes = (2,), (2, vocab), (student.shape[:-1].numel(), 8)
@@ -81,7 +84,16 @@ def register(prefix: str, names: tuple[str, ...] = ("compare",), metrics: bool =
         logits = teacher if side else student
         return logits.new_empty(logits.shape)
 
-    for name in ("together_step", "class_correlation", "class_spread", "agreement", *METRICS):
+    @torch.library.register_fake("kdkernels::row_distances")
+    def _(x, y):
+        return x.new_empty((len(x), len(y)), dtype=torch.float64)
+
+    @torch.library.register_fake("kdkernels::row_distances_slopes")
+    def _(grad, x, y):
+        return x.new_empty(x.shape)
+
+    own = ("together_step", "class_correlation", "class_spread", "agreement", "row_distances", "row_distances_slopes")
+    for name in (*own, *METRICS):
         torch.library.register_autograd(f"kdkernels::{name}", refuse)
 
 
@@ -131,7 +143,8 @@ class OverRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, args, labels, mask, operators, vocab, ignore):
         ctx.spread, ctx.vocab, ctx.ignore = operators[1], vocab, ignore
-        value, *found = operators[0](dense(student), dense(teacher), labels, mask, args, vocab, ignore)
+        sides = 2 if ctx.needs_input_grad[1] else int(ctx.needs_input_grad[0])
+        value, *found = operators[0](dense(student), dense(teacher), labels, mask, args, vocab, ignore, sides)
         ctx.save_for_backward(student, teacher, labels, mask, value, *found)
         return value[0]
 

@@ -21,7 +21,8 @@ class SinkhornLoss(RankLoss):
 
     P is exp(-C / epsilon), its rows and then its columns divided by their sums, `iterations` times. The gradient goes
     through P, to the teacher as well. Torch computes it, in float32 for logits of 32 bits or less (sums and P in
-    float64), some of the classes at a time and once more in the backward: in memory of N^2; row_weight is refused.
+    float64; C has C++ kernels on a CPU), some of the classes at a time and once more in the backward: in memory of N^2;
+    row_weight is refused.
 
     Args:
         temperature: T > 0 of both softmaxes.
@@ -70,7 +71,9 @@ def _cost(rows: call.Rows, keep: Tensor | None, T) -> Tensor:
     """(N, N) float64: sum_k |q_ik - p_jk|. Rows that are not kept count as zeros."""
     assert rows.teacher is not None
     pair = [x.reshape(-1, x.shape[-1])[:, : rows.vocab] for x in (rows.student, rows.teacher)]
-    double = any(x.dtype == torch.float64 for x in pair) or backends.pick(*pair).__name__.endswith("reference")
+    backend = backends.pick(*pair)
+    double = any(x.dtype == torch.float64 for x in pair) or backend.__name__.endswith("reference")
+    kernels = None if double else getattr(backend, "DISTANCES", None)
     step = max(4 * CLASSES // max(len(pair[0]), 1), 1)
     pieces = list(zip(*(x.split(step, -1) for x in pair), strict=True))
     masks = [None] * len(pieces) if rows.mask is None else rows.mask.split(step)
@@ -86,7 +89,7 @@ def _cost(rows: call.Rows, keep: Tensor | None, T) -> Tensor:
 
     def distance(s, t, tops, totals, mask):
         q, p = ((scaled(x, mask) - top).exp() / z.to(top.dtype) for x, top, z in zip((s, t), tops, totals, strict=True))
-        return torch.cdist(q, p, p=1.0).double()
+        return _Distances.apply(q, p, kernels) if kernels else torch.cdist(q, p, p=1.0).double()
 
     with torch.no_grad():
         tops = [torch.stack([scaled(x[side], m).amax(-1, keepdim=True) for x, m in zip(pieces, masks, strict=True)])
@@ -94,6 +97,24 @@ def _cost(rows: call.Rows, keep: Tensor | None, T) -> Tensor:
     again = partial(checkpoint, use_reentrant=False) if len(pieces) > 1 else lambda function, *inputs: function(*inputs)
     totals = [sum(again(mass, x[side], tops[side], m) for x, m in zip(pieces, masks, strict=True)) for side in (0, 1)]
     return cast(Tensor, sum(again(distance, *x, tops, totals, m) for x, m in zip(pieces, masks, strict=True)))
+
+
+class _Distances(torch.autograd.Function):
+    """L1 distances (N, M) float64 between the rows of x (N, V) and y (M, V), by a backend's two operators."""
+
+    @staticmethod
+    def forward(ctx, x, y, operators):
+        x, y = x.contiguous(), y.contiguous()
+        ctx.save_for_backward(x, y)
+        ctx.slopes = operators[1]
+        return operators[0](x, y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y = ctx.saved_tensors
+        by_x, by_y = ctx.needs_input_grad[:2]
+        return (ctx.slopes(grad.contiguous(), x, y) if by_x else None,
+                ctx.slopes(grad.T.contiguous(), y, x) if by_y else None, None)  # fmt: skip
 
 
 def transport(cost: Tensor, some: Tensor, epsilon: float, iterations: int) -> Tensor:

@@ -117,3 +117,31 @@ def test_metrics_of_losses_that_make_no_log_partitions(backend):
             assert torch.allclose(own.student_entropy, expected(x.s, x.t, None, loss.temperature).student_entropy)
         metrics = kd.SpearmanLoss(kd_weight=0.0, ce_weight=1.0).with_metrics(x.s, None, x.y)[1]
         assert metrics.teacher_lse is None and metrics.student_lse.shape == (6,)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [F64, F32, torch.bfloat16])
+def test_first_choices_are_those_of_torch(backend, dtype):
+    """Ties: the first of equals, in whatever tile; giant, impossible and damaged classes; what is left out."""
+    if dtype == F64 and backend not in ("cpu", "reference"):
+        dtype = F32
+    s, t = batch(9, 5003, 3.0, seed=5, s_dtype=dtype)[:2]
+    s, t = s.clone(), t.to(dtype)
+    t[0, 4000] = t[0, 17] = t[0].max() + 1
+    s[0, 4000] = s[0, 17] = s[0].max() + 1  # both first at 17
+    s[1, 4999] = s[1].max() + 1
+    t[1, 4999] = t[1, 4998] = t[1].max() + 1  # one first at 4998
+    s[2, 9], t[2, 5] = -3e30, 3e30
+    s[3, :5000] = t[3, ::2] = -torch.inf
+    s[4, 7], t[5, 4000] = torch.nan, torch.inf
+    s[6, 5001] = 1e9
+    mask = torch.arange(5003) % 3 != 1
+    with only(backend):
+        found = kd.ForwardKLLoss().with_metrics(s, t)[1]
+        masked = kd.ForwardKLLoss().with_metrics(s, t, vocab_size=5002, vocab_mask=mask)[1]
+    cut = [x[:, :5002].masked_fill(~mask[:5002], -torch.inf) for x in (s, t)]
+    for got, pair in ((found, (s, t)), (masked, cut)):
+        same = pair[0].argmax(-1) == pair[1].argmax(-1)
+        q, p = (x.double().softmax(-1) for x in pair)
+        assert torch.equal(got.top1_agreement, same.double())
+        torch.testing.assert_close(got.acceptance, torch.minimum(q, p).sum(-1), rtol=1e-5, atol=1e-7, equal_nan=True)

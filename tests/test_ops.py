@@ -58,6 +58,10 @@ def recorded(backend, dtype=F32):
             (code, args), (reduce, sums) = points_of(program.code, program.args), kd.backends.cpu.SEPARABLE.elements
             stats = reduce(s, t, None, None, args, code, 5, -100)
             sums(s, t, None, None, program.args, program.code, stats, 5, -100)
+            kd.DISTLoss()(s.clone().requires_grad_(), t.clone().requires_grad_(), y).backward()
+            kd.ForwardKLLoss().with_metrics(s, t, y)
+            distances, slopes = kd.backends.cpu.DISTANCES
+            slopes(distances(s, t), s, t)
     if backend in ("cpu", "triton"):
         teacher = kd.SparseTeacher.from_logits(batch(3, 5).to(dtype).t, 2)
         with kd.use_backend(backend), recorder:

@@ -360,6 +360,25 @@ def test_memory_of_a_step(loss, room, monkeypatch):
     assert s.nbytes <= seen.peak <= (1 + room) * s.nbytes, seen.peak / s.nbytes
 
 
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("V", [1, 15, 100, 5000])
+def test_distances_of_rows(V, dtype):
+    """The kernels beside float64: no further off than torch and a few ulp; equal entries have no slope."""
+    g = torch.Generator().manual_seed(V)
+    x, y = torch.rand(3, V, generator=g).to(dtype), torch.rand(5, V, generator=g).to(dtype)
+    y[1, ::2], by = x[2, ::2], torch.randn(3, 5, generator=g, dtype=F64)
+    given = [[a.clone().to(kind).requires_grad_() for a in (x, y)] for kind in (dtype, F64, dtype)]
+    before = kd.backends.calls["cpu", "row_distances"], kd.backends.calls["cpu", "row_distances_slopes"]
+    found = [transport._Distances.apply(*given[0], kd.backends.cpu.DISTANCES),
+             *(torch.cdist(*pair, p=1.0) for pair in given[1:])]  # fmt: skip
+    slopes = [torch.autograd.grad((value * by).sum(), pair) for value, pair in zip(found, given, strict=True)]
+    assert kd.backends.calls["cpu", "row_distances"] == before[0] + 1
+    assert kd.backends.calls["cpu", "row_distances_slopes"] == before[1] + 2
+    for own, exact, torchs in zip(*([a, *b] for a, b in zip(found, slopes, strict=True)), strict=True):
+        error, allowed = ((z.double() - exact).norm() for z in (own, torchs))
+        assert error <= allowed + 2 * torch.finfo(dtype).eps * exact.norm()
+
+
 def test_sinkhorn_refuses():
     s, t = torch.randn(2, 3, 5)
     with pytest.raises(ValueError, match="row_weight"):

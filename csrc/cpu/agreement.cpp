@@ -8,10 +8,11 @@ using namespace kd;
 
 // The largest logit and the first class that has it, or the first NaN.
 struct First {
+  bool odd;  // the row may hold a NaN
   double top = -INFINITY, at = 0;
   template <typename R> void see(const R* x, int n, int64_t first) {
     R high;
-    const bool special = tiles<R>().peak(x, n, &high);  // which are passed over
+    const bool special = tiles<R>().peak(x, n, &high) | odd;  // it passes over what is not finite
     if (top != top || !(special || double(high) > top)) return;
     for (int i = 0; i < n; ++i) {
       if (!(double(x[i]) > top || x[i] != x[i])) continue;
@@ -24,7 +25,7 @@ struct First {
 
 template <typename R> void row(const Batch& x, int64_t n, const Share (&share)[2], double* out) {
   alignas(64) R copy[2][kTile], e[kTile];
-  First first[2];
+  First first[2] = {{!std::isfinite(share[0].lam)}, {!std::isfinite(share[1].lam)}};
   double common = 0;
   for (int64_t i = 0; i < x.vocab; i += kTile) {
     const int count = int(std::min<int64_t>(x.vocab - i, kTile));
@@ -67,8 +68,8 @@ Tensor agreement(const Tensor& s, const Tensor& t, const MaybeTensor& labels, co
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
-  m.def("agreement(Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor lse, SymInt vocab, "
-        "int ignore_index) -> Tensor");
+  m.def("agreement(Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor lse, "
+        "SymInt vocab, int ignore_index) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) { m.impl("agreement", TORCH_BOX(&agreement)); }

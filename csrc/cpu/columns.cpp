@@ -70,7 +70,7 @@ template <typename R> class Block {
       : x_(x), kept_(kept), rows_(rows), out_(out), loops_(tiles<R>().columns) {}
 
   // Of classes [first, first + n): how many live, the sum of 1 - rho, and (2, kept) sums of the slopes by q.
-  int64_t run(int64_t first, int n, double* value, double* slope) {
+  int64_t run(int64_t first, int n, int sides, double* value, double* slope) {
     auto& w = kept_by_thread<Scratch<R>>();
     w.x.resize(n);
     w.factor.resize(n);
@@ -93,7 +93,7 @@ template <typename R> class Block {
       if (alive[i]) { *value += 1 - rho; ++count; }
     }
     for (size_t j = 0; j < kept_.size(); ++j)
-      for (int side = 0; side < 2; ++side) {
+      for (int side = 0; side < sides; ++side) {
         const R *own = w.u[side].data() + j * n, *other = w.u[1 - side].data() + j * n;
         slope[side * kept_.size() + j] = loops_.slope_sum(own, other, n, out_.of(side, first));
       }
@@ -164,7 +164,7 @@ std::vector<int64_t> kept_rows(const Batch& x) {
 }
 
 template <typename R> void all_classes(const Batch& x, const std::vector<int64_t>& kept, RowOf* rows,
-                                       const Classes<R>& out, double* value) {
+                                       const Classes<R>& out, int sides, double* value) {
   const int64_t count = int64_t(kept.size());
   const int64_t width = std::clamp<int64_t>(kBlock / std::max<int64_t>(count, 1) / 64 * 64, 64, kTile);
   const int64_t blocks = (x.vocab + width - 1) / width;
@@ -173,7 +173,8 @@ template <typename R> void all_classes(const Batch& x, const std::vector<int64_t
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t lo, int64_t hi) {
     Block<R> block(x, kept, rows, out);
     for (int64_t b = lo; b < hi; ++b)
-      live[b] = block.run(b * width, int(std::min(width, x.vocab - b * width)), &values[b], &slopes[b * 2 * count]);
+      live[b] = block.run(b * width, int(std::min(width, x.vocab - b * width)), sides, &values[b],
+                          &slopes[b * 2 * count]);
   });
   double total = 0, classes = 0;
   for (int64_t b = 0; b < blocks; ++b) {
@@ -188,7 +189,7 @@ template <typename R> void all_classes(const Batch& x, const std::vector<int64_t
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& s, const Tensor& t, const MaybeTensor& labels,
                                                    const MaybeTensor& mask, const Tensor& args, int64_t vocab,
-                                                   int64_t ignore) {
+                                                   int64_t ignore, int64_t sides) {
   const Batch x = batch(s, t, labels, mask, vocab, ignore);
   STD_TORCH_CHECK(args.dim() == 2 && args.size(1) == 2 && args.is_contiguous() &&
                       (args.size(0) == 1 || args.size(0) == x.rows),
@@ -206,9 +207,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& s, const Tensor
     to[1] = 1;
     for (const int64_t n : kept) own[n].slope[0] = own[n].slope[1] = NAN;
   } else if (wide) {
-    all_classes<double>(x, kept, own, {means, terms, vocab}, to);
+    all_classes<double>(x, kept, own, {means, terms, vocab}, int(sides), to);
   } else {
-    all_classes<float>(x, kept, own, {means, terms, vocab}, to);
+    all_classes<float>(x, kept, own, {means, terms, vocab}, int(sides), to);
   }
   return {value, means, terms, rows};
 }
@@ -263,7 +264,7 @@ Tensor spread(const Tensor& grad, const Tensor& s, const Tensor& t, const MaybeT
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def("class_correlation(Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor args, SymInt vocab, "
-        "int ignore_index) -> (Tensor, Tensor, Tensor, Tensor)");
+        "int ignore_index, int sides) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("class_spread(Tensor grad, Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor means, "
         "Tensor terms, Tensor rows, SymInt vocab, int ignore_index, int side) -> Tensor");
 }

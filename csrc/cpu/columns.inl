@@ -87,12 +87,27 @@ template <typename R> static void add_up(const R* e, int n, double* sums) {
   for (int i = 0; i < n; ++i) sums[i] += e[i];
 }
 
+// In double, as four sums that do not wait for each other.
+template <typename F> INLINE double sum_of_all(int n, F f) {
+  const int part = n / 4;
+  double a = 0, b = 0, c = 0, d = 0;
+#pragma omp simd reduction(+ : a, b, c, d)
+  for (int i = 0; i < part; ++i) {
+    a += f(i);
+    b += f(i + part);
+    c += f(i + 2 * part);
+    d += f(i + 3 * part);
+  }
+  for (int i = 4 * part; i < n; ++i) a += f(i);
+  return (a + b) + (c + d);
+}
+
 // The sum of (1 + u) (by_u u + by_v v + constant).
-template <typename R> static double slope_sum(const R* u, const R* v, int n, const ClassTerms<R>& by) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; ++i) sum += (1 + u[i]) * (by.u[i] * u[i] + (by.v[i] * v[i] + by.constant[i]));
-  return sum;
+template <typename R> static double slope_sum(const R* u, const R* v, int n, const ClassTerms<R>& terms) {
+  const ClassTerms<R> by = terms;
+  return sum_of_all(n, [=](int i) INLINE_LAMBDA {
+    return double((1 + u[i]) * (by.u[i] * u[i] + (by.v[i] * v[i] + by.constant[i])));
+  });
 }
 
 // u becomes g e (by_u u + by_v v + constant - mean all).
@@ -105,10 +120,7 @@ static void class_slopes(const R* e, const R* v, int n, const ClassTerms<R>& by,
 }
 
 template <typename R> static double sum_of(const R* x, int n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; ++i) sum += x[i];
-  return sum;
+  return sum_of_all(n, [=](int i) INLINE_LAMBDA { return double(x[i]); });
 }
 template <typename R> static void centre(const R* x, int n, double mean, R* u) {
 #pragma omp simd
@@ -135,4 +147,23 @@ static void row_slopes(const R* v, int n, double by_u, double by_v, double const
     const double slope = by_u * u[i] + (by_v * v[i] + constant);
     u[i] = R(slope + one * u[i] * slope);
   }
+}
+
+// sum_i |x_i - y_i|
+template <typename R> static double apart(const R* x, const R* y, int n) {
+  constexpr int L = kLanes<R>;
+  Vec<R> sum[4]{};
+  const auto distance = [](Vec<R> a, Vec<R> b) INLINE_LAMBDA { return max_<R>(a - b, b - a); };
+  int i = 0;
+  for (; i + 4 * L <= n; i += 4 * L)
+    EACH(4) sum[k] += distance(load(x + i + k * L), load(y + i + k * L));
+  for (; i + L <= n; i += L) sum[0] += distance(load(x + i), load(y + i));
+  if (i < n) sum[1] += distance(load_some(x + i, n - i, R(0)), load_some(y + i, n - i, R(0)));
+  return total<R>(sum);
+}
+// d_i += g sign(x_i - y_i)
+template <typename R> static void signs(const R* x, const R* y, int n, double g, R* d) {
+  const R up = R(g);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) d[i] += x[i] > y[i] ? up : x[i] < y[i] ? -up : R(0);
 }

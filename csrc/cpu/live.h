@@ -60,10 +60,10 @@ struct Special {
   }
   bool among(const uint16_t* x, int64_t n) const { return largest(x, n) >= int16_t(infinity); }
   template <typename R> bool among(const R* x, int64_t n) const {
-    R none = 0;
-#pragma omp simd reduction(+ : none)
-    for (int64_t i = 0; i < n; ++i) none += x[i] - x[i];
-    return none != 0;
+    int found = 0;
+#pragma omp simd reduction(| : found)
+    for (int64_t i = 0; i < n; ++i) found |= !(x[i] - x[i] == 0);
+    return found;
   }
 
  private:

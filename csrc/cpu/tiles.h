@@ -70,6 +70,8 @@ template <typename R> struct Columns {
   Products (*centred)(const R* u, const R* v, int n, double u_mean, double v_mean);
   // u = by_u u + by_v v + constant, times 1 + u if it is of probabilities
   void (*row_slopes)(const R* v, int n, double by_u, double by_v, double constant, bool probabilities, R* u);
+  double (*apart)(const R* x, const R* y, int n);  // the sum of |x - y|
+  void (*signs)(const R* x, const R* y, int n, double g, R* d);  // d += g sign(x - y)
 };
 
 template <typename R> struct Tiles {

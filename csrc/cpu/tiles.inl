@@ -117,7 +117,7 @@ template <typename R> INLINE bool far(const View<R>& x, const Exponent& e) {
 #include "columns.inl"
 
 #define COLUMNS {highest, shares, deviations, add_up, products, slope_sum, class_slopes, lesser, sum_of, \
-                 centre, centred, row_slopes}
+                 centre, centred, row_slopes, apart, signs}
 extern const Tiles<float> f32 = {widen_all, store, peak, top, sums, look, sums_through, spread, through, exp2_all,
                                   elements, COLUMNS};
 extern const Tiles<double> f64 = {widen_all, store, peak, top, sums, look, sums_through, spread, through, exp2_all,

@@ -82,6 +82,7 @@ GROUPED = (_checked(_counted("group_moments")), _counted("group_spread"))
 ULD = (_checked(_counted("uld")), _checked(_counted("uld_step")))
 OVER_ROWS = (_checked(_counted("class_correlation")), _counted("class_spread"))
 AGREEMENT = _checked(_counted("agreement"))
+DISTANCES = (_counted("row_distances"), _counted("row_distances_slopes"))
 _COMPARE = (_checked(_counted("compare")), _checked(_counted("compare_step")))
 
 
