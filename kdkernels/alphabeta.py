@@ -196,13 +196,6 @@ def _blown(coefficient, log, value):
     return _where(coefficient < 0, lambda: tape.where(log > 1e300, math.inf, value), lambda: value)
 
 
-def _merged(nodes) -> dict[float, float]:
-    weights: dict[float, float] = {}
-    for at, weight in nodes:
-        weights[at] = weights.get(at, 0.0) + weight
-    return weights
-
-
 class RenyiLoss(Loss):
     """`log(sum_i p_i^alpha q_i^(1 - alpha)) / (alpha - 1)`: a Jensen gap of the log-partition. [Renyi 1961]
 
@@ -217,25 +210,25 @@ class RenyiLoss(Loss):
     def check(self):
         check_number("alpha", self.alpha, above=0)
 
-    def _nodes(self) -> dict[float, float]:
-        return _merged((1 + (self.alpha - 1) * at, w) for at, w in _GAUSS) if abs(self.alpha - 1) < _REACH else {}
+    def _nodes(self) -> list[tuple[float, float]]:
+        near = 0 < abs(self.alpha - 1) < _REACH
+        return [(1 + (self.alpha - 1) * at, weight) for at, weight in _GAUSS] if near else []
 
     def _at(self, order: float) -> Point:
         return Point(student=1 - order, teacher=order)
 
     def points(self):
-        return tuple(dict.fromkeys([Q, P, *map(self._at, [self.alpha, *self._nodes()])]))
+        return tuple(dict.fromkeys([Q, P, self._at(self.alpha), *(self._at(order) for order, _ in self._nodes())]))
 
     def value(self, *moments):
         found = dict(zip(self.points(), moments, strict=True))
         q, p, own = found[Q], found[P], found[self._at(self.alpha)]
-        nodes = self._nodes()
-        near = sum(w * _derivative(found[self._at(order)], q, p) for order, w in nodes.items())
         if self.alpha == 1:
-            return near
+            return _derivative(p, q, p)
+        nodes = [(found[self._at(order)], weight) for order, weight in self._nodes()]
         quotient = (own.lse - self.alpha * p.lse - (1 - self.alpha) * q.lse) / (self.alpha - 1)
         if not nodes:
             return quotient
-        square = _square(found[self._at(list(nodes)[1])], q, p)
-        smooth = _smooth(self.alpha - 1, square, self.resolution)
+        near = sum(weight * _derivative(m, q, p) for m, weight in nodes)
+        smooth = _smooth(self.alpha - 1, _square(nodes[1][0], q, p), self.resolution)
         return tape.where(p.s > -math.inf, tape.where(smooth, near, quotient), quotient)

@@ -17,7 +17,7 @@ from .logpartition import kl, reverse_kl
 from .loss import Loss, Point
 from .options import ELSEWHERE, check_bool, check_number
 from .out import check_out, handed_over
-from .rankops import Compare
+from .rankops import ULD, Compare
 from .rowwise import CLASSES, RowsLoss
 from .transport import SinkhornLoss
 
@@ -153,8 +153,9 @@ class ULDLoss(RowsLoss):
     def _by_kernels(self, kernels, rows, args, weight, divisor):
         scale = self.kd_weight * (args[:, 2] ** 2 if self.t_squared else torch.ones_like(args[:, 2]))
         weight = scale if weight is None else weight * scale
-        return Compare.apply(rows.student, rows.teacher, args[:, :2].contiguous(), rows.labels, rows.mask, weight,
-                             divisor, 0, kernels, rows.vocab, self.ignore_index, self.reduction == "none")  # fmt: skip
+        args = torch.nn.functional.pad(args[:, :2], (0, 3))  # neither tau, nor top_k, nor a switch
+        return Compare.apply(rows.student, rows.teacher, args, rows.labels, rows.mask, weight, divisor, ULD, kernels,
+                             rows.vocab, self.ignore_index, self.reduction == "none")  # fmt: skip
 
 
 def _shared(sign: Tensor, x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ kind's columns of `args` are, which are on the host unless rows have temperature
     compare(student (N, W) or (A, B, W), teacher, labels (N,)?, mask (V,)?, args (1 or N, 5 + shifts), kind, vocab,
             ignore_index) -> value (N,) float64
     compare_step(grad (N or 1,), ...the same..., side) -> value (N,), grad times the gradient of that side's logits
-    uld, uld_step: the same for the distance of sorted probabilities; args (1 or N, 2), no kind
     class_correlation(student, teacher, labels?, mask?, args (1 or N, 2) = 1/T of both, vocab, ignore_index,
             sides: 0, 1 or 2 that will want a gradient)
             -> [mean over the live classes of 1 - rho over the rows, 1 / their number] (2,), and what the next takes:
@@ -29,27 +28,25 @@ from torch import Tensor
 from .call import apply_factor, dense, factor, result_dtype
 from .ops import refuse, rescale
 
-PEARSON, SPEARMAN, PLACKETT_LUCE, KENDALL = range(4)  # csrc/cpu/ranks.cpp reads the same numbers
+PEARSON, SPEARMAN, PLACKETT_LUCE, KENDALL, ULD = range(5)  # csrc/cpu/ranks.cpp reads the same numbers
 METRICS = ("rankdata", "spearman", "kendall_tau")
 NARROW = 32  # classes or fewer: computed in float64 (csrc/cpu/parallel.h)
 
 
-def register(prefix: str, names: tuple[str, ...] = ("compare",), metrics: bool = False) -> None:
+def register(prefix: str, metrics: bool = False) -> None:
     """Shape rules and a loud refusal of double backward. metrics: and what else only the cpu has."""
 
-    for name in names:
+    @torch.library.register_fake(f"kdkernels::{prefix}compare")
+    def _(student, *rest):
+        return student.new_empty(student.shape[:-1].numel(), dtype=torch.float64)
 
-        @torch.library.register_fake(f"kdkernels::{prefix}{name}")
-        def _(student, *rest):
-            return student.new_empty(student.shape[:-1].numel(), dtype=torch.float64)
+    @torch.library.register_fake(f"kdkernels::{prefix}compare_step")
+    def _(grad, student, teacher, labels, mask, args, kind, vocab, ignore_index, side, *form):
+        logits = teacher if side else student
+        return student.new_empty(student.shape[:-1].numel(), dtype=torch.float64), logits.new_empty(logits.shape)
 
-        @torch.library.register_fake(f"kdkernels::{prefix}{name}_step")
-        def _(grad, student, teacher, labels, mask, args, kind, vocab, ignore_index, side, *form):
-            logits = teacher if side else student
-            return student.new_empty(student.shape[:-1].numel(), dtype=torch.float64), logits.new_empty(logits.shape)
-
-        for one in (name, f"{name}_step"):
-            torch.library.register_autograd(f"kdkernels::{prefix}{one}", refuse)
+    for name in ("compare", "compare_step"):
+        torch.library.register_autograd(f"kdkernels::{prefix}{name}", refuse)
     if not metrics:
         return
 

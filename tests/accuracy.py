@@ -1,9 +1,13 @@
 """Batches, the way a loss is run on one backend, and how close it has to come to the textbook."""
 
+import multiprocessing
+import os
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import NamedTuple
+from unittest.mock import patch
 
 import textbook as definitions
 import torch
@@ -14,6 +18,8 @@ import kdkernels as kd
 from kdkernels.rowwise import RowsLoss
 
 BACKENDS = list(kd.backends.NAMES)  # one that is not there makes its tests fail, with the reason
+# Instruction sets of the C++ kernels, beside the processor's own.
+LOWER = ["baseline", "AVX2", "AVX-512"][: 0 if kd.backends.cpu.unavailable() else torch.ops.kdkernels.isa()]
 # The Triton interpreter takes tens of milliseconds a row: beside test_losses.py it runs a loss for each thing a kernel
 # can do (label term, weights, second moments, a class left out, no teacher, frozen weights, z-scores).
 FEATURES = ("KDLoss-alpha=0.3", "WTTM", "AlphaBetaLoss-alpha=0.0-beta=0.0", "DKDLoss-alpha=0.5", "Brier", "TAIDLoss-tau=0.4", "JSDLoss-beta=0.9")  # noqa: E501
@@ -129,6 +135,31 @@ def run(case: Case, backend, rows: Batch, teacher_grad=False, **call) -> Result:
     assert value.dtype == (F64 if s.dtype == F64 else F32) and value.shape == s.shape[:-1]
     assert s.grad.dtype == s.dtype and s.grad.shape == s.shape
     return Result(value.detach(), s.grad, t.grad)
+
+
+@cache
+def process(isa: str) -> ProcessPoolExecutor:
+    """A process whose C++ kernels have a lower instruction set."""
+    level = LOWER.index(isa)
+    with patch.dict(os.environ, KDKERNELS_ISA=str(level)):  # read once a process
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        assert pool.submit(_level).result() == level
+    return pool
+
+
+def _level() -> int:
+    return torch.ops.kdkernels.isa()
+
+
+def run_with(isa: str, case: Case, *rows) -> Result:
+    """`run` with that instruction set; rows: the arguments of `batch`, a dict, and both dtypes."""
+    return Result(*map(torch.from_numpy, process(isa).submit(_run_there, str(case), *rows).result()))
+
+
+def _run_there(name: str, regime: dict, s_dtype, t_dtype) -> list:
+    case = next(case for case in CASES if str(case) == name)
+    value, ds, _ = run(case, "cpu", batch(**regime, s_dtype=s_dtype, t_dtype=t_dtype))
+    return [value.numpy(), ds.double().numpy()]
 
 
 def textbook(case: Case, rows: Batch, dtype=F64, teacher_grad=True, **call) -> Result:

@@ -3,18 +3,15 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accuracy import BF16, F16, F32, F64, Batch, batch, make, only, rms, run, textbook
+from accuracy import BF16, F16, F32, F64, LOWER, Batch, batch, make, only, process, rms, run, run_with, textbook
 from textbook import CASES
 
 import kdkernels as kd
 
-# Baseline, AVX2, AVX-512, the same with bfloat16; one that the processor lacks falls back to the next lower.
-ISAS = ("0", "1", "2", "3")
 CASE = {str(case): case for case in CASES}
 NAMES = ["KDLoss-alpha=0.3-temperature=3.0", "WTTMLoss-gamma=0.5", "AlphaBetaLoss-alpha=0.2-beta=0.7",
          "DKDLoss-alpha=1.0-beta=8.0", "TAIDLoss-tau=0.4", "LogitMSELoss", "JSDLoss"]  # fmt: skip
@@ -39,16 +36,9 @@ def test_the_exponential_is_good_to_an_ulp():
     assert low[1:3].eq(0).all() and low[3].isnan() and low[4] == 1
 
 
-def pytest_on(isa, *arguments):
-    environment = {**os.environ, "KDKERNELS_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa):
-    done = pytest_on(isa, "test_cpu.py", "test_losses.py", "-k", "exponential or accurate or agrees and cpu")
-    assert done.returncode == 0, done.stdout[-3000:]
+@pytest.mark.parametrize("isa", LOWER)
+def test_the_exponential_of_a_lower_instruction_set(isa):
+    process(isa).submit(test_the_exponential_is_good_to_an_ulp).result()
 
 
 def everything(case, rows, **call):
@@ -159,11 +149,13 @@ ACCURATE = [CASE[name] for name in ("ForwardKLLoss", "TTMLoss-gamma=0.3", "Renyi
 def test_more_accurate_than_eager(case):
     """float32, RMS over 1,024 rows: value no further from float64 than eager torch's; gradient within 2e-6."""
     for regime in (dict(scale=0.01), dict(), dict(scale=50.0), dict(offset=300.0)):
-        rows = batch(1024, 1000, **regime, s_dtype=F32)
-        got, exact, eager = run(case, "cpu", rows), textbook(case, rows), textbook(case, rows, F32, False)
-        assert rms(got.value - exact.value) <= rms(eager.value - exact.value), regime
-        if "scale" not in regime or regime["scale"] > 1:  # away from s = t
-            assert (got.ds - exact.ds).norm() <= 2e-6 * exact.ds.norm(), regime
+        sizes = dict(N=1024, V=1000, **regime)
+        rows = batch(**sizes, s_dtype=F32)
+        exact, eager = textbook(case, rows), textbook(case, rows, F32, False)
+        for got in (run(case, "cpu", rows), *(run_with(isa, case, sizes, F32, F32) for isa in LOWER)):
+            assert rms(got.value - exact.value) <= rms(eager.value - exact.value), regime
+            if "scale" not in regime or regime["scale"] > 1:  # away from s = t
+                assert (got.ds - exact.ds).norm() <= 2e-6 * exact.ds.norm(), regime
 
 
 def test_bfloat16_rows_are_read_as_they_are():

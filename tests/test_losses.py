@@ -1,7 +1,7 @@
 """The catalogue against the textbook, on every backend, in every dtype."""
 
 import pytest
-from accuracy import BF16, F16, F32, F64, ON_BACKENDS, batch, faults, has_kernels, run
+from accuracy import BF16, F16, F32, F64, LOWER, ON_BACKENDS, batch, faults, has_kernels, run, run_with
 from textbook import CASES
 from textbook_ranks import CASES as RANK_CASES
 
@@ -29,16 +29,17 @@ WIDE[F64] = WIDE[BF16] = {"V=1000": dict(N=40, V=1000, scale=3.0), "V=50257": di
 
 
 def check(case, backend, dtypes, regimes):
-    if not has_kernels(case, backend):
+    if not has_kernels(case, "cpu" if backend in LOWER else backend):
         with pytest.raises((kd.BackendUnavailable, TypeError), match=r"no kernels for|float64"):
-            run(case, backend, batch(2, 5, s_dtype=dtypes[0], t_dtype=dtypes[1]))
+            run(case, "cpu" if backend in LOWER else backend, batch(2, 5, s_dtype=dtypes[0], t_dtype=dtypes[1]))
         return
     found = []
     for name, regime in regimes.items():
         if regime["V"] < 3 and case.options.get("standardize"):
             continue  # one class has no deviation, and two always the same z-scores
         rows = batch(**regime, s_dtype=dtypes[0], t_dtype=dtypes[1])
-        found += [f"{name}: {fault}" for fault in faults(case, rows, run(case, backend, rows))]
+        got = run_with(backend, case, regime, *dtypes) if backend in LOWER else run(case, backend, rows)
+        found += [f"{name}: {fault}" for fault in faults(case, rows, got)]
     assert not found, "\n".join([f"{case} on {backend}", *found])
 
 
@@ -48,7 +49,7 @@ def test_every_loss_has_a_textbook_line_and_back():
 
 
 # The first decorator varies fastest: backends share the textbook's work.
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", *LOWER])
 @in_dtypes
 @every_case
 def test_agrees_with_the_textbook(case, dtypes, backend):

@@ -1,13 +1,14 @@
-// One row of any loss that compares orders.
+// One row of any loss that compares whole rows.
 #pragma once
 #include "correlation.h"
 #include "grid.h"
 #include "pairs.h"
 #include "plackett.h"
+#include "uld.h"
 
 namespace kd {
 
-enum Kind : int64_t { PEARSON, SPEARMAN, PLACKETT_LUCE, KENDALL };
+enum Kind : int64_t { PEARSON, SPEARMAN, PLACKETT_LUCE, KENDALL, ULD };
 // Columns of args: 1/T of the student, 1/T of the teacher, tau, top_k (0: all), the kind's switch, shifts.
 enum Column { STUDENT_T, TEACHER_T, TAU, TOP, SWITCH, SHIFTS };
 
@@ -29,6 +30,11 @@ double row_value(const Batch& x, int64_t n, int64_t kind, const double* a, int64
     auto& w = kept_by_thread<PlackettScratch<R>>();
     const Pair<R> z = w.live.find(x, n, int64_t(a[TOP]));
     return finish(z, [&] { return plackett_luce(z, on, a[STUDENT_T], a[TEACHER_T], g, out, w); });
+  }
+  if (kind == ULD) {
+    auto& w = kept_by_thread<UldScratch<R>>();
+    const Pair<R> z = w.live.find(x, n, 0, true);
+    return finish(z, [&] { return uld(z, a, side, g, out, w); });
   }
   auto& w = kept_by_thread<PairsScratch<R>>();
   const Pair<R> z = w.live.find(x, n, int64_t(a[TOP]));

@@ -1,4 +1,4 @@
-// Operators of the losses that compare orders, and of the metrics. Stable ABI; described in kdkernels/rankops.py.
+// Operators of the losses that compare whole rows, and of the metrics. Stable ABI; described in kdkernels/rankops.py.
 #include <tuple>
 
 #include "arguments.h"
@@ -22,7 +22,7 @@ struct Call {
     STD_TORCH_CHECK(args.dim() == 2 && columns >= SHIFTS && args.is_contiguous() &&
                         (args.size(0) == 1 || args.size(0) == x.rows),
                     "kdkernels: args must be (1 or N, 5 + shifts) contiguous float64");
-    STD_TORCH_CHECK(kind >= PEARSON && kind <= KENDALL, "kdkernels: kind must be in [0, 3]");
+    STD_TORCH_CHECK(kind >= PEARSON && kind <= ULD, "kdkernels: kind must be in [0, 4]");
   }
   static bool is_wide(Type s, Type t) { return s == Type::f64 || t == Type::f64; }
 
@@ -57,7 +57,8 @@ Tensor compare(const Tensor& s, const Tensor& t, const MaybeTensor& labels, cons
 std::tuple<Tensor, Tensor> compare_step(const Tensor& grad, const Tensor& s, const Tensor& t, const MaybeTensor& labels,
                                         const MaybeTensor& mask, const Tensor& args, int64_t kind, int64_t vocab,
                                         int64_t ignore, int64_t side) {
-  STD_TORCH_CHECK(side == 0 || (side == 1 && kind == PEARSON), "kdkernels: this loss has no gradient for the teacher");
+  STD_TORCH_CHECK(side == 0 || (side == 1 && (kind == PEARSON || kind == ULD)),
+                  "kdkernels: this loss has no gradient for the teacher");
   const Call call(s, t, labels, mask, args, kind, vocab, ignore, int(side));
   Tensor value = torch::stable::new_empty(s, {call.x.rows}, ScalarType::Double), out = empty_as(side ? t : s);
   const Gradient to(out.mutable_data_ptr(), call.x.rows, call.width * (side ? call.x.t : call.x.s).size(), true);

@@ -37,6 +37,26 @@ Tensor step_to(const Tensor& s, const MaybeTensor& t, const MaybeTensor& labels,
   return total_of(call.x, s, g, value);
 }
 
+// Of a vocabulary shard. stats (N, K, 7): of the whole rows, at the points and behind them -> (N, 5), the fields of
+// ElementSums over this rank's classes.
+Tensor sums(const Tensor& s, const Tensor& t, const MaybeTensor& labels, const MaybeTensor& mask, const Tensor& args,
+            const Tensor& program, const Tensor& stats, int64_t vocab, int64_t ignore) {
+  const Call call(s, t, labels, mask, &args, program, vocab, ignore);
+  const Shape less = call.points();
+  STD_TORCH_CHECK(stats.scalar_type() == ScalarType::Double && stats.is_contiguous() &&
+                      stats.numel() == less.rows * less.stats(),
+                  "kdkernels: stats must be (N, K, 7) contiguous float64");
+  const std::vector<ElementSums> sum = call.all_sums(less, stats.const_data_ptr<double>(), true);
+  Tensor out = torch::stable::new_empty(s, {less.rows, 5}, ScalarType::Double);
+  double* to = out.mutable_data_ptr<double>();
+  for (int64_t n = 0; n < less.rows; ++n) {
+    ElementSums all{};
+    for (int64_t j = 0; j < less.segments; ++j) all.add(sum[n * less.segments + j]);
+    for (const double x : {all.total, all.q, all.p, all.xq, all.xp}) *to++ = x;
+  }
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
@@ -48,6 +68,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
         "Tensor? weight, float divisor, SymInt vocab, int ignore_index) -> (Tensor, Tensor)");
   m.def("separable_step_out(Tensor student, Tensor? teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, "
         "Tensor? weight, float divisor, SymInt vocab, int ignore_index, Tensor(a!) out) -> Tensor");
+  m.def("separable_sums(Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, "
+        "Tensor stats, SymInt vocab, int ignore_index) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
@@ -55,4 +77,5 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("separable_spread", TORCH_BOX(&spread));
   m.impl("separable_step", TORCH_BOX(&step<step_to>));
   m.impl("separable_step_out", TORCH_BOX(&step_out<step_to>));
+  m.impl("separable_sums", TORCH_BOX(&sums));
 }

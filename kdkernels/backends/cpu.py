@@ -26,7 +26,7 @@ def _load() -> str | None:
     register("")
     register("separable_", elements=True)
     register_buckets()
-    rankops.register("", ("compare", "uld"), metrics=True)
+    rankops.register("", metrics=True)
     groups.register("")
     return None
 
@@ -79,11 +79,10 @@ SEPARABLE = Operators(
 )  # fmt: skip
 TOGETHER = _checked(_counted("together_step"))
 GROUPED = (_checked(_counted("group_moments")), _counted("group_spread"))
-ULD = (_checked(_counted("uld")), _checked(_counted("uld_step")))
 OVER_ROWS = (_checked(_counted("class_correlation")), _counted("class_spread"))
 AGREEMENT = _checked(_counted("agreement"))
 DISTANCES = (_counted("row_distances"), _counted("row_distances_slopes"))
-_COMPARE = (_checked(_counted("compare")), _checked(_counted("compare_step")))
+ULD = _COMPARE = (_checked(_counted("compare")), _checked(_counted("compare_step")))
 
 
 def COMPARE(*_loss):

@@ -264,8 +264,8 @@ register("triton_separable_", elements=True)
 OPERATORS = Operators(reduce, rows, spread, step, _step_to, _step_add, _rescaled)
 SEPARABLE = Operators(separable_reduce, rows_of_sums(rows), separable_spread, elements=(reduce, separable_sums))
 
-from . import triton_buckets, triton_compare, triton_groups, triton_uld  # noqa: E402  (which are made of the above)
+from . import triton_buckets, triton_compare, triton_groups  # noqa: E402  (which are made of the above)
 
 BUCKET: tuple = triton_buckets.BUCKET
 COMPARE = triton_compare.COMPARE
-GROUPED, ULD = triton_groups.GROUPED, triton_uld.ULD
+GROUPED, ULD = triton_groups.GROUPED, triton_compare.ULD

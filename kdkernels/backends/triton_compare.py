@@ -15,6 +15,7 @@ from .triton_orders import kendall_kernel, plackett_kernel
 from .triton_pearson import pearson_kernel
 from .triton_ranks import CELLS, spearman_kernel
 from .triton_sorted import spearman_sorted_kernel, top_kernel
+from .triton_uld import uld_kernel
 
 SCRATCH = 1 << 29  # bytes, of all programs of a launch
 SORTED = 4096  # live classes at most, of rows that are sorted
@@ -121,7 +122,16 @@ def _pearson(x: Rows, s: Tensor, t: Tensor, args: Tensor, side: int) -> Rows:
     return x
 
 
+def _uld(grad, student, teacher, labels, mask, args, vocab, ignore, side) -> Rows:
+    own, there = (teacher, student) if side else (student, teacher), base._there(args, student.device)
+    x = _rows(grad, *own, labels, mask, vocab, ignore, 0, 0)
+    stride = args.shape[1] * (len(args) > 1)
+    return _gathered("uld", uld_kernel, x, vocab, 2, 2, 3, there, stride, side) if len(x.value) else x
+
+
 def _run(grad, student, teacher, labels, mask, args, kind, vocab, ignore, side) -> Rows:
+    if kind == rankops.ULD:
+        return _uld(grad, student, teacher, labels, mask, args, vocab, ignore, side)
     if vocab > MOST:
         raise ValueError(f"vocab_size must be <= {MOST} for a rank loss on backend 'triton', got {vocab}")
     tau, k, switch = args[0, 2:5].tolist()
@@ -159,5 +169,8 @@ def compare_step(grad: Tensor, student: Tensor, teacher: Tensor, labels: Tensor 
 rankops.register("triton_")
 
 
+ULD = (compare, compare_step)
+
+
 def COMPARE(*_loss):
-    return compare, compare_step
+    return ULD

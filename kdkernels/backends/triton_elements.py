@@ -41,6 +41,13 @@ def _mean(w, x, scale):
 
 
 @triton.jit
+def _unit(d, use):
+    """The largest deviation, which has a square in float32 where those in its units do."""
+    top = tl.max(tl.where(use, tl.abs(d), 0.0), 0)
+    return tl.where((top > 0) & (top < INF), top, 1.0)
+
+
+@triton.jit
 def _step(f, a, b):
     """b - a where both sides of a merge have weight; two infinite means are no distance apart."""
     d = tl.where((f > 0) & (f < 1), b - a, 0.0)
@@ -150,9 +157,12 @@ def reduce_kernel(
             if SECOND:  # noqa: SIM102  (known when compiling; the flags are not)
                 if (flags & 32) != 0:
                     d, e = u - U, v - V
-                    ss2 = tl.where(lane == k, tl.where(U == -INF, INF, _mean(w, d * d, scale)).to(tl.float64), ss2)
-                    st2 = tl.where(lane == k, tl.where(U + V == -INF, 0.0, _mean(w, d * e, scale)).to(tl.float64), st2)
-                    tt2 = tl.where(lane == k, tl.where(V == -INF, INF, _mean(w, e * e, scale)).to(tl.float64), tt2)
+                    by_d, by_e = _unit(d, use), _unit(e, use)
+                    d, e, by_d, by_e = d / by_d, e / by_e, by_d.to(tl.float64), by_e.to(tl.float64)
+                    dd, de, ee = _mean(w, d * d, scale), _mean(w, d * e, scale), _mean(w, e * e, scale)
+                    ss2 = tl.where(lane == k, tl.where(U == -INF, INF, dd.to(tl.float64) * by_d * by_d), ss2)
+                    st2 = tl.where(lane == k, tl.where(U + V == -INF, 0.0, de.to(tl.float64) * by_d * by_e), st2)
+                    tt2 = tl.where(lane == k, tl.where(V == -INF, INF, ee.to(tl.float64) * by_e * by_e), tt2)
         m, z, S, T, ss, st, tt = _merge(m, z, S, T, ss, st, tt, m2, z2, S2, T2, ss2, st2, tt2)
     nan = tl.where(strange | (tl.max(damaged, 0) > 0), float("nan"), 0.0).to(tl.float64)
     second = (tl.load(program_ptr + 4 + lane, mask=lane < K, other=0.0).to(tl.int32) & 32) != 0

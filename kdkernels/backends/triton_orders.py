@@ -165,9 +165,9 @@ def _spread_of(row, classes, to, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _pair(x, y, m, other, s, t, use, scale):
-    """sgn(t - t') tanh((s - s') / a) with the classes at `other`, and its slope times a."""
-    d = (s - tl.load(x + other, mask=use, other=0.0)) * scale
+def _pair(x, y, m, other, s, t, use):
+    """sgn(t - t') tanh(s - s') with the classes at `other`, and its slope."""
+    d = s - tl.load(x + other, mask=use, other=0.0)
     u = tl.load(y + other, mask=use, other=0.0)
     sign = tl.where(t > u, 1.0, 0.0) - tl.where(t < u, 1.0, 0.0)
     r = 1.0 / (1.0 + tl.exp(tl.minimum(tl.maximum(2 * d, -60.0), 60.0)))
@@ -176,8 +176,8 @@ def _pair(x, y, m, other, s, t, use, scale):
 
 
 @triton.jit
-def _pairs(x, y, to, args_ptr, n, K, scale, ALL: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum over the pairs (i, i + h), h of every shift or, ALL, of every other class; slopes times a go to `to`."""
+def _pairs(x, y, to, args_ptr, n, K, ALL: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum over the pairs (i, i + h), h of every shift or, ALL, of every other class; slopes go to `to`."""
     total = n.to(tl.float64) * 0
     steps = tl.where(n > 0, n - 1, 0) if ALL else tl.where(n > 0, K, 0)
     for first in range(0, n, BLOCK):
@@ -190,11 +190,11 @@ def _pairs(x, y, to, args_ptr, n, K, scale, ALL: tl.constexpr, BLOCK: tl.constex
             else:
                 h = 1 + tl.minimum(n - 2, (tl.load(args_ptr + k) * (n - 1).to(tl.float64)).to(tl.int64))
             after = tl.where(m + h < n, m + h, m + h - n)
-            v, d = _pair(x, y, m, after, s, t, m < n, scale)
+            v, d = _pair(x, y, m, after, s, t, m < n)
             value += v
             slope += d
             if not ALL:
-                _v, d = _pair(x, y, m, tl.where(m - h < 0, m - h + n, m - h), s, t, m < n, scale)
+                _v, d = _pair(x, y, m, tl.where(m - h < 0, m - h + n, m - h), s, t, m < n)
                 slope += d
         total += tl.sum(value, 0)
         tl.store(to + m, slope.to(tl.float32), mask=m < n)
@@ -222,22 +222,29 @@ def kendall_kernel(
         _mean, _variance, _varied = _spread_of(t_row, classes, y, count, BLOCK)
         varied = varied & (variance > 0)
         count = tl.where(varied, count, 0)
-        number, a = count.to(tl.float64), tau * tl.sqrt(tl.where(varied, variance, 1.0))
-        total = _pairs(x, y, slopes, shifts_ptr, count, K, (1 / a).to(tl.float32), ALL, BLOCK)
+        a = tau * tl.sqrt(tl.where(varied, variance, 1.0))
+        for first in range(0, count, BLOCK):  # in units of a, which float32 may not have the inverse of
+            m = first + tl.arange(0, BLOCK)
+            d = tl.load(x + m, mask=m < count, other=0.0).to(tl.float64) - mean
+            tl.store(x + m, (d / a).to(tl.float32), mask=m < count)
+        g = -g / a
+        tl.debug_barrier()
+        total = _pairs(x, y, slopes, shifts_ptr, count, K, ALL, BLOCK)
+        number = count.to(tl.float64)
         pairs = tl.maximum(number * (number - 1) if ALL else number * K, 1.0)
         tl.store(value_ptr + n, tl.where(keep, 1 - total / pairs + nan, 0.0))
         if GRADIENT:
             fill(out_ptr + n * width, width, limit, tl.where(g != 0, nan, 0.0).to(tl.float32), BLOCK)
-            radial = mean * 0
+            radial = number * 0
             for first in range(0, count, BLOCK):
                 m = first + tl.arange(0, BLOCK)
-                d = tl.load(x + m, mask=m < count, other=0.0).to(tl.float64) - mean
+                d = tl.load(x + m, mask=m < count, other=0.0).to(tl.float64)
                 radial += tl.sum(tl.where(m < count, d * tl.load(slopes + m, mask=m < count, other=0.0), 0.0), 0)
-            radial /= tl.maximum(number, 1.0) * tl.where(varied, variance, 1.0)
-            scale = -g / (pairs * a) * (2.0 if ALL else 1.0)
+            radial *= tau * tau / tl.maximum(number, 1.0)
+            scale = g / pairs * (2.0 if ALL else 1.0)
             for first in range(0, tl.where(g != 0, count, 0), BLOCK):
                 m = first + tl.arange(0, BLOCK)
-                d = tl.load(x + m, mask=m < count, other=0.0).to(tl.float64) - mean
+                d = tl.load(x + m, mask=m < count, other=0.0).to(tl.float64)
                 d = scale * (tl.load(slopes + m, mask=m < count, other=0.0).to(tl.float64) - radial * d)
                 at = tl.load(classes + m, mask=m < count, other=0)
                 tl.store(out_ptr + n * width + at, d.to(out_ptr.dtype.element_ty), mask=m < count)

@@ -24,9 +24,9 @@ def _partition(x, live, m, z, scale):
 
 @triton.jit
 def _deviation(x, live, m, shift, scale, PROBS: tl.constexpr):
-    """V q - 1 of probabilities, from the logarithm shift of V e^(m scale) / z; logits as they are."""
-    if PROBS:
-        x = expm1(((x.to(tl.float64) - m) * scale + shift).to(tl.float32))
+    """V q - 1 of probabilities, from the logarithm shift of V e^(m scale) / z; logits less m, times shift."""
+    x = x.to(tl.float64) - m
+    x = expm1((x * scale + shift).to(tl.float32)) if PROBS else (x * shift).to(tl.float32)
     return tl.where(live, x, 0.0)
 
 
@@ -41,7 +41,8 @@ def _mean(x, live, c, PROBS: tl.constexpr):
 
 @triton.jit
 def _partitions(s_ptr, t_ptr, mask_ptr, vocab, r, rt, HAS_MASK: tl.constexpr, PROBS: tl.constexpr, BLOCK: tl.constexpr):
-    """Both maxima, log(V e^max / partition) of both, whether both rows vary, whether one is spoilt."""
+    """Both maxima, log(V e^max / partition) of both (of logits one over their range: squares would leave float32),
+    whether both rows vary, whether one is spoilt."""
     n, low = r * 0, r * 0 + INF
     m, z, mt, zt, low_t = n - INF, n, n - INF, n, low
     spoilt = tl.zeros((BLOCK,), tl.int32)
@@ -60,7 +61,10 @@ def _partitions(s_ptr, t_ptr, mask_ptr, vocab, r, rt, HAS_MASK: tl.constexpr, PR
             mt = tl.maximum(mt, tl.max(tl.where(live, t, -INF), 0).to(tl.float64))
     log_n = tl.log(tl.maximum(n, 1.0))
     shift, shift_t = log_n - tl.log(tl.where(z > 0, z, 1.0)), log_n - tl.log(tl.where(zt > 0, zt, 1.0))
-    return m, mt, shift, shift_t, (m > low) & (mt > low_t), tl.max(spoilt, 0) > 0
+    varied = (m > low) & (mt > low_t)
+    if not PROBS:
+        shift, shift_t = 1 / tl.where(varied, m - low, 1.0), 1 / tl.where(varied, mt - low_t, 1.0)
+    return m, mt, shift, shift_t, varied, tl.max(spoilt, 0) > 0
 
 
 @triton.jit
@@ -121,7 +125,8 @@ def pearson_kernel(
     nan += tl.where(spoilt, float("nan"), 0.0)
     tl.store(value_ptr + n, tl.where(keep, 1 - rho + nan, 0.0))
     if GRADIENT:
-        scale = tl.where(varied, g * (rt if SIDE else r) if PROBS else g, 0.0)
+        unit = (rt if SIDE else r) if PROBS else (shift_t if SIDE else shift)
+        scale = tl.where(varied, 1.0, 0.0).to(tl.float64)
         own, other = (scale * rho / (bb if SIDE else aa)).to(tl.float32), -scale / tl.sqrt(aa) / tl.sqrt(bb)
         other, nan = other.to(tl.float32), tl.where(g != 0, nan, 0.0).to(tl.float32)
         some = tl.where(varied & (g != 0), limit, 0)
@@ -133,5 +138,6 @@ def pearson_kernel(
             d = own * (dv if SIDE else du) + other * (du if SIDE else dv)
             if PROBS:
                 d *= 1 + (v if SIDE else u)  # the softmax's own term is 0: rho knows no scale
-            d = tl.where(cols < limit, tl.where(live & (cols < some), d, 0.0) + nan, 0.0)
+            d = tl.where(live & (cols < some), (d.to(tl.float64) * (g * unit)).to(tl.float32), 0.0)
+            d = tl.where(cols < limit, d + nan, 0.0)
             tl.store(out_ptr + n * width + cols, d.to(out_ptr.dtype.element_ty), mask=cols < width)

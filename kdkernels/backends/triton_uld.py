@@ -5,16 +5,9 @@ keys that differ), and passed over four times there; of n live classes w n bytes
 for several rows.
 """
 
-from __future__ import annotations
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .. import rankops
-from . import triton as base
-from . import triton_compare as ranks
 from .triton_lapsum import order_key
 from .triton_orders import _score
 from .triton_sorted import end_of_run, fill, live_row, place_of, runs, sort
@@ -125,31 +118,3 @@ def uld_kernel(
                 d = g * r * tl.load(Q + m, mask=m < count, other=0.0).to(tl.float64) * slope
                 tl.store(out_ptr + n * width + at, d.to(out_ptr.dtype.element_ty), mask=m < count)
         tl.debug_barrier()
-
-
-def _run(grad, student, teacher, labels, mask, args, vocab, ignore, side) -> ranks.Rows:
-    own = (teacher, student) if side else (student, teacher)
-    x = ranks._rows(grad, *own, labels, mask, vocab, ignore, 0, 0)
-    if len(x.value):
-        there = base._there(args, student.device)
-        ranks._gathered("uld", uld_kernel, x, vocab, 2, 2, 3, there, args.shape[1] * (len(args) > 1), side)
-    return x
-
-
-@torch.library.custom_op("kdkernels::triton_uld", mutates_args=())
-def uld(student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None, args: Tensor, kind: int,
-        vocab: int, ignore_index: int) -> Tensor:  # fmt: skip
-    """The losses (N,) of the rows."""
-    return _run(None, student, teacher, labels, mask, args, vocab, ignore_index, 0).value
-
-
-@torch.library.custom_op("kdkernels::triton_uld_step", mutates_args=())
-def uld_step(grad: Tensor, student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None, args: Tensor,
-             kind: int, vocab: int, ignore_index: int, side: int) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The losses, and grad times the gradient of the side's logits."""
-    x = _run(grad, student, teacher, labels, mask, args, vocab, ignore_index, side)
-    return x.value, x.out.to((teacher if side else student).dtype)
-
-
-rankops.register("triton_", ("uld",))
-ULD = (uld, uld_step)

@@ -5,6 +5,7 @@ import re
 
 import kdkernels as kd
 
+from ..options import signature
 from .config import UserError
 
 SYMBOLS = {"temperature": "T", "teacher_temperature": "teacher T"}
@@ -24,16 +25,7 @@ def loss_class(name):
 
 def options_of(cls):
     """{name: default} of everything its constructor takes, its base classes' shared options included."""
-    found: dict[str, object] = {}
-    for base in cls.__mro__:
-        if "__init__" not in vars(base) or base.__module__.startswith("torch"):
-            continue
-        parameters = inspect.signature(base.__init__).parameters.values()
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
-        found = {p.name: p.default for p in named} | found
-        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
-            break
-    return found
+    return {p.name: p.default for p in signature(cls).parameters.values()}
 
 
 def resolve(name, options):
