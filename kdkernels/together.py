@@ -1,14 +1,15 @@
 """Sums of losses that compare rows and of others: where a backend can, all of a row while it is in cache.
 
-Operator (`csrc/cpu/together.cpp`):
+Operator (`csrc/cpu/together.cpp`, `backends/triton_together.py`):
 
     together_step(student (N, W) or (A, B, W), teacher, labels (N,)?, mask (V,)?, args, program, weight (N or 1,)?,
-                  divisor, comparisons (R, 1 or N, 3 + columns), vocab, ignore_index, alone)
+                  divisor, factors (R, 1 or N), comparisons (R, 1 or N, 2 + columns), vocab, ignore_index, alone)
         -> sum of all weighted values (), gradient of the student's logits
 
 `args`, `program`, `weight` and `divisor` are those of `step` (`kdkernels.ops`); a comparison is its kind, the number of
-its shifts, what a row's value is multiplied with, and its args (`kdkernels.rankops`). `alone`: the program is not told
-of the teacher.
+its shifts, and its args (`kdkernels.rankops`), which are on the host as those are; its factor is what a row's value is
+multiplied with. `alone`: the program is not told of the teacher. A backend's `TOGETHER(student, teacher, vocab,
+comparisons' kinds and settings)` is this and the places of those it takes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from . import call
 from .base import BaseLoss
 from .compare import Comparison
 from .compose import SumLoss, Weighted, checked_weight, joins, shared
-from .ops import rescale
 from .options import Uses
 from .out import handed_over
 from .rowwise import RowsLoss
@@ -35,9 +35,10 @@ class MixedSumLoss(Weighted, BaseLoss):
     Value and gradients are those of the losses one by one. On the C++ backend losses of the log-partition and losses
     that compare rows (`SpearmanLoss`, `KendallLoss`, `PlackettLuceLoss`, `PearsonLoss`) take turns row by row, so that
     the logits are read from memory once and one gradient is written: for a reduced loss, when only the student wants a
-    gradient, neither in float16 nor under torch.compile. All others, and all losses on other backends, are computed one
-    after the other, as those of vocabulary shards are, each with collectives of its own. The terms keep options of
-    their own, which may change; reduction and ignore_index are those of the sum, which the terms have to agree on.
+    gradient, neither in float16 nor under torch.compile. On Triton so are those of the log-partition and one
+    `SpearmanLoss` of all classes of long rows. All others, and all losses on other backends, are computed one after the
+    other, as those of vocabulary shards are, each with collectives of its own. The terms keep options of their own,
+    which may change; reduction and ignore_index are those of the sum, which the terms have to agree on.
 
     Args:
         terms: pairs (weight, loss).
@@ -101,21 +102,30 @@ class MixedSumLoss(Weighted, BaseLoss):
         single: Any = vars(self)["_first"]
         others = vars(self)["_others"]
         every = ([] if single is None else [(1, single)]) + others
-        together = [(w, x) for w, x in others if isinstance(x, Comparison) and x._uses.teacher and not x._uses.labels]
+        places = [k for k, (_, x) in enumerate(others) if isinstance(x, Comparison) and x._uses.teacher
+                  and not x._uses.labels]  # fmt: skip
         wanted = rows.student.requires_grad and torch.is_grad_enabled()
-        if single is None or not together or not wanted or rows.teacher is None or rows.teacher.requires_grad:
+        if single is None or not places or not wanted or rows.teacher is None or rows.teacher.requires_grad:
             return None, every
         if self.reduction == "none" or rows.student.dtype == torch.float16 or torch.compiler.is_compiling():
             return None, every
         single = self._reducing(single)
         alone = rows if single._uses.teacher else rows._replace(teacher=None)
-        backend, operators, program, args, weight, divisor = single._prepared(alone, num_items, temperature)
-        if not hasattr(backend, "TOGETHER") or operators.elements or args.requires_grad:
+        backend, operators = single._pick(rows.student, alone.teacher)
+        if not hasattr(backend, "TOGETHER") or operators.elements:
             return None, every
-        comparisons = [_columns(self._reducing(x), w, rows, num_items, temperature) for w, x in together]
-        inputs = (rows.labels, rows.mask, args, program.code, weight, divisor, _stacked(comparisons), rows.vocab,
-                  self.ignore_index, alone.teacher is None)  # fmt: skip
-        return (backend.TOGETHER, inputs), [pair for pair in others if pair not in together]
+        kinds = [(others[k][1].kind, others[k][1].settings()) for k in places]
+        step, taken = backend.TOGETHER(rows.student, rows.teacher, rows.vocab, kinds)
+        if not taken:
+            return None, every
+        *_, program, args, weight, divisor = single._prepared(alone, num_items, temperature)
+        if args.requires_grad:
+            return None, every
+        places = [places[k] for k in taken]
+        each = [_columns(self._reducing(others[k][1]), others[k][0], rows, num_items, temperature) for k in places]
+        inputs = (rows.labels, rows.mask, args, program.code, weight, divisor, *map(_stacked, zip(*each, strict=True)),
+                  rows.vocab, self.ignore_index, alone.teacher is None)  # fmt: skip
+        return (step, operators.rescale, inputs), [pair for k, pair in enumerate(others) if k not in places]
 
     def _value_and_grad(self, rows: Any, student_logits, num_items, temperature, out, accumulate):
         with torch.enable_grad():
@@ -123,7 +133,7 @@ class MixedSumLoss(Weighted, BaseLoss):
             first, later = self._plan(wanted, num_items, temperature)
         if first is None or later:
             return super()._value_and_grad(rows, student_logits, num_items, temperature, out, accumulate)
-        step, inputs = first
+        step, _rescale, inputs = first
         value, gradient = step(call.dense(rows.student), call.dense(rows.teacher), *inputs)
         return value, handed_over(gradient.view(rows.student.shape), out, accumulate)
 
@@ -142,25 +152,21 @@ def _pairs(weight, term) -> list:
     return [(weight, term)]
 
 
-def _columns(loss: Comparison, weight: float, rows: call.Rows, num_items, temperature) -> Tensor:
-    """(1 or N, 3 + columns) of the operator's `comparisons`."""
+def _columns(loss: Comparison, weight: float, rows: call.Rows, num_items, temperature) -> tuple[Tensor, Tensor]:
+    """(1 or N,) and (1 or N, 2 + columns) of the operator's `factors` and `comparisons`."""
     args, scale = loss._arguments(rows, temperature)
     weights, divisor = call.weighting(loss, rows, num_items)
     scale = weight * (scale if weights is None else scale * weights)
+    head = torch.tensor([loss.kind, args.shape[1] - 5], dtype=torch.float64, device=args.device)
     factor = call.factor(scale, divisor, rows.labels, loss.ignore_index, rows.student)
-    head = torch.tensor([loss.kind, args.shape[1] - 5], dtype=torch.float64)
-    if len(factor) == len(args) == 1:
-        return torch.cat((head, factor, args[0]))[None]
-    count = max(len(factor), len(args))
-    return torch.cat((head.expand(count, 2), factor[:, None].expand(count, 1), args.expand(count, -1)), -1)
+    return factor, torch.cat((head.expand(len(args), 2), args), -1)
 
 
-def _stacked(comparisons: list[Tensor]) -> Tensor:
-    if len(comparisons) == 1:
-        return comparisons[0][None]
-    rows, columns = (max(x.shape[k] for x in comparisons) for k in (0, 1))
-    padded = [nn.functional.pad(x, (0, columns - x.shape[1])).expand(rows, -1) for x in comparisons]
-    return torch.stack(padded)
+def _stacked(columns: Sequence[Tensor]) -> Tensor:
+    """(R, 1 or N, ...) of R tensors (1 or N, ...), the narrower ones filled up with 0."""
+    rows, *wide = (max(sizes) for sizes in zip(*(x.shape for x in columns), strict=True))
+    padded = [nn.functional.pad(x, (0, wide[0] - x.shape[1])) if wide else x for x in columns]
+    return torch.stack([x.expand(rows, *wide) for x in padded])
 
 
 class Together(torch.autograd.Function):
@@ -168,7 +174,7 @@ class Together(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, plan):
-        ctx.step, inputs = plan
+        ctx.step, ctx.rescale, inputs = plan
         value, ctx.gradient = ctx.step(call.dense(student), call.dense(teacher), *inputs)
         ctx.save_for_backward(student, teacher, *(x for x in inputs if isinstance(x, Tensor)))
         ctx.inputs = [None if isinstance(x, Tensor) else (x,) for x in inputs]
@@ -178,14 +184,13 @@ class Together(torch.autograd.Function):
     def backward(ctx, grad):
         ready, ctx.gradient = ctx.gradient, None  # it is the caller's from here on, who may write to it
         student, teacher, *tensors = ctx.saved_tensors
-        if ready is not None and not torch.is_grad_enabled() and (scaled := rescale(ready, grad)) is not None:
+        if ready is not None and not torch.is_grad_enabled() and (scaled := ctx.rescale(ready, grad)) is not None:
             return scaled.view(student.shape), None, None
         rest = iter(tensors)
-        labels, mask, args, code, weight, divisor, comparisons, *last = (next(rest) if x is None else x[0]
-                                                                         for x in ctx.inputs)  # fmt: skip
+        labels, mask, args, code, weight, divisor, factors, comparisons, *last = (next(rest) if x is None else x[0]
+                                                                                  for x in ctx.inputs)  # fmt: skip
         by = grad.reshape(-1).to(torch.float64)
         weight = call.factor(weight, divisor, labels, last[1], student) * by
-        comparisons = torch.cat((comparisons[..., :2], comparisons[..., 2:3] * by, comparisons[..., 3:]), -1)
-        inputs = (labels, mask, args, code, weight, 1.0, comparisons, *last)
+        inputs = (labels, mask, args, code, weight, 1.0, factors * by, comparisons, *last)
         gradient = ctx.step(call.dense(student), call.dense(teacher), *inputs)[1]
         return gradient.view(student.shape), None, None

@@ -21,7 +21,7 @@ KINDS = dict(high="fp32", low="fp32", tau="fp32", mask_ptr="*u8", done_ptr="*i32
 KINDS |= dict.fromkeys(("total_ptr", "factor_ptr", "floats"), "*fp32")
 KINDS |= dict.fromkeys(("label_ptr", "classes_ptr", "sorted_ptr", "order_ptr", "top_ptr", "packed_ptr"), "*i64")
 KINDS |= dict.fromkeys(("group_ptr", "start_ptr"), "*i64")
-KINDS |= dict.fromkeys(("tables", "longs"), "*i64")
+KINDS |= dict.fromkeys(("tables", "longs"), "*i64") | dict(also=("*fp64",) * 6 + ("i32", "i32"))
 
 
 def _signature(kernel, dtype, constants):
@@ -33,20 +33,29 @@ def _signature(kernel, dtype, constants):
 
 
 def _rank_variants():
-    from kdkernels.backends.triton import triton_compare
+    from kdkernels import DKDLoss, ForwardKLLoss, KDLoss, LogitMSELoss
+    from kdkernels.backends.triton import _second, triton_compare
     from kdkernels.backends.triton_groups import group_kernel, group_spread_kernel
     from kdkernels.backends.triton_orders import kendall_kernel, plackett_kernel
     from kdkernels.backends.triton_pearson import pearson_kernel
     from kdkernels.backends.triton_ranks import spearman_kernel
     from kdkernels.backends.triton_sorted import spearman_sorted_kernel, top_kernel
+    from kdkernels.backends.triton_tape import compiled as tape
     from kdkernels.backends.triton_uld import uld_kernel
 
     row = dict(HAS_LABEL=True, HAS_MASK=True, GRADIENT=True)
     some = dict(HAS_TOP=True, **row)
     for dtype in ("bf16", "fp32"):
         bins, warps = triton_compare.TILES["spearman"]
-        tile = dict(BY_BITS=dtype == "bf16", HALF=(False, False), BLOCK=2048, BINS=bins)
-        yield f"spearman {dtype}", spearman_kernel, dtype, dict(**tile, **some), warps
+        tile = dict(BY_BITS=dtype == "bf16", HALF=(False, False), BINS=bins)
+        alone = dict(also=None, POINTS=None, TAPE=None, BLOCK=2048)
+        yield f"spearman {dtype}", spearman_kernel, dtype, alone | tile | some, warps
+        tile["BLOCK"] = triton_compare.widest(dtype == "bf16", True)
+        for loss in (ForwardKLLoss(), KDLoss(), DKDLoss(), LogitMSELoss()):
+            code, K = loss._single.code, int(loss._single.code[0])
+            points = (K, 1 << (K - 1).bit_length(), loss._uses.teacher, _second(code))
+            own = dict(POINTS=points, TAPE=tape(code.numpy().tobytes()), HAS_TOP=False)
+            yield f"together {dtype} {type(loss).__name__}", spearman_kernel, dtype, tile | row | own, warps
     yield "pearson", pearson_kernel, "bf16", dict(PROBS=True, SIDE=0, BLOCK=2048, **row), 8
     for name, kernel, dtype, constants in (
         ("spearman_sorted", spearman_sorted_kernel, "fp32", some),
@@ -70,9 +79,10 @@ def _variants(capability):
     from kdkernels import DKDLoss, ForwardKLLoss, JSDLoss, KDLoss, SkewKLLoss
     from kdkernels.backends.triton import _elements, _second
     from kdkernels.backends.triton_buckets import bucket_kernel, bucket_spread_kernel
-    from kdkernels.backends.triton_elements import reduce_kernel, spread_kernel
+    from kdkernels.backends.triton_elements import reduce_kernel
     from kdkernels.backends.triton_rows import rows_kernel
     from kdkernels.backends.triton_separable import compiled, sums_kernel
+    from kdkernels.backends.triton_slopes import spread_kernel
     from kdkernels.backends.triton_step import begin_kernel, rescale_kernel, step_kernel
     from kdkernels.backends.triton_tape import compiled as tape
 

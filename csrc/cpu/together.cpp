@@ -9,17 +9,21 @@ namespace {
 
 using namespace kd;
 
-// Columns of a comparison: its kind, the number of shifts, the factor of the row's value; then its args.
-constexpr int kKind = 0, kShifts = 1, kFactor = 2, kArgs = 3;
+// Columns of a comparison: its kind and the number of shifts; then its args.
+constexpr int kKind = 0, kShifts = 1, kArgs = 2;
 
 struct Comparisons {
-  const double* data;
-  int64_t count, rows, columns;
-  explicit Comparisons(const Tensor& x, int64_t rows)
-      : data(x.const_data_ptr<double>()), count(x.size(0)), rows(x.size(1)), columns(x.size(2)) {
+  const double *data, *factors;
+  int64_t count, rows, columns, weights;
+  Comparisons(const Tensor& x, const Tensor& factors, int64_t rows)
+      : data(x.const_data_ptr<double>()), factors(factors.const_data_ptr<double>()), count(x.size(0)), rows(x.size(1)),
+        columns(x.size(2)), weights(factors.size(1)) {
     STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous() && count && columns >= kArgs + SHIFTS &&
                         (this->rows == 1 || this->rows == rows),
-                    "kdkernels: comparisons must be (R, 1 or N, 8 + shifts) contiguous float64");
+                    "kdkernels: comparisons must be (R, 1 or N, 7 + shifts) contiguous float64");
+    STD_TORCH_CHECK(factors.dim() == 2 && factors.is_contiguous() && factors.size(0) == count &&
+                        (weights == 1 || weights == rows),
+                    "kdkernels: factors must be (R, 1 or N) contiguous float64");
     for (int64_t k = 0; k < count; ++k) {
       const double* c = of(k, 0);
       const auto kind = int64_t(c[kKind]), shifts = int64_t(c[kShifts]);
@@ -28,6 +32,7 @@ struct Comparisons {
     }
   }
   const double* of(int64_t k, int64_t n) const { return data + (k * rows + (rows == 1 ? 0 : n)) * columns; }
+  double factor(int64_t k, int64_t n) const { return factors[k * weights + (weights == 1 ? 0 : n)]; }
   // Whether each writes to so few classes that they are best added where the gradient goes.
   bool few(int64_t vocab) const {
     for (int64_t k = 0; k < count; ++k)
@@ -42,7 +47,7 @@ double compare_all(const Batch& x, int64_t n, const Comparisons& all, bool wide,
   const Gradient here(base, 1, 0, false);
   double total = 0;
   for (int64_t k = 0; k < all.count; ++k) {
-    const double *c = all.of(k, n), g = c[kFactor];
+    const double *c = all.of(k, n), g = all.factor(k, n);
     const bool last = k + 1 == all.count;
     const RowOut out{last ? &to : &here, x.s.type, last ? n : 0, x.vocab, width, base};
     if (x.kept(n) && g != 0)
@@ -55,12 +60,12 @@ double compare_all(const Batch& x, int64_t n, const Comparisons& all, bool wide,
 
 std::tuple<Tensor, Tensor> together_step(const Tensor& s, const Tensor& t, const MaybeTensor& labels,
                                          const MaybeTensor& mask, const Tensor& args, const Tensor& program,
-                                         const MaybeTensor& weight, double divisor, const Tensor& comparisons,
-                                         int64_t vocab, int64_t ignore, bool alone) {
+                                         const MaybeTensor& weight, double divisor, const Tensor& factors_of,
+                                         const Tensor& comparisons, int64_t vocab, int64_t ignore, bool alone) {
   const Program p = program_of(program);
   const Batch x = batch(s, t, labels, mask, vocab, ignore);
   const Batch first = alone ? batch(s, {}, labels, mask, vocab, ignore) : x;
-  const Comparisons all(comparisons, x.rows);
+  const Comparisons all(comparisons, factors_of, x.rows);
   const std::vector<double> g = factors(x, weight, divisor);
   const Shape z(x.rows, p.points(), width_of(s), is_double(s, t, vocab));
   const Args row_args = args_of(args, x.rows, p.points());
@@ -86,7 +91,7 @@ std::tuple<Tensor, Tensor> together_step(const Tensor& s, const Tensor& t, const
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def("together_step(Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor args, Tensor program, "
-        "Tensor? weight, float divisor, Tensor comparisons, SymInt vocab, int ignore_index, bool alone) -> (Tensor, Tensor)");
+        "Tensor? weight, float divisor, Tensor factors, Tensor comparisons, SymInt vocab, int ignore_index, bool alone) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) { m.impl("together_step", TORCH_BOX(&together_step)); }

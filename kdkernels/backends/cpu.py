@@ -77,7 +77,7 @@ SEPARABLE = Operators(
     _checked(_counted("separable_step")), _checked(_counted("separable_step_out")), rescale=rescale,
     elements=(OPERATORS.reduce, _counted("separable_sums")),
 )  # fmt: skip
-TOGETHER = _checked(_counted("together_step"))
+_TOGETHER = _checked(_counted("together_step"))
 GROUPED = (_checked(_counted("group_moments")), _counted("group_spread"))
 OVER_ROWS = (_checked(_counted("class_correlation")), _counted("class_spread"))
 AGREEMENT = _checked(_counted("agreement"))
@@ -87,6 +87,10 @@ ULD = _COMPARE = (_checked(_counted("compare")), _checked(_counted("compare_step
 
 def COMPARE(*_loss):
     return _COMPARE
+
+
+def TOGETHER(_student, _teacher, _vocab, losses):
+    return _TOGETHER, range(len(losses))
 
 
 BUCKET = (_counted("bucket"), _counted("bucket_spread"))

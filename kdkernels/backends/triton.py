@@ -24,9 +24,10 @@ from torch import Tensor
 from ..elements import HEADER
 from ..ops import COEFS, STATS, Operators, points_of, register, rows_of_sums
 from . import calls
-from .triton_elements import reduce_kernel, spread_kernel
+from .triton_elements import reduce_kernel
 from .triton_rows import rows_kernel
 from .triton_separable import compiled, sums_kernel
+from .triton_slopes import spread_kernel
 from .triton_step import begin_kernel, rescale_kernel, step_kernel
 from .triton_tape import compiled as tape
 
@@ -264,8 +265,8 @@ register("triton_separable_", elements=True)
 OPERATORS = Operators(reduce, rows, spread, step, _step_to, _step_add, _rescaled)
 SEPARABLE = Operators(separable_reduce, rows_of_sums(rows), separable_spread, elements=(reduce, separable_sums))
 
-from . import triton_buckets, triton_compare, triton_groups  # noqa: E402  (which are made of the above)
+from . import triton_buckets, triton_compare, triton_groups, triton_together  # noqa: E402  (which are made of the above)
 
 BUCKET: tuple = triton_buckets.BUCKET
-COMPARE = triton_compare.COMPARE
+COMPARE, TOGETHER = triton_compare.COMPARE, triton_together.TOGETHER
 GROUPED, ULD = triton_groups.GROUPED, triton_compare.ULD

@@ -93,20 +93,39 @@ def _gathered(name, kernel, x: Rows, room: int, longs: int, floats: int, ints: i
     return x
 
 
+def _by_bits(s: Tensor, t: Tensor) -> bool:
+    return s.element_size() == 2 and t.element_size() == 2
+
+
+def counted(s: Tensor, t: Tensor, vocab: int, tau: float, k: float, exact: float) -> bool:
+    """Whether Spearman's loss of these rows goes by histograms."""
+    return min(vocab, int(k) or vocab) > SORTED and (_by_bits(s, t) or not (exact or tau < LEAST_TAU))
+
+
 def _spearman(x: Rows, s: Tensor, t: Tensor, args: Tensor, room: int) -> Rows:
-    tau, _k, exact = args[0, 2:5].tolist()
-    by_bits = s.element_size() == 2 and t.element_size() == 2
-    if room <= SORTED or (not by_bits and (exact or tau < LEAST_TAU)):
+    tau = args[0, 2].item()
+    if not counted(s, t, x.shape[2], *args[0, 2:5].tolist()):
         return _gathered("spearman_sorted", spearman_sorted_kernel, x, room, 3, 4, 3, tau)
-    cells, block, (bins, warps) = CELLS.value, min(2048, triton.next_power_of_2(x.shape[2])), TILES["spearman"]
+    return by_histograms("spearman", x, s, t, tau)
+
+
+def widest(by_bits: bool, also: bool) -> int:
+    """The tile of `spearman_kernel` that needs no more registers than there are."""
+    return (1024 if by_bits else 512) if also else 2048
+
+
+def by_histograms(name: str, x: Rows, s: Tensor, t: Tensor, tau: float, *also) -> Rows:
+    """Spearman's loss; `also` is the kernel's."""
+    cells, by_bits, (bins, warps) = CELLS.value, _by_bits(s, t), TILES["spearman"]
+    block = min(widest(by_bits, bool(also)), triton.next_power_of_2(x.shape[2]))
     some = _programs(len(x.value), s.device, 44 * cells)
     new, shape = s.new_empty, (some, cells)
     scratch = (s.new_zeros((some, 2, cells), dtype=torch.int64), new(shape, dtype=torch.int64),
                new((some, 4, cells), dtype=torch.float32), new(shape, dtype=torch.int32))  # fmt: skip
     half = (s.dtype == torch.float16, t.dtype == torch.float16)
-    with base._launch("spearman", s.device):
-        spearman_kernel[(some,)](*x.pointers, *scratch, x.value, x.out, *x.strides, x.grad_row, *x.shape, tau, by_bits,
-                                 half, *x.flags, block, bins, num_warps=warps)  # fmt: skip
+    with base._launch(name, s.device):
+        spearman_kernel[(some,)](*x.pointers, *scratch, x.value, x.out, *x.strides, x.grad_row, *x.shape, tau,
+                                 by_bits, half, *x.flags, block, bins, *also, num_warps=warps)  # fmt: skip
     return x
 
 
@@ -129,11 +148,15 @@ def _uld(grad, student, teacher, labels, mask, args, vocab, ignore, side) -> Row
     return _gathered("uld", uld_kernel, x, vocab, 2, 2, 3, there, stride, side) if len(x.value) else x
 
 
+def check_width(vocab: int) -> None:
+    if vocab > MOST:
+        raise ValueError(f"vocab_size must be <= {MOST} for a rank loss on backend 'triton', got {vocab}")
+
+
 def _run(grad, student, teacher, labels, mask, args, kind, vocab, ignore, side) -> Rows:
     if kind == rankops.ULD:
         return _uld(grad, student, teacher, labels, mask, args, vocab, ignore, side)
-    if vocab > MOST:
-        raise ValueError(f"vocab_size must be <= {MOST} for a rank loss on backend 'triton', got {vocab}")
+    check_width(vocab)
     tau, k, switch = args[0, 2:5].tolist()
     x = _rows(grad, student, teacher, labels, mask, vocab, ignore, side, 0 if kind == PEARSON else int(k))
     room = min(vocab, int(k) or vocab)

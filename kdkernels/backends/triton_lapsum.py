@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .triton_elements import ELSEWHERE
+from .triton_elements import label_of, pair
 from .triton_tape import INF
 
 COUNT, COUNTED = tl.constexpr(21), tl.constexpr((1 << 21) - 1)  # low bits of a packed sum, which count
@@ -22,26 +22,18 @@ def live_pair(s_ptr, t_ptr, mask_ptr, cols, vocab, edge, last, HAS_MASK: tl.cons
 
     Of the live ones only those whose teacher key is above `edge`, or is that and the class not beyond `last`.
     """
-    use = cols < vocab
-    if HAS_MASK:
-        use = use & (tl.load(mask_ptr + cols, mask=use, other=0) != 0)
-    s = tl.load(s_ptr + cols, mask=use, other=0.0).to(tl.float32)
-    t = tl.load(t_ptr + cols, mask=use, other=0.0).to(tl.float32)
+    s, t = pair(s_ptr, t_ptr, mask_ptr, cols, vocab, True, HAS_MASK)
     fine = (s < INF) & (t < INF)
     some = ((s != -INF) | (t != -INF)) if BOTH else ((s != -INF) & (t != -INF))
     key = order_key(t)
-    return s, t, use & fine & some & ((key > edge) | ((key == edge) & (cols <= last))), use & (fine == 0)
+    return s, t, fine & some & ((key > edge) | ((key == edge) & (cols <= last))), fine == 0
 
 
 @triton.jit
 def row_at(s_ptr, t_ptr, label_ptr, top_ptr, grad_ptr, n, s_a, s_b, t_a, t_b, grad_row, B, vocab, ignore,
            HAS_LABEL: tl.constexpr, HAS_TOP: tl.constexpr):  # fmt: skip
     """The row's logits, its classes (0 if they are not asked for), NaN for a strange label, g, and the top's edge."""
-    keep, strange = n >= 0, n < 0
-    if HAS_LABEL:
-        y = tl.load(label_ptr + n)
-        keep = y != ignore
-        strange = keep & ((y < 0) | (y >= vocab)) & (y != ELSEWHERE)
+    _y, keep, strange = label_of(label_ptr, n, vocab, ignore, HAS_LABEL)
     edge, last = n * 0 - 1, n * 0
     if HAS_TOP:
         edge, last = tl.load(top_ptr + 2 * n), tl.load(top_ptr + 2 * n + 1)

@@ -10,7 +10,10 @@ their order and all others have one, so that a call repeats to the bit.
 import triton
 import triton.language as tl
 
+from .triton_elements import COEFS, STATS, add_tile, label_of, no_classes, store_statistics
 from .triton_lapsum import COUNT, count_of, lapsum, live_pair, row_at
+from .triton_rows import finish_row
+from .triton_slopes import slopes_of
 
 CELLS = tl.constexpr(1 << 16)
 # Cells of wide rows are those of floats of few bits, e + |x - c| / deviation up to 511, c the mean or, if that is near,
@@ -83,10 +86,13 @@ def _row_moments(s_ptr, t_ptr, mask_ptr, vocab, edge, last, HAS_MASK: tl.constex
 
 @triton.jit
 def _count_teacher(
-    s_ptr, t_ptr, mask_ptr, table, vocab, edge, last, mean_s, scale_s, mean_t, scale_t,
-    BY_BITS: tl.constexpr, HALF: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+    s_ptr, t_ptr, mask_ptr, table, vocab, edge, last, mean_s, scale_s, mean_t, scale_t, so_far, own,
+    BY_BITS: tl.constexpr, HALF: tl.constexpr, HAS_MASK: tl.constexpr, POINTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Counts of the teacher's cells; live classes, whether the row is spoilt, and the range of cells of both rows."""
+    """Counts of the teacher's cells; live classes, whether the row is spoilt, and the range of cells of both rows.
+
+    And, with POINTS, what becomes of the statistics so far of a loss of the log-partition.
+    """
     count, low, high = edge * 0, edge * 0 + CELLS, edge * 0
     spoilt = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, vocab, BLOCK):
@@ -94,12 +100,15 @@ def _count_teacher(
         s, t, live, bad = live_pair(s_ptr, t_ptr, mask_ptr, cols, vocab, edge, last, HAS_MASK, False)
         spoilt = spoilt | bad.to(tl.int32)
         cell, rest = _cell(t, mean_t, scale_t, BY_BITS, HALF[1], True)
-        own, _rest = _cell(s, mean_s, scale_s, BY_BITS, HALF[0], False)
+        at, _rest = _cell(s, mean_s, scale_s, BY_BITS, HALF[0], False)
         tl.atomic_add(table + cell, (rest.to(tl.int64) << COUNT) + 1, mask=live, sem="relaxed")
         count += tl.sum(live.to(tl.int64), 0)
-        low = tl.minimum(low, tl.min(tl.where(live, tl.minimum(cell, own), CELLS), 0))
-        high = tl.maximum(high, tl.max(tl.where(live, tl.maximum(cell, own) + 1, 0), 0))
-    return count, tl.max(spoilt, 0) > 0, tl.minimum(low, high), high
+        low = tl.minimum(low, tl.min(tl.where(live, tl.minimum(cell, at), CELLS), 0))
+        high = tl.maximum(high, tl.max(tl.where(live, tl.maximum(cell, at) + 1, 0), 0))
+        if POINTS is not None:
+            t = t if POINTS[2] else tl.zeros_like(t)
+            so_far = add_tile(so_far, s, t, cols, own[0], own[1], own[2], POINTS[0], POINTS[1], POINTS[2], POINTS[3])
+    return count, tl.max(spoilt, 0) > 0, tl.minimum(low, high), high, so_far
 
 
 @triton.jit
@@ -171,28 +180,66 @@ def _place(table, cells, A, B, M, BLOCK: tl.constexpr):
 @triton.jit
 def _write(
     s_ptr, t_ptr, mask_ptr, table, out_ptr, vocab, width, edge, last, mean_s, scale_s, mean_t, scale_t, nan,
-    BY_BITS: tl.constexpr, HALF: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+    own, BY_BITS: tl.constexpr, HALF: tl.constexpr, HAS_MASK: tl.constexpr, POINTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The line of the student's cell at the teacher's rank; `nan` to all classes."""
+    """The line of the student's cell at the teacher's rank; `nan` to all classes. And, with POINTS, the gradient of the
+    loss of the log-partition."""
     for first in range(0, width, BLOCK):
         cols = first + tl.arange(0, BLOCK)
         s, t, live, _bad = live_pair(s_ptr, t_ptr, mask_ptr, cols, vocab, edge, last, HAS_MASK, False)
         cell, rest = _cell(t, mean_t, scale_t, BY_BITS, HALF[1], True)
-        own, _rest = _cell(s, mean_s, scale_s, BY_BITS, HALF[0], False)
-        A, B = unpack(tl.load(table + CELLS + own, mask=live, other=0, cache_modifier=".cg"))
+        at, _rest = _cell(s, mean_s, scale_s, BY_BITS, HALF[0], False)
+        A, B = unpack(tl.load(table + CELLS + at, mask=live, other=0, cache_modifier=".cg"))
         d = tl.where(live, A * _rank(table, cell, rest, live).to(tl.float32) + B, 0.0)
         d = tl.where(cols < vocab, d + nan, 0.0)
+        if POINTS is not None:
+            t = t if POINTS[2] else tl.zeros_like(t)
+            d += slopes_of(cols, s, t, own[0], own[3], own[3], own[4], vocab, POINTS[0], POINTS[2], None, 0)
         tl.store(out_ptr + cols, d.to(out_ptr.dtype.element_ty), mask=cols < width)
 
 
-@triton.jit(do_not_specialize=["grad_row", "B", "N", "vocab", "width", "ignore"])
+@triton.jit
+def _clear(tables, low, high, BLOCK: tl.constexpr):
+    tl.debug_barrier()
+    for first in range(low, high, BLOCK):
+        m = first + tl.arange(0, BLOCK)
+        tl.store(tables + m, m * 0, mask=m < high)
+        tl.store(tables + CELLS + m, m * 0, mask=m < high)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _row_of(also, label_ptr, n, vocab, ignore, HAS_LABEL: tl.constexpr, K: tl.constexpr):
+    """Of row n and the loss of the log-partition: the label, args, the program, coefficients, the weight; statistics,
+    the value, and whether the row is kept and damaged by its label."""
+    args, program, weight, stats, coef, value, args_row, weight_row = also
+    y, keep, strange = label_of(label_ptr, n, vocab, ignore, HAS_LABEL)
+    g = tl.load(weight + n * weight_row).to(tl.float32)
+    stats, coef = stats + n * (K + 1) * STATS, coef + n * (K + 1) * COEFS
+    return y, args + n * args_row, program, coef, g, stats, value + n, keep, strange
+
+
+@triton.jit
+def _finish(own, so_far, s_row, t_row, mask_ptr, HAS_MASK: tl.constexpr, POINTS: tl.constexpr, TAPE: tl.constexpr):
+    """Value and coefficients of `_row_of`, from the statistics of all its classes."""
+    y, args, program, coef, _g, stats, value, keep, strange = own
+    store_statistics(so_far, s_row, t_row, mask_ptr, y, keep, strange, program, stats, POINTS[0], POINTS[1], POINTS[2],
+                     HAS_MASK)  # fmt: skip
+    tl.store(value + tl.arange(0, 1), finish_row(stats, args, program, coef, TAPE, POINTS[0]))
+
+
+@triton.jit(do_not_specialize=["grad_row", "B", "N", "vocab", "width", "ignore", "also"])
 def spearman_kernel(
     s_ptr, t_ptr, label_ptr, mask_ptr, top_ptr, grad_ptr, tables, packed_ptr, floats, cells, value_ptr, out_ptr, s_a,
     s_b, t_a, t_b, grad_row, B, N, vocab, width, ignore, tau, BY_BITS: tl.constexpr, HALF: tl.constexpr,
     HAS_LABEL: tl.constexpr, HAS_TOP: tl.constexpr, HAS_MASK: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    BINS: tl.constexpr,
+    BINS: tl.constexpr, also=None, POINTS: tl.constexpr = None, TAPE: tl.constexpr = None,
 ):  # fmt: skip
-    """value[n] and g times the gradient. tables (programs, 2, 65536) are 0, and left so."""
+    """value[n] and g times the gradient. tables (programs, 2, 65536) are 0, and left so.
+
+    With POINTS = (K, lanes, whether it has a teacher, covariances) a loss of the log-partition `also` has its value and
+    its gradient: args, program, weight (of rows), stats, coef, value, and two steps from row to row.
+    """
     me, all = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     here = me * CELLS
     tables, packed_ptr, cells, x = tables + 2 * here, packed_ptr + here, cells + here, floats + 4 * here
@@ -205,9 +252,15 @@ def spearman_kernel(
         ms, rs, mt, rt = nan * 0, nan * 0 + 1, nan * 0, nan * 0
         if not BY_BITS:
             ms, rs, mt, rt = _row_moments(s_row, t_row, mask_ptr, limit, edge, last, HAS_MASK, BLOCK)
-        count, spoilt, low, high = _count_teacher(
-            s_row, t_row, mask_ptr, tables, limit, edge, last, ms, rs, mt, rt, BY_BITS, HALF, HAS_MASK, BLOCK
-        )
+        own, so_far = (), ()
+        if POINTS is not None:
+            own, so_far = _row_of(also, label_ptr, n, vocab, ignore, HAS_LABEL, POINTS[0]), no_classes(POINTS[1], BLOCK)
+        count, spoilt, low, high, so_far = _count_teacher(
+            s_row, t_row, mask_ptr, tables, limit, edge, last, ms, rs, mt, rt, so_far, own, BY_BITS, HALF, HAS_MASK,
+            POINTS, BLOCK,
+        )  # fmt: skip
+        if POINTS is not None:
+            _finish(own, so_far, s_row, t_row, mask_ptr, HAS_MASK, POINTS, TAPE)
         tl.debug_barrier()
         _rank_lines(tables, low, high, count, BINS)
         tl.debug_barrier()
@@ -231,11 +284,6 @@ def spearman_kernel(
             use = tl.where(fine & (g != 0), edge, 1 << 40)  # nobody lives otherwise
             _write(
                 s_row, t_row, mask_ptr, tables, out_ptr + n * width, limit, width, use, last, ms, rs, mt, rt,
-                tl.where(g != 0, nan, 0.0).to(tl.float32), BY_BITS, HALF, HAS_MASK, BLOCK,
+                tl.where(g != 0, nan, 0.0).to(tl.float32), own, BY_BITS, HALF, HAS_MASK, POINTS, BLOCK,
             )  # fmt: skip
-        tl.debug_barrier()
-        for first in range(low, high, BINS):
-            m = first + tl.arange(0, BINS)
-            tl.store(tables + m, m * 0, mask=m < high)
-            tl.store(tables + CELLS + m, m * 0, mask=m < high)
-        tl.debug_barrier()
+        _clear(tables, low, high, BINS)

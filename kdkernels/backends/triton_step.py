@@ -9,8 +9,9 @@
 import triton
 import triton.language as tl
 
-from .triton_elements import COEFS, STATS, reduce_kernel, slopes
-from .triton_rows import finish_rows
+from .triton_elements import COEFS, STATS, reduce_kernel
+from .triton_rows import finish_row
+from .triton_slopes import slopes
 
 
 @triton.jit(do_not_specialize=["N", "ignore", "high", "low"])
@@ -58,18 +59,15 @@ def step_kernel(
     n, y = tl.program_id(0).to(tl.int64), tl.program_id(0).to(tl.int64) * 0 - 1
     reduce_kernel(s_ptr, t_ptr, label_ptr, mask_ptr, args, program, stats, s_a, s_b, t_a, t_b, args_row, B, vocab,
                   ignore, K, KP, HAS_TEACHER, HAS_LABEL, HAS_MASK, SECOND, ALIGN, BLOCK)  # fmt: skip
-    tl.debug_barrier()  # the statistics are in memory, where all threads find them
     coef += n * (K + 1) * COEFS
-    lane = tl.arange(0, 1)
-    value = finish_rows(stats + n * (K + 1) * STATS + lane, args + n * args_row + lane, program, coef + lane, 0,
-                        lane == 0, TAPE, K, 1)  # fmt: skip
+    value = finish_row(stats + n * (K + 1) * STATS, args + n * args_row, program, coef, TAPE, K)
     g = 1.0 / tl.load(over_ptr)
     if HAS_WEIGHT:
         g = tl.load(weight + n * weight_row) / tl.load(over_ptr)
     if HAS_LABEL:
         y = tl.load(label_ptr + n)
         g = tl.where(y == ignore, 0.0, g)
-    tl.store(values + n + lane, tl.where(g == 0, 0.0, value * g))
+    tl.store(values + n + tl.arange(0, 1), tl.where(g == 0, 0.0, value * g))
     tl.debug_barrier()
     s_ptr += (n // B) * s_a + (n % B) * s_b
     t_ptr += (n // B) * t_a + (n % B) * t_b
