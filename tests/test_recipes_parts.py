@@ -270,7 +270,7 @@ def test_two_ranks_train_as_one(small, double, texts, tmp_path):
     alone = {normalised: job(tmp_path / f"alone-{normalised}", texts, normalised, accumulate=1 + normalised)
              for normalised in (False, True)}  # fmt: skip
     for rank in ranks:
-        rank.join(300)
+        rank.join(600)
         assert rank.exitcode == 0
     for normalised, wanted in alone.items():
         for name, one in zip(("kd", "mixed"), wanted, strict=True):
