@@ -60,6 +60,11 @@ def others(s, t, y):
         for values in (kd.metrics.rankdata(s), kd.metrics.spearman(s, t), kd.metrics.kendall_tau(s, t)):
             values.sum()
         kd.ForwardKLLoss().with_metrics(s, t, y)
+        whole = [x.nan_to_num().requires_grad_() for x in (s, t)]  # a NaN would be all that there is in the batch
+        kd.DISTLoss()(*whole, y).backward()
+        if s.dtype in (torch.float32, torch.float64):
+            distances, slopes = kd.backends.cpu.DISTANCES
+            slopes(distances(*(x.detach() for x in whole)), *(x.detach() for x in whole))
         if V > 2 and t.isfinite().all():
             sparse = kd.SparseTeacher.from_logits(t, k=min(5, V - 1))
             for loss in (kd.ForwardKLLoss(), kd.ReverseKLLoss(), kd.DKDLoss(temperature=1.0)):
