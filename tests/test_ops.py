@@ -1,6 +1,7 @@
 """The operators under autograd, torch.compile, threads, and a gradient that is asked for twice."""
 
 from collections import defaultdict
+from functools import cache
 
 import pytest
 import torch
@@ -34,11 +35,12 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def recorded(backend, dtype=F32):
-    recorder = Recorder()
+@cache
+def recorded(backend):
+    recorder, dtype, rows = Recorder(), F32, 2  # Triton's interpreter takes them one by one
     for case in (c for c in SAMPLE if has_kernels(c, backend)):
         for reduction in ("mean", "none"):
-            s, t, y = batch(3, 5).to(dtype)
+            s, t, y = batch(rows, 5).to(dtype)
             s, t = s.clone().requires_grad_(), t.clone().requires_grad_(reduction == "none")
             with kd.use_backend(backend), recorder:
                 teacher = t if case.needs_teacher else None
@@ -47,7 +49,7 @@ def recorded(backend, dtype=F32):
                 if reduction == "mean" and not case.setting("standardize", False):
                     make(case).value_and_grad(s, teacher, y, out=torch.empty_like(s))
     if backend in ("cpu", "triton"):
-        s, t, y = batch(3, 5).to(dtype)
+        s, t, y = batch(rows, 5).to(dtype)
         with kd.use_backend(backend), recorder:
             for loss in (kd.GroupedKLLoss(torch.arange(5) % 2), kd.GroupedKLLoss("label"), kd.ULDLoss(),
                          kd.ULDLoss(reduction="none"), kd.ForwardKLLoss() + kd.SpearmanLoss()):  # fmt: skip
@@ -59,9 +61,9 @@ def recorded(backend, dtype=F32):
             stats = reduce(s, t, None, None, args, code, 5, -100)
             sums(s, t, None, None, program.args, program.code, stats, 5, -100)
     if backend in ("cpu", "triton"):
-        teacher = kd.SparseTeacher.from_logits(batch(3, 5).to(dtype).t, 2)
+        teacher = kd.SparseTeacher.from_logits(batch(rows, 5).to(dtype).t, 2)
         with kd.use_backend(backend), recorder:
-            kd.ForwardKLLoss()(batch(3, 5).to(dtype).s.requires_grad_(), teacher).backward()
+            kd.ForwardKLLoss()(batch(rows, 5).to(dtype).s.requires_grad_(), teacher).backward()
     return recorder.calls
 
 
