@@ -41,31 +41,6 @@ def test_the_exponential_of_a_lower_instruction_set(isa):
     process(isa).submit(test_the_exponential_is_good_to_an_ulp).result()
 
 
-def everything(case, rows, **call):
-    """Value and gradients by each way the library has of computing them."""
-    out = []
-    for reduction, teacher in (("none", True), ("mean", False)):
-        s, t = rows.s.clone().requires_grad_(), rows.t.clone().requires_grad_(teacher)
-        value = make(case, reduction=reduction)(s, t if case.needs_teacher else None, rows.y, **call)
-        value.sum().backward()
-        out += [value.detach(), s.grad, *([t.grad] if t.grad is not None else [])]
-    return out
-
-
-@some_cases
-@pytest.mark.parametrize("shape", [(1, 70_000), (5, 40_001), (70, 20_000), (300, 777)], ids=str)
-def test_the_same_bits_for_any_number_of_threads(case, shape):
-    rows, before, results = batch(*shape, s_dtype=F32), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(everything(case, rows))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
 @some_cases
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
 def test_step_is_reduce_rows_and_spread(case, dtype):

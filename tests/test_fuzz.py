@@ -7,7 +7,7 @@ import pytest
 import textbook
 import textbook_ranks
 import torch
-from accuracy import BF16, F16, F32, F64
+from accuracy import BF16, F16, F32, F64, has_kernels
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
@@ -36,6 +36,7 @@ def losses() -> dict:
 
 
 LOSSES = losses()
+ON_CUDA = [str(case) for case in textbook.CASES if has_kernels(case, "cuda") and str(case) in LOSSES]
 OF_BATCHES = "DISTLoss"
 SCALE_FREE = ("PearsonLoss", "SpearmanLoss", "KendallLoss", "CMKDLoss", "DISTLoss", "MixedSumLoss")
 SCALES = {"huge": 3e3, "giant": 1e30, "tiny": 1e-20, "subnormal": 1e-40, "constant": 0.0, "zeros": 0.0}
@@ -63,7 +64,7 @@ def laid_out(x, how):
 
 
 @st.composite
-def examples(draw, widths, dtypes, most_rows):
+def examples(draw, widths, dtypes, most_rows, names=sorted(LOSSES)):  # noqa: B008
     """-> name, student, teacher, labels."""
     n, v = draw(st.integers(0, most_rows)), draw(st.sampled_from(widths))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -84,7 +85,7 @@ def examples(draw, widths, dtypes, most_rows):
         pair[1] = pair[1][:1].expand(n, v)
     labels = torch.randint(v, (n,), generator=g)
     labels[torch.rand(n, generator=g) < 0.2] = -100
-    return draw(st.sampled_from(sorted(LOSSES))), *pair, labels
+    return draw(st.sampled_from(names)), *pair, labels
 
 
 LAYOUTS = ["contiguous", "contiguous", "transposed", "every other", "a slice"]
@@ -194,6 +195,12 @@ def test_cpu_against_reference_on_wide_rows(example):
 @given(examples([1, 2, 5, 33], [F32, BF16], 2))
 def test_triton_against_reference(example):
     check("triton", *example)
+
+
+@settings(max_examples=4 * EXAMPLES, phases=[Phase.generate])
+@given(examples([1, 2, 5, 33, 257, 1030], [F32, BF16, F16], 2, ON_CUDA))
+def test_cuda_against_reference(example):
+    check("cuda", *example)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
