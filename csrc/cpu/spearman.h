@@ -20,9 +20,12 @@ class BitTables {
  public:
   std::vector<int32_t> rank, own_rank;  // doubled and centred, of the teacher's bits and of the student's
   std::vector<Line> line;
+  std::vector<ShortLine> short_line;
   std::span<const uint16_t> used_s, used_t;  // the bits that occur, in ascending order of their numbers
   int64_t squares;                           // the sum of the teacher's squared ranks
-  BitTables() : rank(kSize), own_rank(kSize), line(kSize), s_(kSize), t_(kSize), found_s_(kSize), found_t_(kSize) {}
+  BitTables()
+      : rank(kSize), own_rank(kSize), line(kSize), short_line(kSize), s_(kSize), t_(kSize), found_s_(kSize),
+        found_t_(kSize) {}
 
   // So few that the sum of ranks fits below the count.
   static constexpr int64_t kMost = 1 << 20;
@@ -163,13 +166,28 @@ double spearman_counted(const Pair<uint16_t>& z, Type s_type, double tau, double
   const auto [mean, variance] = moments_of(w.sum, double(z.n));
   const double value = w.sum.loss(double(z.n), tau, mean, variance, double(b.squares), g, out.to);
   if (out.to) {
-    for (int64_t m = 0; m < M; ++m) b.line[b.used_s[m]] = w.sum.line[m];
-    b.line[0x8000] = b.line[0];
+    const auto place = [&]<typename L>(std::vector<L>& table) {
+      using R = decltype(L::slope);
+      for (int64_t m = 0; m < M; ++m) table[b.used_s[m]] = {R(w.sum.line[m].slope), R(w.sum.line[m].offset)};
+      table[0x8000] = table[0];
+    };
     const auto slope = [](const Line& line, int32_t rank) { return float(line.slope * rank + line.offset); };
-    if (z.at)
+    place(b.line);
+    if (z.at) {
       out.write(z, w.out, [&](int64_t i) { return slope(b.line[z.s[i]], b.rank[z.t[i]]); });
-    else
+    } else if (out.type == Type::bf16) {
+      place(b.short_line);
+      out.template put_tiles<float>([&](int64_t first, int n, float* d) {
+        constexpr int some = 16;
+        for (int k = 0; k < n; k += some) {
+          const uint16_t *s = z.s + first, *t = z.t + first;
+          k += tiles<float>().lines(s + k, t + k, n - k, b.short_line.data(), b.rank.data(), d + k);
+          b.each(s + k, t + k, std::min(some, n - k), d + k, slope);
+        }
+      });
+    } else {
       out.template put_tiles<float>([&](int64_t i, int n, float* d) { b.each(z.s + i, z.t + i, n, d, slope); });
+    }
   }
   b.clear();
   return value;

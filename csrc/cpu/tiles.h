@@ -43,6 +43,8 @@ struct ElementSums {
   void add(const ElementSums& o) { total += o.total; q += o.q; p += o.p; xq += o.xq; xp += o.xp; }
 };
 
+struct ShortLine { float slope, offset; };  // of rank losses: rank -> gradient
+
 template <typename R> struct Tiles {
   // A copy of x and, as `peak` does, a look at it.
   bool (*widen)(Type, const void* x, int n, R* out, R* max);
@@ -62,6 +64,9 @@ template <typename R> struct Tiles {
   // the same from memory to memory, nothing special and no label, if types and points allow; else false
   bool (*through)(Type, const View<R>&, const double* coef, int K, double g, bool stream, void* out);
   void (*exp2)(const R* x, int n, R* out);
+  // slope * rank + offset, of the line that a's bits and the rank that b's stand for, up to the first entries that single
+  // precision might round to another bfloat16 than double does: how many.
+  int (*lines)(const uint16_t* a, const uint16_t* b, int n, const ShortLine* line, const int32_t* rank, float* out);
   // Sums of a tile; what has to do with the slope in log p only if `both`. slope: where that of one side goes, or null.
   ElementSums (*elements)(const View<R>&, const Elements&, const LogWeights&, bool both, int side, R* work, R* slope);
 };
