@@ -14,6 +14,9 @@ typedef double Two __attribute__((vector_size(16)));
 
 struct SpearmanOptions { double tau; int64_t top; bool exact; };
 
+// A class costs 6 bytes of memory, and of these tables in the caches two increments and three look-ups: count t, add
+// rank(t) to s, and write line(s) at rank(t).
+//
 // Histograms over the 65536 bit patterns of a 16-bit type: the teacher's counts, and of the entries with the same student
 // bits their count and the sum of their ranks, one number. All zero between rows.
 class BitTables {
@@ -178,12 +181,11 @@ double spearman_counted(const Pair<uint16_t>& z, Type s_type, double tau, double
     } else if (out.type == Type::bf16) {
       place(b.short_line);
       out.template put_tiles<float>([&](int64_t first, int n, float* d) {
-        constexpr int some = 16;
-        for (int k = 0; k < n; k += some) {
-          const uint16_t *s = z.s + first, *t = z.t + first;
-          k += tiles<float>().lines(s + k, t + k, n - k, b.short_line.data(), b.rank.data(), d + k);
-          b.each(s + k, t + k, std::min(some, n - k), d + k, slope);
-        }
+        const uint16_t *s = z.s + first, *t = z.t + first;
+        int32_t doubtful[kTile + 16];
+        const int found = tiles<float>().lines(s, t, n, b.short_line.data(), b.rank.data(), d, doubtful);
+        if (found == n) return b.each(s, t, n, d, slope);
+        for (int k = 0; k < found; ++k) d[doubtful[k]] = slope(b.line[s[doubtful[k]]], b.rank[t[doubtful[k]]]);
       });
     } else {
       out.template put_tiles<float>([&](int64_t i, int n, float* d) { b.each(z.s + i, z.t + i, n, d, slope); });
