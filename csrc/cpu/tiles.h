@@ -73,6 +73,7 @@ template <typename R> struct Columns {
   double (*apart)(const R* x, const R* y, int n);  // the sum of |x - y|
   void (*signs)(const R* x, const R* y, int n, double g, R* d);  // d += g sign(x - y)
 };
+struct ShortLine { float slope, offset; };  // of rank losses: rank -> gradient
 
 template <typename R> struct Tiles {
   // A copy of x and, as `peak` does, a look at it.
@@ -93,6 +94,10 @@ template <typename R> struct Tiles {
   // the same from memory to memory, nothing special and no label, if types and points allow; else false
   bool (*through)(Type, const View<R>&, const double* coef, int K, double g, bool stream, void* out);
   void (*exp2)(const R* x, int n, R* out);
+  // slope * rank + offset, of the line that a's bits and the rank that b's stand for; the places of those that double
+  // precision might round to another bfloat16, and how many they are.
+  int (*lines)(const uint16_t* a, const uint16_t* b, int n, const ShortLine* line, const int32_t* rank, float* out,
+               int32_t* doubtful);
   // Sums of a tile; what has to do with the slope in log p only if `both`. slope: where that of one side goes, or null.
   ElementSums (*elements)(const View<R>&, const Elements&, const LogWeights&, bool both, int side, R* work, R* slope);
   Columns<R> columns;
