@@ -294,7 +294,7 @@ def test_import_is_light():
 @pytest.mark.parametrize(
     "name",
     ["rows", "linear", "ranks", "rank_distillation", "pages.rank_gradients", "pages.alpha_beta", "pages.bayes_teacher",
-     "gpu", "separable", "validation", "curves", "bench", "peers_table"],
+     "gpu", "validation", "curves", "bench", "peers_table"],
 )  # fmt: skip
 def test_benchmarks_say_what_they_measure(name):
     run = [sys.executable, "-m", f"benchmarks.{name}", "--help"]

@@ -48,7 +48,7 @@ def _rank_variants():
     for dtype in ("bf16", "fp32"):
         bins, warps = triton_compare.TILES["spearman"]
         tile = dict(BY_BITS=dtype == "bf16", HALF=(False, False), BINS=bins)
-        alone = dict(also=None, POINTS=None, TAPE=None, BLOCK=2048)
+        alone = dict(also=None, POINTS=None, TAPE=None, BLOCK=triton_compare.widest(dtype == "bf16", False))
         yield f"spearman {dtype}", spearman_kernel, dtype, alone | tile | some, warps
         tile["BLOCK"] = triton_compare.widest(dtype == "bf16", True)
         for loss in (ForwardKLLoss(), KDLoss(), DKDLoss(), LogitMSELoss()):
@@ -68,10 +68,10 @@ def _rank_variants():
         block, warps = triton_compare.TILES[name]
         yield name, kernel, dtype, dict(BLOCK=block, **constants), warps
     for by_label in (True, False):
-        tile = dict(BY_LABEL=by_label, HAS_LABEL=True, HAS_MASK=True, BLOCK=2048)
-        yield f"groups by_label={by_label}", group_kernel, "bf16", tile, 8
+        tile = dict(BY_LABEL=by_label, HAS_LABEL=True, HAS_MASK=True)
+        yield f"groups by_label={by_label}", group_kernel, "bf16", dict(BLOCK=1024, **tile), 4
         for side in (0, 1):
-            yield f"group spread by_label={by_label} {side}", group_spread_kernel, "bf16", dict(SIDE=side, **tile), 8
+            yield f"group spread by_label={by_label} {side}", group_spread_kernel, "bf16", dict(SIDE=side, BLOCK=2048, **tile), 8
 
 
 def _variants(capability):

@@ -93,25 +93,27 @@ static TileSums<R> unmixed_sums(const View<R, Src>& x, const Exponent& e, int fl
   return {};
 }
 
-// A mixture's, with the means of both rows, in double (see slope_at).
+// A mixture's, with the means of both rows, in double (see slope_at); z too, or its rounding would stand in the
+// logarithm where hardly anything else is left of the loss.
 template <typename R> static TileSums<R> mixed_sums(const View<R>& x, const Exponent& e) {
   const Weigh<R, MIXED> weigh = weigh_of<R, MIXED>(x, e);
   const double s_pivot = x.s_pivot, t_pivot = x.t_pivot;
-  Vec<R> z[kSums]{};
-  Vec<double> s[4]{}, t[4]{};
+  Vec<double> z[4]{}, s[4]{}, t[4]{};
   each_group<true, true>(x, [&](auto group, const R* at_s, const R* at_t, const auto& u, const auto& v, int n,
                                 int) INLINE_LAMBDA {
-    constexpr int G = decltype(group)::size, to = decltype(group)::slot, L = kLanes<R>;
+    constexpr int G = decltype(group)::size, L = kLanes<R>;
     Vec<R> w[G];
     weigh.template operator()<G>(at_s, at_t, u, v, w);
     if (n < L) w[0] = some<R>(w[0], n);
     EACH(G) {
-      z[to + k] += w[k];
       const int sum = 2 * (k % 2);
       if constexpr (sizeof(R) == 8) {
+        z[sum] += w[k];
         s[sum] += w[k] * (load(at_s + k * L) - s_pivot);
         t[sum] += w[k] * (load(at_t + k * L) - t_pivot);
       } else {
+        z[sum] += lower(w[k]);
+        z[sum + 1] += upper(w[k]);
         s[sum] += lower(w[k]) * (lower(load(at_s + k * L)) - s_pivot);
         s[sum + 1] += upper(w[k]) * (upper(load(at_s + k * L)) - s_pivot);
         t[sum] += lower(w[k]) * (lower(load(at_t + k * L)) - t_pivot);
@@ -119,7 +121,7 @@ template <typename R> static TileSums<R> mixed_sums(const View<R>& x, const Expo
       }
     }
   });
-  return {total<R>(z), total<double>(s), total<double>(t), 0, 0, 0};
+  return {total<double>(z), total<double>(s), total<double>(t), 0, 0, 0};
 }
 
 template <typename R>

@@ -111,7 +111,7 @@ def _spearman(x: Rows, s: Tensor, t: Tensor, args: Tensor, room: int) -> Rows:
 
 def widest(by_bits: bool, also: bool) -> int:
     """The tile of `spearman_kernel` that needs no more registers than there are."""
-    return (1024 if by_bits else 512) if also else 2048
+    return (1024 if also else 2048) if by_bits else 512
 
 
 def by_histograms(name: str, x: Rows, s: Tensor, t: Tensor, tau: float, *also) -> Rows:
