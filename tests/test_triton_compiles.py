@@ -71,7 +71,8 @@ def _rank_variants():
         tile = dict(BY_LABEL=by_label, HAS_LABEL=True, HAS_MASK=True)
         yield f"groups by_label={by_label}", group_kernel, "bf16", dict(BLOCK=1024, **tile), 4
         for side in (0, 1):
-            yield f"group spread by_label={by_label} {side}", group_spread_kernel, "bf16", dict(SIDE=side, BLOCK=2048, **tile), 8
+            wide = dict(SIDE=side, BLOCK=2048, **tile)
+            yield f"group spread by_label={by_label} {side}", group_spread_kernel, "bf16", wide, 8
 
 
 def _variants(capability):
