@@ -6,7 +6,10 @@
 import json
 import re
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
+
+from .harness import Results
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "pages" / "peers.md"
@@ -51,19 +54,22 @@ def level_of(name: str) -> str:
     return "linear" if name == "LinearLoss" or any(p.name == name and p.linear for p in PEERS) else "logits"
 
 
-def rows_of(found: dict, loss: str, level: str) -> list[tuple[str, dict, dict]]:
-    """(name, {dtype: measured}, tried) of a loss at one level, the fastest first, those without a time at the end."""
-    cells, who = found["cells"], {}
+def rows_of(found: dict, loss: str, level: str) -> list[tuple[str, dict, dict, str]]:
+    """(name, {dtype: measured}, tried, why there is no time) of a loss at one level, the fastest first, those without
+    a time at the end."""
+    cells, who, why = found["cells"], {}, {}
     for key, cell in cells.items():
         if key.startswith(f"{loss} {level} "):
             for name, measured in cell["contenders"].items():
                 who.setdefault(name, {})[cell["dtype"]] = measured
+                why[name] = measured.get("error", "")
             for name in cell["missing"]:
                 who.setdefault(name, {})
+            why |= cell["missing"]
     plain = lambda name: "kdkernels" if name.startswith("kdkernels") else name  # noqa: E731
     tried = lambda name: cells.get(f"{loss} tried {plain(name)}", {})  # noqa: E731
     ms = lambda item: min([c["ms"] for c in item[1].values() if "ms" in c], default=float("inf"))  # noqa: E731
-    return [(name, measured, tried(name)) for name, measured in sorted(who.items(), key=ms)]
+    return [(name, measured, tried(name), why[name]) for name, measured in sorted(who.items(), key=ms)]
 
 
 def survival(tried: dict) -> str:
@@ -82,9 +88,9 @@ def peers_page(found: dict) -> str:
                 continue
             cell = next(c for k, c in found["cells"].items() if k.startswith(f"{loss} {level} "))
             lines += [f"## {loss}, {cell['shape']} {level}\n", COLUMNS, "|---" * 8 + "|"]
-            for name, measured, tried in rows:
+            for name, measured, tried, why in rows:
                 both = [measured.get(d, {}) for d in ("float32", "bfloat16")]
-                cells = [show(c.get("ms")) or ("" if measured else "needs a GPU") for c in both]
+                cells = [show(c.get("ms")) or why for c in both]
                 peak = " / ".join(show(c["peak"] / 1e6, ".1f") for c in both if "peak" in c)
                 error = " / ".join(show(c["errors"]["gradient"], ".1e") for c in both if "errors" in c)
                 if name == "torchsort":
@@ -109,8 +115,8 @@ def peers_short() -> str:
         for level in ("logits", "linear"):
             rows = rows_of(found, loss, level)
             base = dict(row[:2] for row in rows).get("LinearLoss" if level == "linear" else "kdkernels cpu")
-            for name, measured, tried in rows:
-                line = lines.setdefault((level, name), dict(ms=[], peak=[], good=0, cases=0, losses=[]))
+            for name, measured, tried, why in rows:
+                line = lines.setdefault((level, name), dict(ms=[], peak=[], good=0, cases=0, losses=[], why=why))
                 line["losses"].append(loss.removesuffix("Loss"))
                 for dtype, cell in measured.items():
                     if "ms" in cell:
@@ -121,22 +127,34 @@ def peers_short() -> str:
                 line["cases"] += len(verdicts)
     out = ["| | losses | time | peak memory | hard inputs survived |", "|---|---|---|---|---|"]
     times = lambda x: f"{x:.2g}×" if x >= 0.01 else "< 0.01×"  # noqa: E731
-    ratio = lambda x: times(statistics.median(x)) if x else "needs a GPU"  # noqa: E731
     for (level, name), line in sorted(lines.items(), key=lambda item: item[0][0], reverse=True):
         shown = name if level == "logits" else f"{name}, from hidden states"
         survived = f"{line['good']} of {line['cases']}" if line["cases"] else ""
-        of_ours = f"{ratio(line['ms'])} | {ratio(line['peak'])}"
+        of_ours = " | ".join(times(statistics.median(x)) if x else line["why"] for x in (line["ms"], line["peak"]))
         out.append(f"| {shown} | {', '.join(line['losses'])} | {of_ours} | {survived} |")
     return "\n".join([*out, "", where(found)])
 
 
 def where(found: dict) -> str:
-    """Shapes, machine, commit, versions."""
-    about, cells = found["runs"][-1], [c for c in found["cells"].values() if "shape" in c]
-    shapes = " and ".join(dict.fromkeys(c["shape"].replace("x", " × ") for c in cells))
-    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if name not in ("torch", "python"))
-    return (f"{shapes} (rows × classes, × hidden size); {about['machine']}; {versions}; commit {about['commit']}; load "
-            f"of the machine {about['load']}.")  # fmt: skip
+    """Shapes, and machine, versions and commit of every run that a cell is of; of several, which cells those are."""
+    shapes, runs = [c["shape"].replace("x", " × ") for c in found["cells"].values() if "shape" in c], {}
+    for name, cell in found["cells"].items():
+        about = found["runs"][cell["run"]]
+        runs.setdefault(json.dumps(Results.named(about)), (about, [], []))
+        for kept, new in zip(runs[json.dumps(Results.named(about))][1:], (name, about["load"]), strict=True):
+            kept.append(new)
+    said = [("" if len(runs) == 1 else f"{', '.join(dict.fromkeys(' '.join(n.split()[:2]) for n in names))}: ")
+            + footer(about, loads) for about, names, loads in runs.values()]  # fmt: skip
+    return "\n\n".join([f"{' and '.join(dict.fromkeys(shapes))} (rows × classes, × hidden size).", *said])
+
+
+def footer(about: dict, loads: Iterable[float] = ()) -> str:
+    """Machine, versions, commit and load of a run."""
+    loads = loads or [about["load"]] if "load" in about else []
+    versions = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items() if k not in ("torch", "python"))
+    load = " to ".join(dict.fromkeys(f"{pick(loads):.1f}" for pick in (min, max))) if loads else "not recorded"
+    return (f"{about['machine']}; {versions or 'versions not recorded'}; commit {about.get('commit', 'not recorded')}; "
+            f"load of the machine {load}.")  # fmt: skip
 
 
 def of(name: str) -> dict:
@@ -168,7 +186,7 @@ def rows_table() -> str:
         ratios = [" / ".join(two(ms[n][k] / ms[n]["kdkernels"]) for k in ("eager", "compile")) if n in ms else ""
                   for n in LOSSES]  # fmt: skip
         lines.append([f"{shape.replace('x', ' × ')} {dtype}", modes[mode], *ratios])
-    return table(["logits", "work", *LOSSES], lines)
+    return table(["logits", "work", *LOSSES], lines) + "\n\n" + footer(of("rows-cpu"))
 
 
 def of_losses() -> dict[str, list[tuple[float, float, float]]]:
@@ -209,29 +227,28 @@ LINEAR = {"LinearLoss": "LinearLoss", "in 64 MiB": "in 64 MiB", "logits": "whole
 def linear_table(memory: bool = True) -> str:
     """Of benchmarks.linear."""
     found = of("linear-cpu")
-    lines = []
+    names, lines = [name for name in LINEAR if name in found["time"][0]["ms"]], []
     for cell in found["time"]:
-        ratios = [format(cell["ms"][name] / cell["ms"]["products"], ".3g") for name in LINEAR]
+        ratios = [format(cell["ms"][name] / cell["ms"]["products"], ".3g") for name in names]
         shape = f"{cell['shape'].replace('x', ' × ')} {cell['dtype']}"
         lines.append([shape, millis(cell["ms"]["products"]), *ratios])
     for cell in found["memory"] if memory else ():
-        lines.append([f"{cell['rows']} rows: MiB", "", *(f"{cell['bytes'][name] / 2**20:.0f}" for name in LINEAR)])
-    return table(["", "products", *LINEAR.values()], lines) + "\n\n" + footer(found)
+        lines.append([f"{cell['rows']} rows: MiB", "", *(f"{cell['bytes'][name] / 2**20:.0f}" for name in names)])
+    absent = "; ".join(f"{name}: {why}" for name, why in found["missing"].items())
+    about = footer(found) + (f" Without a time: {absent}." if absent else "")
+    return table(["", "products", *(LINEAR[name] for name in names)], lines) + "\n\n" + about
 
 
 def ranks_table(only: str = "") -> str:
     """Of benchmarks.ranks: the whole run, and two more of Spearman's loss."""
     runs, lines = [of(name) for name in ("ranks-cpu", "ranks-cpu-spearman", "ranks-cpu-spearman-again")], []
-    for cell in (cell for found in runs for cell in found["results"]):
+    for k, cell in ((k, cell) for k, found in enumerate(runs, 1) for cell in found["results"]):
         shape, ours = f"{cell['shape'].replace('x', ' × ')} {cell['dtype']}", cell["ms"]["kdkernels"]
         others = ", ".join(f"{who} {two(ms / ours)}" for who, ms in cell["ms"].items() if who != "kdkernels")
         if others and f"{cell['name']} {shape}".startswith(only):
-            lines.append([cell["name"], shape, millis(ours), others])
-    return table(["", "logits", "kdkernels", "others over that"], lines) + "\n\n" + footer(runs[0])
-
-
-def footer(found: dict) -> str:
-    return f"{found['machine']}; commit {found['commit']}; load of the machine {found['load']:.1f}."
+            lines.append([cell["name"], shape, str(k), millis(ours), others])
+    said = "\n".join(f"* Run {k}: {footer(found)}" for k, found in enumerate(runs, 1))
+    return table(["", "logits", "run", "kdkernels", "others over that"], lines) + "\n\n" + said
 
 
 def speed_page() -> str:
