@@ -161,7 +161,8 @@ def test_tables_name_every_run_that_a_cell_is_of_and_say_why_a_time_is_missing()
     run = dict(machine="A", versions={}, load=1.0)
     runs = [run | dict(commit="one"), run | dict(commit="two"), run | dict(commit="two", load=3.0)]
     timed = {"ms": 1.0, "peak": 1, "moved": 1, "errors": {"gradient": 0.0}}
-    cell = dict(shape="2x3", dtype="float32", contenders={"kdkernels cpu": timed, "slow": {"error": "Error: no memory"}})
+    found = {"kdkernels cpu": timed, "slow": {"error": "Error: no memory"}}
+    cell = dict(shape="2x3", dtype="float32", contenders=found)
     cells = {f"TVDLoss logits {k}": cell | dict(missing={"gone": "no such module"}, run=k) for k in range(3)}
     page = readme.peers_page({"runs": runs, "cells": cells})
     assert "| slow | Error: no memory | Error: no memory |" in page and "| gone | no such module |" in page
