@@ -53,7 +53,8 @@ def line(who: str, cell: dict) -> list[str]:
 def table(cells: list[dict], about: dict) -> None:
     out = console()
     for cell in cells:
-        shown = Table(title=f"{cell['loss']} {cell['shape']} {cell['dtype']} on {cell['device']}", title_justify="left")
+        shown = Table(title=f"{cell['loss']} {cell['shape']} {cell['dtype']} on {cell['device']}", title_justify="left",
+                      caption=f"work on a class: {cell['work']}", caption_justify="left")  # fmt: skip
         for name in COLUMNS:
             shown.add_column(name, justify="left" if name == "contender" else "right")
         for who, found in cell["contenders"].items():
