@@ -388,6 +388,8 @@ def test_sinkhorn_refuses():
     with pytest.raises(ValueError, match="row_weight"):
         kd.SinkhornLoss()(s, t, row_weight=torch.ones(3))
     with pytest.raises(ValueError, match="reduction"):
+    with pytest.raises(ValueError, match="temperature must be one number for t_squared"):
+        kd.SinkhornLoss(t_squared=True)(s, t, temperature=torch.ones(3))
         kd.SinkhornLoss(reduction="none")
     with pytest.raises(ValueError, match="row-wise"):
         kd.LinearLoss(kd.SinkhornLoss())(torch.randn(3, 2), torch.randn(5, 2), teacher_logits=t)
