@@ -56,7 +56,10 @@ class SinkhornLoss(RankLoss):
         if not rows.student.numel():
             return (rows.student.sum() + rows.teacher.sum()).to(call.result_dtype(student_logits))
         T = self.temperature if temperature is None else temperature
-        T = T.reshape(-1, 1) if isinstance(T, Tensor) and T.dim() else T
+        if isinstance(T, Tensor) and T.dim():
+            if self.t_squared:
+                raise ValueError("temperature must be one number for t_squared: the rows of a batch share the factor")
+            T = T.reshape(-1, 1)
         keep = None if rows.labels is None else rows.labels != self.ignore_index
         cost = _cost(rows, keep, T)
         some = torch.ones_like(cost[:, 0]) if keep is None else keep.to(cost.dtype)
