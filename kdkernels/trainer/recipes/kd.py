@@ -16,10 +16,14 @@ FIGURE = "top-1 accuracy, %"
 TREND = [("KD", "cross-entropy")]
 
 
+def loss():
+    return kd.KDLoss(temperature=4.0, alpha=0.9)
+
+
 def run(lab):
     teacher, data = lab.teacher(), lab.data()
     return {
         "teacher": accuracy(teacher, data),
         "cross-entropy": accuracy(lab.plain(), data),
-        "KD": accuracy(lab.distil("kd", kd.KDLoss(temperature=4.0, alpha=0.9), teacher), data),
+        "KD": accuracy(lab.distil("kd", loss(), teacher), data),
     }
