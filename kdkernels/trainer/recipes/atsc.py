@@ -75,7 +75,7 @@ def shared(student, teacher):
 
 def run(lab):
     figures, data = simkd.run(lab), lab.data()
-    teachers = [lab.teacher(), lab.teacher(seed=1001)]
+    teachers = [lab.teacher(seed=seed) for seed in lab.teacher_seeds(2)]
     net = shared(lab.student(), teachers[0])
     lab.train("atsc", net, updates(net, teachers[0]), teacher=teachers[0])
     figures["ATSC"] = accuracy(net, data)

@@ -33,7 +33,7 @@ def writer(lab, both):
 
 
 def run(lab):
-    figures, teachers = simkd_lm.run(lab), [lab.teacher(), lab.teacher(seed=1001)]
+    figures, teachers = simkd_lm.run(lab), [lab.teacher(seed=seed) for seed in lab.teacher_seeds(2)]
     pretrained = [frozen(simkd_lm.Halves(teacher)) for teacher in teachers]
     net = simkd_lm.reusing(lab, movable(teachers[0]))
     lab.train("atsc", net, atsc.updates(net, pretrained[0], textlab.LR), teacher=teachers[0])

@@ -69,10 +69,10 @@ def robust(net):
 
 
 def robust_teacher(lab):
-    net = copy.deepcopy(lab.teacher()).requires_grad_(True)
-    name = f"robust-teacher-{lab.data().key.replace(' ', '-')}-{RADIUS}-{ASCENT}-{TEACHER_STEPS}"
+    net, [seed] = copy.deepcopy(lab.teacher()).requires_grad_(True), lab.teacher_seeds()
+    name = f"robust-teacher-{lab.data().key.replace(' ', '-')}-{RADIUS}-{ASCENT}-{TEACHER_STEPS}-{seed}"
     update = Update(robust(net), list(net.parameters()), 0.02)
-    return frozen(lab.shared(1000).train(name, net, [update], steps=TEACHER_STEPS, data=lab.data()))
+    return frozen(lab.shared(seed).train(name, net, [update], steps=TEACHER_STEPS, data=lab.data()))
 
 
 def divergence(student, teacher):

@@ -107,8 +107,9 @@ def trained(lab, name, make, widths, **options):
 
 def run(lab):
     data, alone = lab.data(), lambda net: lambda batch: task(net(batch.images), batch.masks)
-    key = f"segmentation-teacher-{data.key.replace(' ', '-')}-{TEACHER_STEPS}"
-    teacher = frozen(trained(lab.shared(1000), key, alone, TEACHER, steps=TEACHER_STEPS, data=data))
+    [seed] = lab.teacher_seeds()
+    key = f"segmentation-teacher-{data.key.replace(' ', '-')}-{TEACHER_STEPS}-{seed}"
+    teacher = frozen(trained(lab.shared(seed), key, alone, TEACHER, steps=TEACHER_STEPS, data=data))
     figures = {"teacher": overlap(teacher, data)}
     arms = {"cross-entropy": alone, "KD": lambda net: loss(net, teacher, None),
             "RDD": lambda net: loss(net, teacher, FIRST * STEPS * lab.share)}  # fmt: skip
