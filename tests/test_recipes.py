@@ -98,9 +98,9 @@ def test_every_seed_has_a_teacher_of_its_own(tmp_path):
 @pytest.mark.parametrize("name", [name for name in recipes.names() if not hasattr(recipes.load(name), "LAB")])
 def test_every_recipe_runs_and_says_what_it_is(name, lab):
     recipe = recipes.load(name)
-    assert f"kdkernels distill --recipe {name}\n" in recipe.__doc__ and "xpected" in recipe.__doc__
+    assert f"kdkernels distill --recipe {name}\n" in recipe.__doc__
     figures = recipe.run(lab)
-    assert all(arm in figures for pair in recipe.TREND for arm in pair) and recipe.CLAIM.endswith(".")
+    assert all(arm in figures for pair in recipe.TREND for arm in pair) and recipes.claim(recipe).endswith(".")
     assert all(0 <= value <= 100 for value in figures.values())
     assert len({str(curve) for curve in lab.curves.values()}) == len(lab.curves)  # no arm does what another does
     files = {path: path.stat().st_mtime_ns for path in lab.folder.iterdir()}
@@ -225,12 +225,12 @@ def test_dist_looks_across_the_rows_of_a_batch():
     assert (both - alone).norm() > 0.1 * both.norm()
 
 
-def test_the_strong_teacher_of_dist_has_twice_the_width_and_the_steps(lab, monkeypatch):
+def test_the_stronger_teacher_of_dist_has_twice_the_width_and_the_steps(lab, monkeypatch):
     asked, teacher = [], lab.teacher
     monkeypatch.setattr(lab, "teacher", lambda **options: asked.append(options) or teacher(**options))
     figures = dist.run(lab)
     assert asked == [dict(widths=(16, 32, 64), steps=600), {}] and images.TEACHER == (32, 64, 128)
-    assert {f"{arm}, {note}" for arm in ("teacher", "KD", "DIST") for note in ("weak", "strong")} < set(figures)
+    assert {f"{arm}, {note}" for arm in ("teacher", "KD", "DIST") for note in ("weaker", "stronger")} < set(figures)
 
 
 def test_simkd_learns_features_and_leaves_the_classifier_to_the_teacher(lab):

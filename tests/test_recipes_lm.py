@@ -399,9 +399,9 @@ def test_every_recipe_runs_and_says_what_it_is(name, lab, monkeypatch):
     for setting, value in dict(EVERY=1, MORE=-math.inf, RISE=1.0).items():  # five steps are all there are
         monkeypatch.setattr(distillm, setting, value)
     recipe = recipes.load(name)
-    assert f"kdkernels distill --recipe {name}\n" in recipe.__doc__ and "xpected" in recipe.__doc__
+    assert f"kdkernels distill --recipe {name}\n" in recipe.__doc__
     figures = recipe.run(lab)
-    assert all(arm in figures for pair in recipe.TREND for arm in pair) and recipe.CLAIM.endswith(".")
+    assert all(arm in figures for pair in recipe.TREND for arm in pair) and recipes.claim(recipe).endswith(".")
     assert all(0 <= value <= 100 for value in figures.values())
     assert len({str(curve) for curve in lab.curves.values()}) == len(lab.curves)  # no arm does what another does
     files = {path: path.stat().st_mtime_ns for path in lab.folder.iterdir()}

@@ -36,8 +36,8 @@ def run(name: str, out, cache, seeds: int = 3, show=report.progress, cfg: Config
         found.append(read_json(path))
     arms = {arm: [figures[arm] for figures in found] for arm in found[0]}
     trend = [dict(better=a, worse=b, holds=holds(arms[a], arms[b])) for a, b in recipe.TREND]
-    result = {"recipe": name, "source": recipe.SOURCE, "claim": recipe.CLAIM, "figure": recipe.FIGURE, "arms": arms,
-              "trend": trend}  # fmt: skip
+    result = {"recipe": name, "source": recipe.SOURCE, "claim": recipes.claim(recipe), "figure": recipe.FIGURE,
+              "arms": arms, "trend": trend}  # fmt: skip
     parallel.first(lambda: files.write_json(Path(out) / "results.json", result))
     return result
 
