@@ -51,8 +51,8 @@ def definition(loss: str, **options) -> Callable:
     if loss == "SymmetricKL":
         ways = [definition(f"{way}KLLoss", **options) for way in ("Forward", "Reverse")]
         return lambda s, t, y: sum(f(s, t, y) for f in ways) / 2
-    formula = next(c for c in textbook.CASES if c.name == loss).formula
-    return textbook.Case(loss, formula, options).loss
+    case = next(c for c in textbook.CASES if c.name == loss)
+    return textbook.Case(loss, case.formula, options, case.shared).loss
 
 
 def truth(loss: str, constant: bool, s: Tensor, t: Tensor, y: Tensor, **options) -> tuple[float, Tensor]:
@@ -126,13 +126,13 @@ def features(make: Callable, loss: str, linear: bool = False, constant: bool = F
     def teacher_gradient():
         leaf, exact = t.clone().requires_grad_(), t.double().requires_grad_()
         function = lift(make())
-        function(s.clone().requires_grad_(), leaf, None).backward()
+        function(s.clone().requires_grad_(), leaf, plain).backward()
         definition(loss)(s.double(), exact, plain).backward()
         return (leaf.grad - exact.grad).norm() <= 1e-3 * exact.grad.norm()
 
     def twice():
         leaf = s.clone().requires_grad_()
-        (once,) = torch.autograd.grad(lift(make())(leaf, t, None), leaf, create_graph=True)
+        (once,) = torch.autograd.grad(lift(make())(leaf, t, plain), leaf, create_graph=True)
         return torch.autograd.grad(once.square().sum(), leaf)[0].isfinite().all()
 
     return {

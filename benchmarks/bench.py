@@ -6,7 +6,8 @@ and, `out=`, into a given buffer), the formula in eager torch, torch.compile of 
 GB/s of the bytes none can do without (logits read, gradient written, each once), and what that is of the bandwidth of a
 copy that takes turns with them; bytes of an element into and out of operators; bytes at the peak beyond what was there,
 gradient included; the distance of value and gradient from the definition in float64, over its norm. Exponentials a
-second are those of our own steps.
+second are those of our own steps, where the loss's points or phi say how many these are; of losses with kernels of
+their own the number depends on the data or on torch, and `work` says what it is.
 """
 
 import argparse
@@ -16,13 +17,14 @@ from pathlib import Path
 import torch
 
 import kdkernels as kd
-from kdkernels.listing import cost
+from kdkernels.listing import cost, spelled_cost
 
 from . import eager, peers
 from .harness import Results, measured, step, traffic
 
 RESULTS = Path(__file__).parent / "results"
-SHAPES, QUICK_SHAPES = ("64x32000",), ("64x4000",)
+SHAPES = {"64x32000": ("float32", "bfloat16"), "4096x1000": ("float32",), "16x131072": ("bfloat16",)}
+QUICK_SHAPES = {"64x4000": ("float32",)}
 CHECKED = 1 << 24  # elements of which float64 definitions are computed whole; of more, the first rows' gradient
 BATCHWISE = ("DISTLoss", "LTKDLoss", "SinkhornLoss")
 MANY_ROWS = 512  # Sinkhorn's costs are of all pairs
@@ -125,16 +127,18 @@ def measure(name: str, shape: str, dtype: str, device: str, chosen: list[str], c
         cell["of_eager"] = cell["ms"] / found["eager"]["ms"] if "ms" in found["eager"] else None
         if work and who.startswith("kdkernels") and "reference" not in who:
             cell["exp_s"] = (work.statistics + work.gradient) * s.numel() / cell["ms"] * 1e3
-    return dict(loss=name, shape=shape, dtype=dtype, device=device, floor=floor, contenders=found, missing=missing)
+    return dict(loss=name, shape=shape, dtype=dtype, device=device, floor=floor, work=spelled_cost(loss),
+                contenders=found, missing=missing)  # fmt: skip
 
 
 def plan(options) -> list[tuple[str, str, str]]:
     """(loss, shape, dtype) of what was asked for."""
     words = [w.lower() for w in options.loss or [""]]
     names = [name for name in kd.catalogue() if any(w in name.lower() for w in words)]
-    shapes = options.shape or (QUICK_SHAPES if options.quick else SHAPES)
-    dtypes = options.dtype or (["float32"] if options.quick else ["float32", "bfloat16"])
-    cells = [(name, shape, dtype) for shape in shapes for dtype in dtypes for name in names]
+    usual = QUICK_SHAPES if options.quick else SHAPES
+    shapes = dict.fromkeys(options.shape, next(iter(usual.values()))) if options.shape else usual
+    cells = [(name, shape, dtype) for shape, usual in shapes.items() for dtype in options.dtype or usual
+             for name in names]  # fmt: skip
     return [c for c in cells if c[0] != "SinkhornLoss" or int(c[1].split("x")[0]) <= MANY_ROWS]
 
 

@@ -89,14 +89,14 @@ def draw(found, path):
     pyplot.close(figure)
 
 
-def write(folder, cache, results, machine, share=1.0):
+def write(folder, cache, results, about, share=1.0):
     found = measure(folder, cache, share)
-    files.write_json(results / "validation-curves.json", {"machine": machine, "recipes": found})
+    files.write_json(results / "validation-curves.json", about | {"recipes": found})
     draw(found, results / "validation-curves.png")
 
 
 def main():
-    from .harness import machine
+    from .harness import about
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.curves", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -104,7 +104,7 @@ def main():
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="where the report goes")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    write(options.out, Config().cache, options.results, machine())
+    write(options.out, Config().cache, options.results, about())
 
 
 if __name__ == "__main__":

@@ -180,6 +180,8 @@ def pair(name: str, classes: int) -> tuple[kd.BaseLoss, Callable]:
         grouped = name in ("GroupedKLLoss", "LTKDLoss")
         made = cls(torch.arange(classes) % GROUPS) if grouped else cls()
         return made, lambda s, t, y: USUAL[name](s, t)
+    if name == "CrossEntropyLoss":
+        return cls(), lambda s, t, y: F.cross_entropy(s, y)
     if name == "ULDLoss":
         return cls(), lambda s, t, y: textbook.uld(s, t, y).mean()
     formula, case = loss(name)

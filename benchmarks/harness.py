@@ -17,7 +17,8 @@ from allocations import allocations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERS = ("liger-kernel", "trl", "torchtune", "flash-linear-attention", "torchsort", "triton")
+PEERS = ("liger-kernel", "trl", "torchtune", "flash-linear-attention", "torchsort", "triton", "scipy",
+         "torchmetrics")  # fmt: skip
 
 
 def turns(contenders: dict[str, Callable], device: str = "cpu", least: float = 0.6, repeats: int = 5,

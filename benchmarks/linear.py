@@ -12,8 +12,10 @@ gradients of the student's hidden states and head. Times are medians of repeats 
     LinearLoss  kdkernels, with its default memory budget; "in 64 MiB" with that one
     logits      kdkernels.ForwardKLLoss on whole logits made by F.linear
     eager       torch's own log_softmax and kl_div on whole logits made by F.linear
-    torch linear_ce  F.linear_cross_entropy of the teacher's probabilities: forward KL but for a constant
-    TRL, Liger  those of `benchmarks.peers` that are installed and run here
+    torch linear_ce  F.linear_cross_entropy of the teacher's probabilities: forward KL but for a constant; its chunks
+                take class indices alone, and so it makes whole logits here
+    TRL, Liger  those of `benchmarks.peers` that are installed and run here, Liger in the size of chunks (all rows, half
+                or a quarter) that is the fastest for the shape, and its default of 1024 in the memory curve
 
 Memory is the most that torch's allocator held at a time during a step beyond what was there before, gradients included.
 """
@@ -41,8 +43,8 @@ MISSING: dict[str, str] = {}  # peer -> why it is not in the table
 MEMORY = dict(rows=(256, 512, 1024, 2048, 4096), classes=32000, hidden=128, dtype="float32")
 
 
-def contenders(rows: int, classes: int, hidden: int, dtype: str) -> dict:
-    """Name -> one step, forward and backward."""
+def contenders(rows: int, classes: int, hidden: int, dtype: str, tune: bool = True) -> tuple[dict, dict]:
+    """Name -> one step, forward and backward; and the settings of those that were tuned."""
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
     new = lambda *shape: torch.randn(*shape).mul_(shape[-1] ** -0.25 * 1.5).to(kind)  # noqa: E731  (logits of deviation 2)
@@ -68,7 +70,7 @@ def contenders(rows: int, classes: int, hidden: int, dtype: str) -> dict:
 
         return run
 
-    others, missing = peers.linear(th, tw)
+    others, missing, settings = peers.linear("ForwardKLLoss", *leaves, th, tw, tune=tune)
     MISSING.update(missing)
     return {
         "products": products,
@@ -77,16 +79,18 @@ def contenders(rows: int, classes: int, hidden: int, dtype: str) -> dict:
         "logits": step(lambda h, w: loss(F.linear(h, w), F.linear(th, tw))),
         "eager": step(lambda h, w: textbook(F.linear(h, w), F.linear(th, tw), None)),
         **{name: step(function) for name, function in others.items()},
-    }
+    }, settings
 
 
 def measure_time(shape: str, dtype: str) -> dict:
-    return dict(shape=shape, dtype=dtype, ms=interleaved(contenders(*map(int, shape.split("x")), dtype)))
+    steps, settings = contenders(*map(int, shape.split("x")), dtype)
+    return dict(shape=shape, dtype=dtype, ms=interleaved(steps), settings=settings)
 
 
 def measure_memory(rows: int) -> dict:
-    """Of a first step, but not torch's own: what a module keeps for the next one counts."""
-    first, found = (contenders(rows, MEMORY["classes"], MEMORY["hidden"], MEMORY["dtype"]) for _ in range(2))
+    """Of a first step, but not torch's own: what a module keeps for the next one counts. Chunks are the default's."""
+    size = rows, MEMORY["classes"], MEMORY["hidden"], MEMORY["dtype"]
+    first, found = (contenders(*size, tune=False)[0] for _ in range(2))
     del found["products"]
     return dict(rows=rows, bytes={name: peak_bytes(step) for name, step in found.items() if not first[name]()})
 

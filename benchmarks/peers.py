@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import eager
+from .harness import turns
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +28,11 @@ class Peer:
     name: str
     loss: str  # the class of ours that is the same; "SymmetricKL" for half of either KL
     make: Callable[..., Callable]
-    options: dict = field(default_factory=dict)
     linear: bool = False
     gpu: bool = False  # Triton: a GPU, or its interpreter
     constant: bool = False  # the value is the cross-entropy with the teacher: above the KL by the teacher's entropy
     same: bool = True  # the same definition
+    settings: Callable[[int], list[dict]] = lambda rows: [{}]  # what may be best at so many rows, for `tuned` to try
 
 
 def of(module: str, name: str):
@@ -103,10 +104,15 @@ def trl_chunked(beta: float, temperature: float = 1.0) -> Callable:
     return mean
 
 
-def liger_chunked(beta: float, temperature: float = 1.0) -> Callable:
-    """torch.compiled, in chunks of its default 1024 rows."""
+def chunks(name: str) -> Callable[[int], list[dict]]:
+    """All rows at once, half of them, a quarter."""
+    return lambda rows: [{name: size} for size in sorted({max(rows // k, 64) for k in (1, 2, 4)})]
+
+
+def liger_chunked(beta: float, temperature: float = 1.0, chunk_size: int = 1024) -> Callable:
+    """torch.compiled."""
     loss = of("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")
-    loss = loss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=temperature)
+    loss = loss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=temperature, chunk_size=chunk_size)
     return lambda h, w, th, tw, y=None: loss(h, w, th, tw, zeros(h, y))
 
 
@@ -127,8 +133,25 @@ def fla() -> Callable:
 
 
 def torch_linear() -> Callable:
-    """In PyTorch itself: of hidden states, the head and the teacher's probabilities."""
+    """In PyTorch itself: of hidden states, the head and the teacher's probabilities. Of those it makes whole logits:
+    its chunks (`options=`) take class indices alone, and of probabilities it warns that it does without."""
     return lambda h, w, th, tw, y=None: F.linear_cross_entropy(h, w, F.linear(th, tw).softmax(-1))
+
+
+def torch_chunked(batch_chunk_size: int | None = None) -> Callable:
+    """The same of class indices, in chunks; None: as large as it sees fit."""
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=batch_chunk_size)
+    return lambda h, w, th, tw, y: F.linear_cross_entropy(h, w, y, options=options)
+
+
+def liger_ce() -> Callable:
+    loss = of("liger_kernel.transformers", "LigerCrossEntropyLoss")()
+    return lambda s, t, y: loss(s, y)
+
+
+def liger_fused_ce() -> Callable:
+    loss = of("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")()
+    return lambda h, w, th, tw, y: loss(w, h, y)
 
 
 BETAS = {"ForwardKLLoss": 0.0, "ReverseKLLoss": 1.0, "JSDLoss": 0.5}
@@ -151,17 +174,22 @@ PEERS = [
     *with_beta("Liger JSD", liger_jsd, gpu=True), Peer("Liger KLDiv", "ForwardKLLoss", liger_kl, gpu=True),
     Peer("Liger TVD", "TVDLoss", liger_tvd, gpu=True), Peer("Liger CE + TVD", "TVDLoss", liger_ce_tvd, gpu=True),
     Peer("torchsort", "SpearmanLoss", torchsort, same=False),
-    *with_beta("TRL chunked", trl_chunked, linear=True), *with_beta("Liger chunked", liger_chunked, linear=True),
+    *with_beta("TRL chunked", trl_chunked, linear=True),
+    *with_beta("Liger chunked", liger_chunked, linear=True, settings=chunks("chunk_size")),
     *with_beta("Liger fused", liger_fused, linear=True, gpu=True),
     Peer("Liger fused KL", "ForwardKLLoss", liger_fused_kl, linear=True, gpu=True),
     Peer("FLA fused", "ForwardKLLoss", fla, linear=True, gpu=True),
     Peer("torch linear_ce", "ForwardKLLoss", torch_linear, linear=True, constant=True),
+    Peer("Liger CE", "CrossEntropyLoss", liger_ce, gpu=True),
+    Peer("torch linear_ce chunked", "CrossEntropyLoss", torch_chunked, linear=True,
+         settings=lambda rows: [{}, *chunks("batch_chunk_size")(rows)]),
+    Peer("Liger fused CE", "CrossEntropyLoss", liger_fused_ce, linear=True, gpu=True),
 ]  # fmt: skip
 
 
-def exact(peer: Peer, s: Tensor, t: Tensor) -> Tensor:
+def exact(peer: Peer, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """The mean of the textbook in float64, and what the peer adds to it."""
-    return eager.pair(peer.loss, s.shape[-1])[1](s.double(), t.double(), None) + shift(peer, t)
+    return eager.pair(peer.loss, s.shape[-1])[1](s.double(), t.double(), y) + shift(peer, t)
 
 
 def shift(peer: Peer, t: Tensor) -> Tensor | float:
@@ -177,12 +205,12 @@ def made(peer: Peer, device: str = "cpu", interpreted: bool = False) -> tuple[Ca
         return None, "needs a GPU"
     h, th = torch.randn(2, 8, 16, device=device, generator=torch.Generator(device).manual_seed(0))
     w, tw = torch.randn(2, 40, 16, device=device, generator=torch.Generator(device).manual_seed(1)) / 4
-    s, t, level = h @ w.T, th @ tw.T, logging.root.manager.disable
+    s, t, y, level = h @ w.T, th @ tw.T, torch.arange(8, device=device), logging.root.manager.disable
     try:
         logging.disable(logging.ERROR)  # of kernels for other devices that could not be imported
         function = peer.make()
-        got = function(h.requires_grad_(), w.requires_grad_(), th, tw) if peer.linear else function(s, t)
-        want = exact(peer, s, t)
+        got = function(h.requires_grad_(), w.requires_grad_(), th, tw, y) if peer.linear else function(s, t, y)
+        want = exact(peer, s, t, y)
         if peer.same and abs(got.item() - want.item()) > 0.05 * want.item():
             raise ValueError(f"gives {got.item():.4g} where the textbook gives {want.item():.4g}")
         return function, ""
@@ -192,13 +220,36 @@ def made(peer: Peer, device: str = "cpu", interpreted: bool = False) -> tuple[Ca
         logging.disable(level)
 
 
-def linear(teacher_hidden: Tensor, teacher_head: Tensor) -> tuple[dict[str, Callable], dict[str, str]]:
-    """Forward KLs from hidden states, as functions of the student's; and of those that cannot run why not."""
-    found, missing = {}, {}
-    for peer in (p for p in PEERS if p.linear and p.loss == "ForwardKLLoss"):
-        function, why = made(peer, teacher_hidden.device.type)
+def tuned(peer: Peer, h: Tensor, w: Tensor, *rest) -> tuple[Callable | None, str, dict]:
+    """Its function in the settings that are the fastest for these inputs, why there is none, and the settings."""
+    function, why = made(peer, h.device.type)
+    tries = peer.settings(len(h))
+    if not function or len(tries) == 1:
+        return function, why, {}
+
+    def once(f):
+        h.grad = w.grad = None
+        f(h, w, *rest).backward()
+
+    def took(settings: dict) -> float:
+        torch.compiler.reset()  # compiled for one shape: what has seen another is compiled for all
+        function = peer.make(**settings)
+        times = turns({"": lambda: once(function)}, h.device.type, least=0, repeats=3)[""]
+        return min(times) if isinstance(times, list) else float("inf")
+
+    best = min(tries, key=took)
+    torch.compiler.reset()
+    return peer.make(**best), "", best
+
+
+def linear(loss: str, h: Tensor, w: Tensor, *rest, tune: bool = True) -> tuple[dict, dict[str, str], dict[str, dict]]:
+    """Those of a loss from hidden states as functions of the student's; of those that cannot run why not; and of those
+    that were tuned to these inputs (teacher's hidden states and head, labels are the rest) the settings."""
+    found, missing, best = {}, {}, {}
+    for peer in (p for p in PEERS if p.linear and p.loss == loss):
+        function, missing[peer.name], chosen = tuned(peer, h, w, *rest) if tune else (*made(peer, h.device.type), {})
         if function:
-            found[peer.name] = lambda h, w, f=function: f(h, w, teacher_hidden, teacher_head)
-        else:
-            missing[peer.name] = why
-    return found, missing
+            found[peer.name] = lambda h, w, f=function: f(h, w, *rest)
+        if chosen:
+            best[peer.name] = chosen
+    return found, {k: why for k, why in missing.items() if why}, best

@@ -22,12 +22,15 @@ from . import adversarial, bench, eager, harness, peers, readme
 from .bench import RESULTS
 
 LOGITS, LINEAR = "64x32000", "256x8192x256"
-LOSSES = ("ForwardKLLoss", "ReverseKLLoss", "SymmetricKL", "JSDLoss", "TVDLoss", "SpearmanLoss")
+LOSSES = ("ForwardKLLoss", "ReverseKLLoss", "SymmetricKL", "JSDLoss", "TVDLoss", "SpearmanLoss", "CrossEntropyLoss")
+FROM_HIDDEN = (*peers.BETAS, "CrossEntropyLoss")
 
 
 def ours(loss: str, **options):
     if loss == "SymmetricKL":
         return 0.5 * kd.ForwardKLLoss(**options) + 0.5 * kd.ReverseKLLoss(**options)
+    if loss == "CrossEntropyLoss" and options:
+        raise TypeError("a temperature is of student and teacher: cross-entropy is of the logits as they are")
     return getattr(kd, loss)(**options)
 
 
@@ -73,18 +76,18 @@ def measure_linear(loss: str, shape: str, dtype: str, device: str, compiled: boo
     g, kind = torch.Generator().manual_seed(0), getattr(torch, dtype)
     new = lambda n: (torch.randn(n, hidden, generator=g) * hidden**-0.25 * 1.5).to(device, kind)  # noqa: E731
     h, w, th, tw = new(rows).requires_grad_(), new(classes).requires_grad_(), new(rows), new(classes)
-    formula, own = eager.pair(loss, classes)[1], kd.LinearLoss(ours(loss))
-    whole = lambda h, w: formula(F.linear(h, w), F.linear(th, tw), None)  # noqa: E731
-    functions = {"LinearLoss": lambda h, w: own(h, w, th, tw), "eager": whole}
+    y = torch.randint(classes, (rows,), generator=g).to(device)
+    formula, own, labels = eager.pair(loss, classes)[1], kd.LinearLoss(ours(loss)), loss == "CrossEntropyLoss"
+    teacher = lambda: None if labels else F.linear(th, tw)  # noqa: E731
+    whole = lambda h, w: formula(F.linear(h, w), teacher(), y)  # noqa: E731
+    functions = {"LinearLoss": lambda h, w: own(h, w, labels=y) if labels else own(h, w, th, tw), "eager": whole}
     if compiled:
         torch.compiler.reset()
         functions["compile"] = torch.compile(whole, dynamic=False)
-    missing, shifts = {}, {}
-    for peer in (p for p in peers.PEERS if p.linear and p.loss == loss):
-        function, missing[peer.name] = peers.made(peer, device)
-        if function:
-            functions[peer.name] = lambda h, w, f=function: f(h, w, th, tw)
-            shifts[peer.name] = float(peers.shift(peer, F.linear(th, tw)))
+    others, missing, settings = peers.linear(loss, h, w, th, tw, y)
+    functions |= others
+    found = [p for p in peers.PEERS if p.name in others and p.loss == loss]
+    shifts = {p.name: float(peers.shift(p, F.linear(th, tw))) for p in found}
 
     def clear():
         h.grad = w.grad = None
@@ -99,10 +102,10 @@ def measure_linear(loss: str, shape: str, dtype: str, device: str, compiled: boo
         return run
 
     steps = {name: step(f) for name, f in functions.items()}
-    floor = 3 * (h.nbytes + w.nbytes)
+    floor = (2 if labels else 3) * (h.nbytes + w.nbytes)
     found = harness.measured(steps, floor, w.detach(), clear, least=0.3, repeats=5, seconds=6)
     leaf = h.detach().double().requires_grad_()
-    value = formula(F.linear(leaf, w.detach().double()), F.linear(th.double(), tw.double()), None)
+    value = formula(F.linear(leaf, w.detach().double()), None if labels else F.linear(th.double(), tw.double()), y)
     exact = value.item(), torch.autograd.grad(value, leaf)[0]
     for who, cell in found.items():
         if "ms" in cell:
@@ -111,7 +114,7 @@ def measure_linear(loss: str, shape: str, dtype: str, device: str, compiled: boo
             if who not in ("compile", "Liger chunked") and device == "cpu":
                 cell["moved"] = harness.traffic(steps[who]) / (rows * classes)
     return dict(loss=loss, shape=shape, dtype=dtype, device=device, floor=floor, contenders=found,
-                missing={k: why for k, why in missing.items() if why})  # fmt: skip
+                missing=missing, settings=settings)  # fmt: skip
 
 
 def work(options) -> dict:
@@ -124,13 +127,13 @@ def work(options) -> dict:
             jobs[f"{loss} logits {dtype}"] = lambda loss=loss, dtype=dtype: bench.measure(
                 loss, shapes["logits"], dtype, device, [b for b in bench.backends(device) if b != "reference"],
                 options.compile, 1 if options.quick else 2)  # fmt: skip
-            if loss in peers.BETAS:
+            if loss in FROM_HIDDEN:
                 jobs[f"{loss} linear {dtype}"] = lambda loss=loss, dtype=dtype: measure_linear(
                     loss, shapes["linear"], dtype, device, options.compile)  # fmt: skip
         if loss != "SpearmanLoss":
             jobs[f"{loss} tried kdkernels"] = lambda loss=loss: tried(lambda **o: ours(loss, **o), loss)
             jobs[f"{loss} tried eager"] = lambda loss=loss: tried(lambda **o: usual(loss, **o), loss)
-        if loss in peers.BETAS:
+        if loss in FROM_HIDDEN:
             jobs[f"{loss} tried LinearLoss"] = lambda loss=loss: tried(
                 lambda **o: kd.LinearLoss(ours(loss, **o)), loss, linear=True)  # fmt: skip
         for peer in (p for p in peers.PEERS if p.loss == loss):

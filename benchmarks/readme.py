@@ -3,21 +3,14 @@
     python -m benchmarks.readme    writes them; a test says where they differ
 """
 
-import json
 import re
 import statistics
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "pages" / "peers.md"
-HEAD = """# Every peer beside kdkernels
+from .harness import ROOT
+from .peers_page import peers_page, peers_short
+from .tables import footer, millis, of, table, two, where
 
-Written by `kdkernels bench --peers`. ms: forward and backward, the median of interleaved calls. bytes: of an element
-of the logits, into and out of operators (of compiled code unknown). peak: what torch's allocator held beyond what was
-there, gradients included. error: of the gradient, from float64, over its norm; the peer's own dtype. survived: hard
-inputs for which value and gradient are those of the textbook, of those that could be tried (below, with what went
-wrong). Cells of libraries that need a GPU were tried in Triton's interpreter and are not timed.
-"""
+PAGE = ROOT / "benchmarks" / "pages" / "peers.md"
 SPEED = """# Every loss, fused linear and ranks beside others
 
 Written by `python -m benchmarks.readme` of the JSON in benchmarks/results. Medians of interleaved calls, forward and
@@ -25,8 +18,9 @@ backward.
 
 ## Every loss, by `kdkernels bench`
 
-Milliseconds of kdkernels, and the time of eager torch and of `torch.compile` over that. Where the ratio is below 1×,
-kdkernels loses.
+Milliseconds of kdkernels, and the time of eager torch and of `torch.compile` over that: below 1× kdkernels loses, to
+whom stands in the last column. Gexp/s are 10⁹ exponentials a second of kdkernels, as its points or phi count them; a
+loss with kernels of its own has no such count, and its work on a class stands there instead (w: words moved).
 """
 FROM_HIDDEN = """## From hidden states, by `python -m benchmarks.linear`
 
@@ -37,170 +31,84 @@ RANKS = """## Ranks and correlations, by `python -m benchmarks.ranks`
 
 Spearman's loss of 64 × 131072 in three runs. "forward" and the metrics (rho, tau-b) have no backward.
 """
-COLUMNS = ("| | ms float32 | ms bfloat16 | bytes float32 | peak, MB float32 / bfloat16 | error float32 / bfloat16 | "
-           "survived | has |")  # fmt: skip
-
-
-def show(x: float | None, form: str = ".3g") -> str:
-    return "" if x is None else format(x, form)
-
-
-def level_of(name: str) -> str:
-    from .peers import PEERS
-
-    return "linear" if name == "LinearLoss" or any(p.name == name and p.linear for p in PEERS) else "logits"
-
-
-def rows_of(found: dict, loss: str, level: str) -> list[tuple[str, dict, dict]]:
-    """(name, {dtype: measured}, tried) of a loss at one level, the fastest first, those without a time at the end."""
-    cells, who = found["cells"], {}
-    for key, cell in cells.items():
-        if key.startswith(f"{loss} {level} "):
-            for name, measured in cell["contenders"].items():
-                who.setdefault(name, {})[cell["dtype"]] = measured
-            for name in cell["missing"]:
-                who.setdefault(name, {})
-    plain = lambda name: "kdkernels" if name.startswith("kdkernels") else name  # noqa: E731
-    tried = lambda name: cells.get(f"{loss} tried {plain(name)}", {})  # noqa: E731
-    ms = lambda item: min([c["ms"] for c in item[1].values() if "ms" in c], default=float("inf"))  # noqa: E731
-    return [(name, measured, tried(name)) for name, measured in sorted(who.items(), key=ms)]
-
-
-def survival(tried: dict) -> str:
-    if "cases" not in tried:
-        return tried.get("why", "")
-    good = sum(v == "ok" for v in tried["cases"].values())
-    return f"{good} of {len(tried['cases'])}"
-
-
-def peers_page(found: dict) -> str:
-    lines = [HEAD]
-    for loss in dict.fromkeys(key.split()[0] for key in found["cells"]):
-        for level in ("logits", "linear"):
-            rows = rows_of(found, loss, level)
-            if not rows:
-                continue
-            cell = next(c for k, c in found["cells"].items() if k.startswith(f"{loss} {level} "))
-            lines += [f"## {loss}, {cell['shape']} {level}\n", COLUMNS, "|---" * 8 + "|"]
-            for name, measured, tried in rows:
-                both = [measured.get(d, {}) for d in ("float32", "bfloat16")]
-                cells = [show(c.get("ms")) or ("" if measured else "needs a GPU") for c in both]
-                peak = " / ".join(show(c["peak"] / 1e6, ".1f") for c in both if "peak" in c)
-                error = " / ".join(show(c["errors"]["gradient"], ".1e") for c in both if "errors" in c)
-                if name == "torchsort":
-                    error = "another definition"
-                has = ", ".join(k for k, v in tried.get("features", {}).items() if v)
-                lines.append(f"| {name} | {cells[0]} | {cells[1]} | {show(both[0].get('moved'))} | {peak} | {error} | "
-                             f"{survival(tried)} | {has} |")  # fmt: skip
-            lines.append("")
-    lines += ["## What went wrong\n"]
-    for key, cell in found["cells"].items():
-        wrong = {k: v for k, v in cell.get("cases", {}).items() if v != "ok"}
-        if wrong:
-            loss, _, name = key.split(" ", 2)
-            lines.append(f"* {name}, {loss}: " + "; ".join(f"{k}: {v}" for k, v in wrong.items()))
-    return "\n".join([*lines, "", where(found), ""])
-
-
-def peers_short() -> str:
-    """A line for each library: its time and peak over kdkernels' (medians over losses and dtypes), cases survived."""
-    found, lines = of("peers-cpu"), {}
-    for loss in dict.fromkeys(key.split()[0] for key in found["cells"]):
-        for level in ("logits", "linear"):
-            rows = rows_of(found, loss, level)
-            base = dict(row[:2] for row in rows).get("LinearLoss" if level == "linear" else "kdkernels cpu")
-            for name, measured, tried in rows:
-                line = lines.setdefault((level, name), dict(ms=[], peak=[], good=0, cases=0, losses=[]))
-                line["losses"].append(loss.removesuffix("Loss"))
-                for dtype, cell in measured.items():
-                    if "ms" in cell:
-                        line["ms"].append(cell["ms"] / base[dtype]["ms"])
-                        line["peak"].append(cell["peak"] / base[dtype]["peak"])
-                verdicts = tried.get("cases", {}).values()
-                line["good"] += sum(v == "ok" for v in verdicts)
-                line["cases"] += len(verdicts)
-    out = ["| | losses | time | peak memory | hard inputs survived |", "|---|---|---|---|---|"]
-    times = lambda x: f"{x:.2g}×" if x >= 0.01 else "< 0.01×"  # noqa: E731
-    ratio = lambda x: times(statistics.median(x)) if x else "needs a GPU"  # noqa: E731
-    for (level, name), line in sorted(lines.items(), key=lambda item: item[0][0], reverse=True):
-        shown = name if level == "logits" else f"{name}, from hidden states"
-        survived = f"{line['good']} of {line['cases']}" if line["cases"] else ""
-        of_ours = f"{ratio(line['ms'])} | {ratio(line['peak'])}"
-        out.append(f"| {shown} | {', '.join(line['losses'])} | {of_ours} | {survived} |")
-    return "\n".join([*out, "", where(found)])
-
-
-def where(found: dict) -> str:
-    """Shapes, machine, commit, versions."""
-    about, cells = found["runs"][-1], [c for c in found["cells"].values() if "shape" in c]
-    shapes = " and ".join(dict.fromkeys(c["shape"].replace("x", " × ") for c in cells))
-    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if name not in ("torch", "python"))
-    return (f"{shapes} (rows × classes, × hidden size); {about['machine']}; {versions}; commit {about['commit']}; load "
-            f"of the machine {about['load']}.")  # fmt: skip
-
-
-def of(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def two(x: float) -> str:
-    """A ratio, in two digits."""
-    return f"{x:.0f}×" if x >= 9.95 else f"{x:.1f}×"
-
-
-def millis(x: float) -> str:
-    return f"{x:.0f} ms" if x >= 99.5 else f"{x:.3g} ms"
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
-
-
 def rows_table() -> str:
     """Of benchmarks.rows."""
     from .rows import LOSSES, MODES
 
-    modes, cells = {**MODES, "out": "the same, `out=` given"}, {}
-    for r in of("rows-cpu")["results"]:
+    modes, cells, found = {**MODES, "out": "the same, `out=` given"}, {}, of("rows-cpu")
+    for r in found["results"]:
         cells.setdefault((r["shape"], r["dtype"], r["mode"]), {})[r["loss"]] = r["ms"]
-    lines = []
+    lines, lost = [], []
     for (shape, dtype, mode), ms in cells.items():
-        ratios = [" / ".join(two(ms[n][k] / ms[n]["kdkernels"]) for k in ("eager", "compile")) if n in ms else ""
+        ratios = [" / ".join(two(ms[n][k] / ms[n]["kdkernels"]) for k in ("eager", "compile")) if n in ms else "not run"
                   for n in LOSSES]  # fmt: skip
+        lost += [f"{k} in {n} of {shape.replace('x', ' × ')} {dtype}, {modes[mode]}"
+                 for n in ms for k in ("eager", "compile") if ms[n][k] < ms[n]["kdkernels"]]  # fmt: skip
         lines.append([f"{shape.replace('x', ' × ')} {dtype}", modes[mode], *ratios])
-    return table(["logits", "work", *LOSSES], lines)
+    wide = [r for r in found["results"] if (r["loss"], r["shape"], r["mode"]) == ("ForwardKL", "512x128256", "step")]
+    own = [f"{millis(r['ms']['kdkernels'])} in {r['dtype']}, where the bytes alone take {millis(r['floors']['bytes'])}"
+           for r in wide]  # fmt: skip
+    said = [f"ForwardKL of 512 × 128256, forward and backward, took {'; '.join(own)}.",
+            f"kdkernels is slower than {'; '.join(lost)}." if lost else "No cell is below 1×."]  # fmt: skip
+    return "\n\n".join([table(["logits", "work", *LOSSES], lines), *said, footer(found)])
 
 
-def of_losses() -> dict[str, list[tuple[float, float, float]]]:
-    """Of `kdkernels bench`: {loss: (ms, eager's over that, torch.compile's over that) of each dtype}."""
+def of_losses(found: dict) -> dict[str, dict[str, dict]]:
+    """Of `kdkernels bench`: {loss: {dtype: milliseconds, others' over that, who is faster, exponentials}}."""
     lines: dict = {}
-    for cell in of("bench-cpu")["cells"].values():
+    for cell in found["cells"].values():
         ms = {who: c["ms"] for who, c in cell["contenders"].items() if "ms" in c}
-        ours = next(ms[who] for who in ("kdkernels cpu", "kdkernels torch") if who in ms)
-        lines.setdefault(cell["loss"], []).append((ours, ms["eager"] / ours, ms["compile"] / ours))
+        own = next(who for who in ("kdkernels cpu", "kdkernels torch") if who in ms)
+        faster = [who for who in ms if ms[who] < ms[own] and not who.startswith("kdkernels")]
+        rate = cell["contenders"][own].get("exp_s")
+        lines.setdefault(cell["loss"], {})[cell["dtype"]] = dict(
+            ms=ms[own], eager=ms["eager"] / ms[own], compile=ms["compile"] / ms[own], faster=faster,
+            exponentials=cell.get("work", "not recorded") if rate is None else f"{rate / 1e9:.2g}",
+        )  # fmt: skip
     return lines
+
+
+def of_shapes() -> dict[str, dict]:
+    """{shape: what `kdkernels bench` found of it}."""
+    found, shapes = of("bench-cpu"), {}
+    for name, cell in found["cells"].items():
+        shapes.setdefault(cell["shape"], {"runs": found["runs"], "cells": {}})["cells"][name] = cell
+    return shapes
 
 
 def losses_short() -> str:
     """The medians, and who is slower than another contender in any dtype."""
-    lines, said = of_losses(), []
-    for k, other in ((1, "eager torch"), (2, "`torch.compile`")):
-        ratios = [cell[k] for cells in lines.values() for cell in cells]
-        slower = [f"`{name}`" for name, cells in lines.items() if min(cell[k] for cell in cells) < 1]
+    found, said = of_shapes()["64x32000"], []
+    lines = of_losses(found)
+    for key, other in (("eager", "eager torch"), ("compile", "`torch.compile`")):
+        ratios = [cell[key] for cells in lines.values() for cell in cells.values()]
+        slower = [f"`{name}`" for name, cells in lines.items() if any(cell[key] < 1 for cell in cells.values())]
         said.append(f"{other} takes {two(statistics.median(ratios))} in the median, and is faster than "
                     + (", ".join(slower) or "none"))  # fmt: skip
-    return f"Of {len(lines)} losses, in float32 and bfloat16: {'; '.join(said)}.\n\n{where(of('bench-cpu'))}"
+    return f"Of {len(lines)} losses, in float32 and bfloat16: {'; '.join(said)}.\n\n{where(found)}"
 
 
 def losses_table() -> str:
-    lines = of_losses()
-    least = lambda name: min(ratio for _, *ratios in lines[name] for ratio in ratios)  # noqa: E731
-    cells = [[f"`{name}`", *(x for ms, *ratios in lines[name] for x in (millis(ms), " / ".join(map(two, ratios))))]
-             for name in sorted(lines, key=least, reverse=True)]  # fmt: skip
-    head = ["", *(f"{dtype}{of}" for dtype in ("float32", "bfloat16") for of in ("", ", eager / compile"))]
-    return table(head, cells) + "\n\n" + where(of("bench-cpu"))
+    return "\n\n".join(map(of_shape, of_shapes().values()))
 
 
+def of_shape(found: dict) -> str:
+    lines = of_losses(found)
+    dtypes = list(dict.fromkeys(dtype for cells in lines.values() for dtype in cells))
+    least = lambda name: min(min(c["eager"], c["compile"]) for c in lines[name].values())  # noqa: E731
+    rows = []
+    for name in sorted(lines, key=least, reverse=True):
+        cells = lines[name]
+        times = [x for d in dtypes for x in (millis(cells[d]["ms"]), " / ".join(two(cells[d][k]) for k in OTHERS))]
+        rates = " / ".join(dict.fromkeys(cells[d]["exponentials"] for d in dtypes))
+        faster = [f"{who} in {d}" for d in dtypes for who in cells[d]["faster"]]
+        rows.append([f"`{name}`", *times, rates, ", ".join(faster) or "none"])
+    head = ["", *(f"{dtype}{of}" for dtype in dtypes for of in ("", ", eager / compile")), "Gexp/s, or why none",
+            "faster than kdkernels"]  # fmt: skip
+    return table(head, rows) + "\n\n" + where(found)
+
+
+OTHERS = "eager", "compile"
 LINEAR = {"LinearLoss": "LinearLoss", "in 64 MiB": "in 64 MiB", "logits": "whole logits", "eager": "eager",
           "torch linear_ce": "`F.linear_cross_entropy`", "Liger chunked": "Liger chunked",
           "TRL chunked": "TRL chunked"}  # fmt: skip
@@ -209,29 +117,34 @@ LINEAR = {"LinearLoss": "LinearLoss", "in 64 MiB": "in 64 MiB", "logits": "whole
 def linear_table(memory: bool = True) -> str:
     """Of benchmarks.linear."""
     found = of("linear-cpu")
-    lines = []
+    names, lines = [name for name in LINEAR if name in found["time"][0]["ms"]], []
     for cell in found["time"]:
-        ratios = [format(cell["ms"][name] / cell["ms"]["products"], ".3g") for name in LINEAR]
+        ratios = [format(cell["ms"][name] / cell["ms"]["products"], ".3g") for name in names]
         shape = f"{cell['shape'].replace('x', ' × ')} {cell['dtype']}"
-        lines.append([shape, millis(cell["ms"]["products"]), *ratios])
+        faster = [LINEAR[name] for name in names if cell["ms"][name] < cell["ms"]["LinearLoss"] and "64" not in name]
+        lines.append([shape, millis(cell["ms"]["products"]), *ratios, ", ".join(faster) or "none"])
     for cell in found["memory"] if memory else ():
-        lines.append([f"{cell['rows']} rows: MiB", "", *(f"{cell['bytes'][name] / 2**20:.0f}" for name in LINEAR)])
-    return table(["", "products", *LINEAR.values()], lines) + "\n\n" + footer(found)
+        mib = [f"{cell['bytes'][name] / 2**20:.0f}" for name in names]
+        lines.append([f"{cell['rows']} rows: MiB", "no step", *mib, "memory"])
+    absent = "; ".join(f"{name}: {why}" for name, why in found["missing"].items())
+    best = "; ".join(f"{cell['shape'].replace('x', ' × ')} {cell['dtype']} {v}" for cell in found["time"]
+                     for best in cell.get("settings", {}).values() for v in best.values())  # fmt: skip
+    said = [footer(found), absent and f"Not timed: {absent}.", best and f"Liger's fastest chunks, in rows: {best}."]
+    head = ["", "products", *(LINEAR[name] for name in names), "faster than LinearLoss"]
+    return table(head, lines) + "\n\n" + " ".join(filter(None, said))
 
 
 def ranks_table(only: str = "") -> str:
     """Of benchmarks.ranks: the whole run, and two more of Spearman's loss."""
     runs, lines = [of(name) for name in ("ranks-cpu", "ranks-cpu-spearman", "ranks-cpu-spearman-again")], []
-    for cell in (cell for found in runs for cell in found["results"]):
+    for k, cell in ((k, cell) for k, found in enumerate(runs, 1) for cell in found["results"]):
         shape, ours = f"{cell['shape'].replace('x', ' × ')} {cell['dtype']}", cell["ms"]["kdkernels"]
-        others = ", ".join(f"{who} {two(ms / ours)}" for who, ms in cell["ms"].items() if who != "kdkernels")
+        others = ", ".join(f"{who} {two(ms / ours)}{' (faster)' if ms < ours else ''}"
+                           for who, ms in cell["ms"].items() if who != "kdkernels")  # fmt: skip
         if others and f"{cell['name']} {shape}".startswith(only):
-            lines.append([cell["name"], shape, millis(ours), others])
-    return table(["", "logits", "kdkernels", "others over that"], lines) + "\n\n" + footer(runs[0])
-
-
-def footer(found: dict) -> str:
-    return f"{found['machine']}; commit {found['commit']}; load of the machine {found['load']:.1f}."
+            lines.append([cell["name"], shape, str(k), millis(ours), others])
+    said = "\n".join(f"* Run {k}: {footer(found)}" for k, found in enumerate(runs, 1))
+    return table(["", "logits", "run", "kdkernels", "others over that"], lines) + "\n\n" + said
 
 
 def speed_page() -> str:

@@ -53,7 +53,8 @@ def line(who: str, cell: dict) -> list[str]:
 def table(cells: list[dict], about: dict) -> None:
     out = console()
     for cell in cells:
-        shown = Table(title=f"{cell['loss']} {cell['shape']} {cell['dtype']} on {cell['device']}", title_justify="left")
+        shown = Table(title=f"{cell['loss']} {cell['shape']} {cell['dtype']} on {cell['device']}", title_justify="left",
+                      caption=f"work on a class: {cell['work']}", caption_justify="left")  # fmt: skip
         for name in COLUMNS:
             shown.add_column(name, justify="left" if name == "contender" else "right")
         for who, found in cell["contenders"].items():
@@ -66,28 +67,45 @@ def table(cells: list[dict], about: dict) -> None:
 
 
 def plot(cells: list[dict], about: dict, path: Path) -> None:
-    """Above, eager's time over each contender's; below, the share of a copy's bandwidth."""
+    """A line for each loss, a panel for each shape and dtype: above, eager's time over each contender's; below, the
+    share of a copy's bandwidth."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(who for c in cells for who in c["contenders"] if "reference" not in who))
-    labels = [f"{c['loss'].removesuffix('Loss')} {c['shape']} {c['dtype']}" for c in cells]
-    figure, axes = plt.subplots(2, 1, figsize=(max(6, 0.45 * len(cells) + 3), 8), sharex=True, layout="constrained")
-    for axis, key in zip(axes, ("of_eager", "of_copy"), strict=True):
-        for k, who in enumerate(names):
-            at = [i for i, c in enumerate(cells) if c["contenders"].get(who, {}).get(key)]
-            values = [cells[i]["contenders"][who][key] for i in at]
-            heights = [1 / x for x in values] if key == "of_eager" else values
-            places = [i + 0.6 * k / len(names) - 0.3 for i in at]
-            axis.plot(places, heights, "o", markersize=4, label=who, color=f"C{k}")
-    axes[0].axhline(1, color="black", lw=0.8)
-    axes[0].set(yscale="log", ylabel="time of eager / time (higher is faster)")
-    axes[1].axhline(1, color="black", lw=0.8)
-    axes[1].set(yscale="log", ylabel="bandwidth of the bytes needed / a copy's")
-    axes[1].set_xticks(range(len(cells)), labels, rotation=90, fontsize=7)
-    axes[0].legend(fontsize=7, ncols=3)
-    figure.suptitle(f"{about['machine']}; commit {about['commit']}", fontsize=8)
-    figure.savefig(path, dpi=110)
+    losses = list(dict.fromkeys(c["loss"] for c in sorted(cells, key=lead)))
+    panels: dict = {}
+    for cell in cells:
+        panels.setdefault(f"{cell['shape'].replace('x', ' × ')}\n{cell['dtype']}", []).append(cell)
+    size = max(6, 2.6 * len(panels) + 2), 0.36 * len(losses) + 3
+    figure, axes = plt.subplots(2, len(panels), figsize=size, squeeze=False, sharex="row", sharey=True,
+                                layout="constrained")  # fmt: skip
+    labels = {"of_eager": "eager's time / time", "of_copy": "bandwidth / a copy's"}
+    for (key, label), row in zip(labels.items(), axes, strict=True):
+        for axis, (title, group) in zip(row, panels.items(), strict=True):
+            for k, who in enumerate(names):
+                found = [(c["contenders"].get(who, {}).get(key), losses.index(c["loss"])) for c in group]
+                values = [(1 / x if key == "of_eager" else x, y) for x, y in found if x]
+                axis.plot(*zip(*values, strict=True) if values else ((), ()), MARKS[k % len(MARKS)], markersize=4.5,
+                          color=f"C{k % 10}", label=who)  # fmt: skip
+            axis.axvline(1, color="black", lw=0.8)
+            axis.set(xscale="log", xlabel=label)
+            axis.set_title(title, fontsize=9)
+            axis.grid(alpha=0.3)
+        row[0].set_yticks(range(len(losses)), [name.removesuffix("Loss") for name in losses], fontsize=8)
+    known = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*known, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.suptitle(f"further right is faster; {about['machine']}; commit {about['commit']}", fontsize=8, wrap=True)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def lead(cell: dict) -> float:
+    """How far the best of kdkernels is before eager."""
+    own = [c["of_eager"] for who, c in cell["contenders"].items() if who.startswith("kdkernels") and c.get("of_eager")]
+    return -min(own, default=1.0)
+
+
+MARKS = "osD^v<>PX*"

@@ -7,7 +7,6 @@ the samples themselves take about 300 bytes each.
 """
 
 import argparse
-import json
 import random
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 import kdkernels as kd
 
-from .harness import machine
+from .harness import about, save
 
 SAMPLES = 600
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -77,9 +76,9 @@ def main() -> None:
         count += len(every)
         if seconds >= 60 * options.minutes * len(samples) / SAMPLES:
             samples.append(dict(step=count, seconds=round(seconds, 2), bytes=resident()))
-    found = dict(machine=machine(), minutes=options.minutes, steps=count, losses=len(every),
+    found = dict(**about(), minutes=options.minutes, steps=count, losses=len(every),
                  growth_kib_per_1000_steps=growth(samples), samples=samples)  # fmt: skip
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    save(found, options.out)
     plot(samples, options.out.with_suffix(".png"))
     first, last = samples[len(samples) // 6]["bytes"] / 2**20, samples[-1]["bytes"] / 2**20
     print(f"{count} steps of {len(every)} losses, {first:.1f} -> {last:.1f} MiB after warming up, "

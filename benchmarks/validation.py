@@ -30,7 +30,7 @@ from kdkernels.trainer.config import Config, flag
 from kdkernels.trainer.lab import Lab
 
 from . import curves
-from .harness import machine
+from .harness import about
 from .sharing import sharing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,12 +209,6 @@ def draw(record, path):
     pyplot.close(figure)
 
 
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.validation", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -237,14 +231,13 @@ def main(arguments=None) -> int:
     torch.set_num_threads(1)
     failed = run_all(names, options)
     found = collected(names, options, failed) + ([large(options)] if options.full else [])
-    record = {"machine": machine(), "commit": commit(), "processes": options.jobs, "share": options.share,
-              "recipes": found}  # fmt: skip
+    record = about() | {"processes": options.jobs, "share": options.share, "recipes": found}
     files.write_json(options.results / "validation.json", record)
     (options.results / "validation.md").write_text(text := table(record), encoding="utf-8")
     draw(record, options.results / "validation.png")
     print(text)
     if not options.no_curves:
-        curves.write(options.out / "curves", options.cache, options.results, machine(), options.share)
+        curves.write(options.out / "curves", options.cache, options.results, about(), options.share)
     return 1 if failed else 0
 
 

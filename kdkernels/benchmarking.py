@@ -34,9 +34,11 @@ def add_flags(parser):
     add("--loss", nargs="+", metavar="NAME", help="losses whose class name contains one of these (default: all)")
     add("--backend", nargs="+", metavar="NAME", choices=("cpu", "cuda", "triton", "reference"),
         help="of these four (default: all that run on the device; the reference with --quick alone)")  # fmt: skip
-    add("--shape", nargs="+", type=shape, metavar="NxV", help="rows x classes (default: 64x32000)")
+    add("--shape", nargs="+", type=shape, metavar="NxV",
+        help="rows x classes (default: 64x32000, 4096x1000, 16x131072)")  # fmt: skip
     add("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), metavar="NAME",
-        help="float32, bfloat16, float16 (default: the first two)")  # fmt: skip
+        help="float32, bfloat16, float16 (default: the first two; of the default shapes 4096x1000 "
+        "the first, 16x131072 the second)")  # fmt: skip
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, metavar="INT", help="torch's threads (default: as torch has it)")
     add("--quick", action="store_true", help="64x4000 float32, about a second a cell, no torch.compile")

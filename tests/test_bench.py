@@ -157,6 +157,19 @@ def test_tables_agree_with_what_was_measured():
     assert readme.speed_page() == readme.PAGE.with_name("speed.md").read_text()
 
 
+def test_tables_name_every_run_that_a_cell_is_of_and_say_why_a_time_is_missing():
+    run = dict(machine="A", versions={}, load=1.0)
+    runs = [run | dict(commit="one"), run | dict(commit="two"), run | dict(commit="two", load=3.0)]
+    timed = {"ms": 1.0, "peak": 1, "moved": 1, "errors": {"gradient": 0.0}}
+    found = {"kdkernels cpu": timed, "slow": {"error": "Error: no memory"}}
+    cell = dict(shape="2x3", dtype="float32", contenders=found)
+    cells = {f"TVDLoss logits {k}": cell | dict(missing={"gone": "no such module"}, run=k) for k in range(3)}
+    page = readme.peers_page({"runs": runs, "cells": cells})
+    assert "| slow | Error: no memory | Error: no memory |" in page and "| gone | no such module |" in page
+    assert "commit one; load of the machine 1.0" in page and "commit two; load of the machine 1.0 to 3.0" in page
+    assert "commit one" not in readme.where({"runs": runs, "cells": {"b": cells["TVDLoss logits 1"]}})
+
+
 def test_microkernels_fail_on_a_regression(tmp_path):
     """In units of eager torch; the stored ratio is lowered, as if the kernel had been faster."""
     here = [sys.executable, "-m", "pytest", "benchmarks/test_micro.py", "-q", "-p", "no:cacheprovider", "-k",
