@@ -232,6 +232,8 @@ def _inverse_deviations(loss: Loss, rows: Rows) -> list[Tensor]:
     kept = None if rows.labels is None else rows.labels != loss.ignore_index
     labels = None if kept is None else torch.where(kept, ELSEWHERE, deviation.ignore_index)
     sides = [x for x in (rows.student, rows.teacher) if x is not None]
+    if rows.student.dtype == torch.float64:  # float64 throughout: a narrower teacher's deviation would be rounded
+        sides = [x.double() for x in sides]
     alone = [rows._replace(student=x, teacher=None, labels=labels, weight=None) for x in sides]
     return [x.reshape(-1).to(torch.float64) for x in deviation.each(alone)]
 
