@@ -164,7 +164,9 @@ def table(record):
     """Markdown: a line for each thing that a claim says of two arms."""
     about = f"on {record['machine']}, {record['processes']} processes, commit {record['commit']}"
     lines = ["# Validation", "", f"`python -m benchmarks.validation` {about}. Mean ± standard deviation; a trend holds "
-             "(yes, no) where the mean difference, seed by seed, is more than two standard errors from 0.", "",
+             "(yes, no) where the mean difference, seed by seed, is more than two standard errors from 0. Each seed "
+             "has a student and a teacher of its own, so that ± is of both (but all have the same ensemble in "
+             "`bayesian_teacher`).", "",
              "| recipe | claim | figure | seeds | here | holds |", "|" + "---|" * 6]  # fmt: skip
     for one in record["recipes"]:
         if "failed" in one:

@@ -143,7 +143,7 @@ def run_recipes(options):
     """List the published systems, one a line: name, claim, paper."""
     from .trainer import recipes
 
-    rows = [[name, (one := recipes.load(name)).CLAIM, one.SOURCE] for name in recipes.names()]
+    rows = [[name, recipes.claim(one := recipes.load(name)), one.SOURCE] for name in recipes.names()]
     print_catalogue(["--recipe", "claim", "paper"], rows, "kdkernels distill --recipe NAME runs one.")
 
 

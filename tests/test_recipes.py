@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing import event_accumulator
 
 import kdkernels as kd
+from benchmarks import validation
 from kdkernels.cli import main
 from kdkernels.trainer import checkpoint, images, recipes, report, reproduce
 from kdkernels.trainer.config import UserError
-from kdkernels.trainer.lab import Lab, Update, frozen
+from kdkernels.trainer.lab import Lab, Update, frozen, logits_of
 from kdkernels.trainer.recipes import (
     abkd,
     atsc,
@@ -85,12 +86,21 @@ def test_a_training_run_goes_on_where_it_was_stopped(lab, tmp_path):
         lab.train("net", lab.student(), [], steps=12)
 
 
+def test_every_seed_has_a_teacher_of_its_own(tmp_path):
+    """So that what differs between seeds is of the teacher too; a second and a third are of few seeds."""
+    labs = [Lab(tmp_path / str(seed), tmp_path / "cache", seed, report.silent, 0.001) for seed in range(5)]
+    assert [one.teacher_seeds(3) for one in labs[:3]] == [[1000, 1001, 1002], [1001, 1002, 1000], [1002, 1000, 1001]]
+    assert [sorted(set(one.teacher_seeds(3)) - {1003, 1004}) for one in labs[3:]] == [[1001, 1002], [1000, 1002]]
+    first, second = (one.teacher().head.weight for one in labs[:2])
+    assert not torch.equal(first, second) and torch.equal(second, labs[0].teacher(seed=1001).head.weight)
+
+
 @pytest.mark.parametrize("name", [name for name in recipes.names() if not hasattr(recipes.load(name), "LAB")])
 def test_every_recipe_runs_and_says_what_it_is(name, lab):
     recipe = recipes.load(name)
-    assert f"kdkernels distill --recipe {name}\n" in recipe.__doc__ and "xpected" in recipe.__doc__
+    assert f"kdkernels distill --recipe {name}\n" in recipe.__doc__
     figures = recipe.run(lab)
-    assert all(arm in figures for pair in recipe.TREND for arm in pair) and recipe.CLAIM.endswith(".")
+    assert all(arm in figures for pair in recipe.TREND for arm in pair) and recipes.claim(recipe).endswith(".")
     assert all(0 <= value <= 100 for value in figures.values())
     assert len({str(curve) for curve in lab.curves.values()}) == len(lab.curves)  # no arm does what another does
     files = {path: path.stat().st_mtime_ns for path in lab.folder.iterdir()}
@@ -106,7 +116,7 @@ def test_the_table_of_a_recipe(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "Hinton" in shown and "KD > cross-entropy: " in shown and " pictures/s  ETA 0 s\n" in shown
     result = json.loads((tmp_path / "o/results.json").read_text())
-    assert len(result["arms"]["KD"]) == 2 and result["trend"][0]["holds"] in ("yes", "no", "within noise")
+    assert len(result["arms"]["KD"]) == 2 and result["trend"][0]["holds"] in validation.COLOURS
     lines = [json.loads(line) for line in (tmp_path / "o/metrics.jsonl").read_text().splitlines()]
     assert {r["stage"] for r in lines} == {f"seed-{k}/{net}" for k in range(2) for net in ("kd", "cross-entropy")}
     kept = checkpoint.load_tensors(tmp_path / "o/seed-1/kd.safetensors")[0]["curve"].tolist()
@@ -127,6 +137,7 @@ def test_what_counts_as_a_trend():
     assert reproduce.holds([1.0, 1.1, 1.2], [3.0, 3.2, 2.9]) == "no"
     assert reproduce.holds([3.0, 1.0, 2.0], [2.0, 2.1, 1.9]) == "within noise"
     assert reproduce.holds([3.0], [1.0]) == "one seed"
+    assert reproduce.holds([87.75] * 3, [87.48] * 3) == "one seed"  # one pair of nets, three times
 
 
 def gradient(loss, s=S):
@@ -159,11 +170,40 @@ def test_wttm_weighs_rows_by_the_power_sum_of_the_teacher():
     torch.testing.assert_close(wttm.loss()(S, T, Y), F.cross_entropy(S, Y) + wttm.BETA * (weight * rows).mean())
 
 
+def test_how_smooth_a_student_is(lab):
+    net, data = lab.student().eval(), lab.data()
+    q = net(data.test[0]).softmax(-1)
+    assert images.entropy(net, data) == pytest.approx(100 * torch.distributions.Categorical(q).entropy().mean().item()
+                                                      / torch.tensor(100.0).log().item())  # fmt: skip
+    with torch.no_grad():
+        for p in net.head.parameters():
+            p.zero_()
+    assert images.entropy(net, data) == pytest.approx(100)
+
+
 def test_the_mse_teacher_is_not_trained_by_cross_entropy():
     onehot = F.one_hot(Y, 100)
     want = mse_teacher.SCALE * (S.softmax(-1) - onehot).square().sum(-1).mean()
     torch.testing.assert_close(mse_teacher.error()(S, Y), want)
     torch.testing.assert_close(mse_teacher.error("logit")(S, Y), (S - onehot).square().sum(-1).mean())
+
+
+def first_loss(lab, teacher):
+    """-> the first loss that a teacher was trained with, its first logits from start(), and their labels."""
+    [path] = lab.cache.glob(f"image-teacher-{teacher}-*.safetensors")
+    batch = lab.shared(1000).batch(lab.data(), 0, 64)
+    logits = lambda net: net.train()(batch.images)  # noqa: E731
+    return checkpoint.load_tensors(path)[0]["curve"][0], logits, batch.labels
+
+
+@pytest.mark.parametrize("space", ["probability", "logit"])
+def test_the_squared_error_is_what_its_teacher_learns_from(space, lab):
+    mse_teacher.run(lab)
+    found, logits, labels = first_loss(lab, f"mse-{space}")
+    s = logits(mse_teacher.start(lab.teacher(), space))
+    x, scale = (s.softmax(-1), mse_teacher.SCALE) if space == "probability" else (s, 1.0)
+    torch.testing.assert_close(found, scale * (x - F.one_hot(labels, 100)).square().sum(-1).mean())
+    assert (found - F.cross_entropy(s, labels)).abs() > 0.1
 
 
 def test_abkd_is_the_divergence_at_a_temperature_without_its_square():
@@ -185,6 +225,14 @@ def test_dist_looks_across_the_rows_of_a_batch():
     assert (both - alone).norm() > 0.1 * both.norm()
 
 
+def test_the_stronger_teacher_of_dist_has_twice_the_width_and_the_steps(lab, monkeypatch):
+    asked, teacher = [], lab.teacher
+    monkeypatch.setattr(lab, "teacher", lambda **options: asked.append(options) or teacher(**options))
+    figures = dist.run(lab)
+    assert asked == [dict(widths=(16, 32, 64), steps=600), {}] and images.TEACHER == (32, 64, 128)
+    assert {f"{arm}, {note}" for arm in ("teacher", "KD", "DIST") for note in ("weaker", "stronger")} < set(figures)
+
+
 def test_simkd_learns_features_and_leaves_the_classifier_to_the_teacher(lab):
     teacher = frozen(lab.teacher())
     net = simkd.Reusing(lab.student(), teacher)
@@ -192,9 +240,47 @@ def test_simkd_learns_features_and_leaves_the_classifier_to_the_teacher(lab):
     assert not own & {id(p) for p in [*teacher.parameters(), *net.student.head.parameters()]}
     x = lab.data().train[0][:5]
     before = {name: p.clone() for name, p in teacher.state_dict().items()}
-    lab.train("net", net, [Update(simkd.feature_loss(net, teacher), net.own())], steps=800)
+    loss = simkd.feature_loss(net, teacher)
+    lab.train("net", net, [Update(loss, net.own())], steps=800)
+    assert loss(lab.batch(lab.data(), 0, 64)) < lab.curves["net"][0]
     assert all(torch.equal(p, before[name]) for name, p in teacher.state_dict().items())
     torch.testing.assert_close(net(x), teacher.classify(net.projector(net.student.features(x))))
+
+
+def test_the_loss_of_simkd_is_the_squared_error_of_the_features(lab, monkeypatch):
+    nets = watched(lab, monkeypatch)
+    simkd.run(lab)
+    net, [update] = nets["simkd"]
+    batch = lab.batch(lab.data(), 0, 8)
+    wanted = lab.teacher().features(batch.images)
+    error = (net.projector(net.student.features(batch.images)) - wanted).square().mean()
+    torch.testing.assert_close(update.loss(batch), error)
+    assert error > 0
+
+
+def watched(lab, monkeypatch):
+    """{name: (net, updates)} of all that the lab trains from here on."""
+    found, train = {}, lab.train
+
+    def watch(name, net, updates, **options):
+        found[name] = net, updates
+        return train(name, net, updates, **options)
+
+    monkeypatch.setattr(lab, "train", watch)
+    return found
+
+
+def test_atsc_moves_the_teacher_towards_the_student(lab):
+    """By the gradient of the error of the features, all there is where the teacher is still the pretrained one."""
+    pretrained = frozen(lab.teacher())
+    net, batch = atsc.shared(lab.student(), pretrained), lab.batch(lab.data(), 0, 16)
+    encoder = list(net.teacher.body.parameters())
+    move, _ = atsc.updates(net, pretrained)
+    found = torch.autograd.grad(move.loss(batch), encoder)
+    apart = net.features(batch.images).detach() - net.teacher.train().features(batch.images)
+    for one, wanted in zip(found, torch.autograd.grad(apart.square().mean(), encoder), strict=True):
+        torch.testing.assert_close(one, wanted)
+    assert all(one.norm() > 0 for one in found)
 
 
 def test_atsc_moves_the_teacher_and_then_the_whole_classifier(lab):
@@ -227,6 +313,12 @@ def test_mcmi_maximises_the_divergence_from_frozen_centroids(lab):
     kl = (S.softmax(-1) * (S.log_softmax(-1) - q)).sum(-1).mean()
     torch.testing.assert_close(mcmi.loss(q.new_zeros(100, 100).index_copy(0, Y, q))(S, Y),
                                F.cross_entropy(S, Y) - mcmi.LAMBDA * kl)  # fmt: skip
+    mcmi.run(lab)  # and that is what its teacher learns from
+    found, logits, labels = first_loss(lab, "mcmi")
+    s = logits(teacher)
+    kl = (s.softmax(-1) * (s.log_softmax(-1) - log_q[labels])).sum(-1).mean()
+    torch.testing.assert_close(found, F.cross_entropy(s, labels) - mcmi.LAMBDA * kl)
+    assert mcmi.LAMBDA * kl > 0.01
 
 
 def test_a_revised_label_is_the_most_likely_class_and_right_rows_stay():
@@ -241,14 +333,44 @@ def test_a_revised_label_is_the_most_likely_class_and_right_rows_stay():
     assert chosen.sum() == 160
 
 
+def test_selected_pictures_teach_what_the_labels_do():
+    """q is 1/3 everywhere and all labels 0: towards them is (-2, 1, 1) / 3, and a picture's score p_0 - 1/3."""
+    own = torch.tensor([0.5, 0.1, 0.9, 0.6, 0.3, 0.2, 0.7, 0.8, 0.4, 0.35])
+    p = torch.stack((own, 0.7 * (1 - own), 0.3 * (1 - own)), 1)
+    chosen = label_revision.selected(torch.zeros(10, 3), p.log(), torch.zeros(10, dtype=torch.int64))
+    assert chosen.tolist() == [1, 0, 1, 1, 1, 0, 1, 1, 1, 1]
+
+
+def test_pictures_that_are_not_selected_teach_by_their_label_alone(lab, monkeypatch):
+    nets, given, chosen = watched(lab, monkeypatch), [], (torch.arange(300) % 3 == 0).double()
+    monkeypatch.setattr(label_revision, "selected", lambda *logits: given.append(logits) or chosen)
+    label_revision.run(lab)
+    net, [update] = nets["selection"]
+    student, teacher, labels = given[0]
+    data, batch = lab.data(), lab.batch(lab.data(), 0, 16)
+    torch.testing.assert_close(student, logits_of(nets["cross-entropy"][0], data))
+    torch.testing.assert_close(teacher, label_revision.revised(logits_of(lab.teacher(), data), data.train[1]))
+    assert torch.equal(labels, data.train[1])
+    s = net(batch.images)
+    rows = 16 * F.kl_div((s / 4).log_softmax(-1), (teacher[batch.at] / 4).softmax(-1), reduction="none").sum(-1)
+    distilled = (chosen[batch.at] * rows).mean()
+    torch.testing.assert_close(update.loss(batch), (0.1 * F.cross_entropy(s, batch.labels) + 0.9 * distilled).float())
+    assert 0 < chosen[batch.at].sum() < 16
+
+
 def test_pairs_of_residuals_without_a_loop():
     d, o = torch.randn(5, 7, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
     torch.testing.assert_close(comparative.pairs(d), (d[:, None] - d).square().sum(-1).mean())
     torch.testing.assert_close(comparative.across(d, o), (d[:, None] - o).square().sum(-1).mean())
     torch.testing.assert_close(comparative.pairs(d + 3.0), comparative.pairs(d))  # a common offset is free
     net = comparative.Remembering(torch.nn.Identity(), 7)
-    comparative.arms(net)["across batches"](d.float())
-    assert torch.equal(net.residuals[:5], d.float()) and not net.residuals[5:].any()
+    with_memory, d, o = comparative.arms(net)["across batches"], d.float(), o.float()
+    torch.testing.assert_close(with_memory(d), comparative.pairs(d))  # there is nothing to compare with yet
+    assert torch.equal(net.residuals[:5], d) and not net.residuals[5:].any()
+    torch.testing.assert_close(with_memory(o), (comparative.pairs(o) + comparative.across(o, d)) / 2)
+    assert torch.equal(net.residuals[:9], torch.cat((o, d))) and net.kept == 9
+    with_memory(torch.ones(comparative.KEPT, 7))
+    assert net.residuals.eq(1).all() and net.kept == comparative.KEPT
 
 
 def test_the_laplace_predictive_and_the_mixture(lab):

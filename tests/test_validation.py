@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import curves, validation
+from benchmarks import curves, expected, validation
 from benchmarks.sharing import sharing
 from kdkernels.trainer import images, lab, recipes, report
 from kdkernels.trainer.lab import Lab, Update
@@ -51,7 +51,7 @@ def test_two_recipes_from_end_to_end(small, monkeypatch, tmp_path, capsys):
     assert first["arms"]["KD"] == second["arms"]["KD"] and len(second["arms"]["TTM"]) == 2
     assert len(list((tmp_path / "out/common").glob("kd-*.safetensors"))) == 2  # one a seed, of both recipes
     table = (tmp_path / "results/validation.md").read_text()
-    assert table in capsys.readouterr().out and recipes.load("kd").CLAIM in table
+    assert table in capsys.readouterr().out and recipes.claim(recipes.load("kd")) in table
     assert sum(line.startswith("|") and " > " in line for line in table.splitlines()) == 3
     beside = json.loads((tmp_path / "results/validation-curves.json").read_text())["recipes"]
     assert len(beside) == 5 and all(one["float32"]["relative"] < 1e-4 for one in beside.values())
@@ -116,6 +116,27 @@ def test_the_textbook_of_a_curve_is_another_computation(small, monkeypatch, tmp_
     fused, textbook = curves.pairs()["kd"]
     monkeypatch.setattr(curves, "pairs", lambda: {"kd": (lambda *row: 1.001 * fused(*row), textbook)})
     assert curves.measure(tmp_path, tmp_path, share=0.004)["kd"]["float32"]["relative"] > 5e-4
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_docstring_expects_what_was_measured(name):
+    """To its last digit: `python -m benchmarks.expected --write` after a run of `benchmarks.validation`."""
+    recipe, found = recipes.load(name), expected.records(validation.ROOT / "benchmarks/results/validation.json")
+    assert expected.said(recipe.__doc__) == expected.wanted(recipe, found.get(name, {}))
+
+
+def test_docstrings_are_filled_in(monkeypatch, tmp_path, capsys):
+    recipe = type("Recipe", (), dict(TREND=[("A", "B"), ("A", "C")], __file__=tmp_path / "one.py"))
+    recipe.__doc__ = "Of a paper.\n\nExpected (mean of 2 seeds):\n\n    A 1.0 > B 0.0: yes\n"
+    recipe.__file__.write_text(f'"""{recipe.__doc__}"""\n\nimport math\n')
+    monkeypatch.setattr(expected.recipes, "names", lambda: ["one"])
+    monkeypatch.setattr(expected.recipes, "load", lambda name: recipe)
+    record = {"recipe": "one", "arms": {"A": [2.04, 2.14, 2.0], "B": [1.0, 1.1, 1.2]}}
+    (tmp_path / "validation.json").write_text(json.dumps({"recipes": [record]}))
+    assert expected.main(["--write", "--results", str(tmp_path / "validation.json")]) == 0
+    new = "Expected (mean of 3 seeds):\n\n    A 2.1 > B 1.1: yes\n    A > C: not measured yet\n"
+    assert capsys.readouterr().out == f"one\n{new}\n"
+    assert recipe.__file__.read_text() == f'"""Of a paper.\n\n{new}"""\n\nimport math\n'
 
 
 def test_the_large_vocabulary_goes_on_with_the_runs_that_have_begun(monkeypatch, tmp_path):

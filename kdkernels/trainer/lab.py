@@ -70,6 +70,11 @@ class Runs:
         one._data = self._data
         return one
 
+    def teacher_seeds(self, count: int = 1) -> list[int]:
+        """Seeds of as many teachers. The first is this seed's own; others are those of seeds 0 to 2, so that few are
+        trained."""
+        return [1000 + self.seed, *(1000 + (self.seed + k) % 3 for k in range(1, count))]
+
     def rng(self, name: str, step: int = 0) -> numpy.random.Generator:
         return numpy.random.default_rng([self.seed, zlib.crc32(name.encode()), step])
 
@@ -230,9 +235,10 @@ class Lab(Runs):
         torch.manual_seed(self.seed)
         return ConvNet(widths, classes)
 
-    def teacher(self, loss=None, name="ce", data=None, widths=TEACHER, steps=1200, seed=1000, lr=0.05,
+    def teacher(self, loss=None, name="ce", data=None, widths=TEACHER, steps=1200, seed: int | None = None, lr=0.05,
                 start: ConvNet | None = None) -> ConvNet:  # fmt: skip
         """Trained once for all recipes: loss(logits, labels), cross-entropy if none; from the weights of `start`."""
+        seed = self.teacher_seeds()[0] if seed is None else seed
         torch.manual_seed(seed)
         net, one = ConvNet(widths), self.shared(seed)
         if start is not None:

@@ -36,8 +36,8 @@ def run(name: str, out, cache, seeds: int = 3, show=report.progress, cfg: Config
         found.append(read_json(path))
     arms = {arm: [figures[arm] for figures in found] for arm in found[0]}
     trend = [dict(better=a, worse=b, holds=holds(arms[a], arms[b])) for a, b in recipe.TREND]
-    result = {"recipe": name, "source": recipe.SOURCE, "claim": recipe.CLAIM, "figure": recipe.FIGURE, "arms": arms,
-              "trend": trend}  # fmt: skip
+    result = {"recipe": name, "source": recipe.SOURCE, "claim": recipes.claim(recipe), "figure": recipe.FIGURE,
+              "arms": arms, "trend": trend}  # fmt: skip
     parallel.first(lambda: files.write_json(Path(out) / "results.json", result))
     return result
 
@@ -52,9 +52,10 @@ def claim(path: Path, record: dict):
 
 def holds(better: list[float], worse: list[float]) -> str:
     """Whether the mean of the differences, seed by seed, is more than two standard errors away from 0: "yes", "no" or
-    "within noise". With one seed nothing is known of the noise."""
+    "within noise". Of one seed, or of one pair of nets counted several times, nothing is known of the noise: "one
+    seed"."""
     differences = [a - b for a, b in zip(better, worse, strict=True)]
-    if len(differences) < 2:
+    if len(set(better)) == len(set(worse)) == 1:
         return "one seed"
     error = statistics.stdev(differences) / len(differences) ** 0.5
     mean = statistics.mean(differences)

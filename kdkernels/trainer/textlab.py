@@ -130,9 +130,9 @@ class TextLab(Runs):
         logits = responses(y.logits) if hasattr(y := net(x), "logits") else y
         return logits.argmax(-1)[self.labels(x).flatten() != -100]
 
-    def teacher(self, seed=1000, steps=1200):
+    def teacher(self, seed: int | None = None, steps=1200):
         """Trained once for all recipes."""
-        return frozen(self._reader("teacher", TEACHER, seed, steps))
+        return frozen(self._reader("teacher", TEACHER, self.teacher_seeds()[0] if seed is None else seed, steps))
 
     def student(self):
         """Every student of a seed starts from the same weights: those of one that has read the text for a while."""

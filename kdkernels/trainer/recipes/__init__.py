@@ -1,9 +1,9 @@
 """Published systems, one file each: what they claim, and whether it holds here.
 
-A recipe is a module with `run(lab) -> {arm: figure}` and
+A recipe is a module with `run(lab) -> {arm: figure}`, a docstring, of which a paragraph is "Claim: ", what the paper
+says, in a sentence, and another what to expect (`python -m benchmarks.expected`), and
 
     SOURCE   the paper
-    CLAIM    what it says, in a sentence
     FIGURE   what is measured; more is better
     TREND    [(better arm, worse arm), ...]: what the claim says of the arms
     LAB      where it works, if not on images
@@ -24,3 +24,9 @@ def load(name: str):
     if name not in names():
         raise UserError(f"unknown recipe {name!r}; known: {', '.join(names())}")
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def claim(recipe) -> str:
+    """What its docstring says that the paper says."""
+    [paragraph] = [one for one in recipe.__doc__.split("\n\n") if one.startswith("Claim: ")]
+    return " ".join(paragraph.removeprefix("Claim: ").split())

@@ -3,13 +3,21 @@ learns for both.
 
     kdkernels distill --recipe atsc
 
+Claim: Moving the teacher towards the student, and sharing a classifier that learns, is better than SimKD.
+
 Each batch has two updates. Student, projector and the teacher's encoder: the mean squared error of their feature maps,
 plus w = 1 times the squared distance of the teacher's encoder from its pretrained weights. Then the shared classifier,
 weight and bias: the cross-entropy of the teacher's features. The student is evaluated through projector and classifier.
 (The released code updates the bias alone and evaluates the student's own head.) The classifier's learning rate is a
 tenth, which is our choice; the teacher normalises by its batches, or its features shrink to what is easy to match.
-Several teachers, of which the released code has none: a projector and a classifier for each, logits averaged. Expected:
-77.6% beside 77.2% of SimKD, within noise, and 78.7% of two teachers; 75% of KD.
+Several teachers, which the paper announces and the released code has not: a projector and a classifier for each, the
+sum of their first updates' losses and the mean of their logits, is our form.
+
+Expected (mean of 3 seeds):
+
+    ATSC 78.0 > SimKD 77.6: within noise
+    ATSC 78.0 > KD 74.3: yes
+    ATSC, two teachers 78.2 > ATSC 78.0: within noise
 """
 
 import copy
@@ -22,7 +30,6 @@ from ..lab import Update
 from . import simkd
 
 SOURCE = "Adaptive teaching with a shared classifier for knowledge distillation (2024)"
-CLAIM = "Moving the teacher towards the student, and sharing a classifier that learns, is better than SimKD."
 FIGURE = simkd.FIGURE
 TREND = [("ATSC", "SimKD"), ("ATSC", "KD"), ("ATSC, two teachers", "ATSC")]
 W, LR = 1.0, 0.2
@@ -75,7 +82,7 @@ def shared(student, teacher):
 
 def run(lab):
     figures, data = simkd.run(lab), lab.data()
-    teachers = [lab.teacher(), lab.teacher(seed=1001)]
+    teachers = [lab.teacher(seed=seed) for seed in lab.teacher_seeds(2)]
     net = shared(lab.student(), teachers[0])
     lab.train("atsc", net, updates(net, teachers[0]), teacher=teachers[0])
     figures["ATSC"] = accuracy(net, data)

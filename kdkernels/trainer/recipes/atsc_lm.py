@@ -3,10 +3,17 @@ and the LM head learns for both.
 
     kdkernels distill --recipe atsc_lm
 
+Claim: Moving the teacher towards the student, and sharing a classifier that learns, is better than SimKD.
+
 The two updates of `atsc` on the last hidden states: student, projector and the teacher's encoder (w = 1); then the
 shared LM head, by the cross-entropy of the teacher's hidden states, at a tenth of the learning rate. Two teachers: a
-projector and an LM head for each, logits averaged. The paper is about images: this form is ours. Expected: 56%, with
-two teachers no more, as of SimKD, below the 63% of the KL.
+projector and an LM head for each, logits averaged. The paper is about images: this form is ours.
+
+Expected (mean of 3 seeds):
+
+    ATSC 56.2 > SimKD 56.3: within noise
+    ATSC 56.2 > supervised 62.7: no
+    ATSC, two teachers 55.7 > ATSC 56.2: no
 """
 
 from torch import nn
@@ -17,7 +24,6 @@ from . import atsc, simkd_lm
 
 LAB, FIGURE = textlab.TextLab, textlab.FIGURE
 SOURCE = atsc.SOURCE
-CLAIM = atsc.CLAIM
 TREND = [("ATSC", "SimKD"), ("ATSC", "supervised"), ("ATSC, two teachers", "ATSC")]
 
 
@@ -33,7 +39,7 @@ def writer(lab, both):
 
 
 def run(lab):
-    figures, teachers = simkd_lm.run(lab), [lab.teacher(), lab.teacher(seed=1001)]
+    figures, teachers = simkd_lm.run(lab), [lab.teacher(seed=seed) for seed in lab.teacher_seeds(2)]
     pretrained = [frozen(simkd_lm.Halves(teacher)) for teacher in teachers]
     net = simkd_lm.reusing(lab, movable(teachers[0]))
     lab.train("atsc", net, atsc.updates(net, pretrained[0], textlab.LR), teacher=teachers[0])

@@ -2,10 +2,17 @@
 
     kdkernels distill --recipe cmkd
 
+Claim: Ranks beside values, weighed by the difficulty of a sample, are better than KD.
+
 CE + w [(1 - h) (1 - Pearson) + h (1 - Spearman)], h = H(p) / log V the teacher's entropy at temperature 4: pictures
-that are hard for the teacher lean on ranks. The paper's weights are not public: w = 20, at which the slopes of both
-terms are of the size of the cross-entropy's, and the entropy are our choices. Expected: 74%, beside 75% of KD and 76%
-of Pearson alone: with these weights the claim does not hold here.
+that are hard for the teacher lean on ranks. The paper's weights and its operator for the ranks of the student are not
+public. Our choices: w = 20, at which the slopes of both terms are of the size of the cross-entropy's; the entropy; and
+the soft ranks of `kdkernels.SpearmanLoss`, sums of Laplace distribution functions of the differences of the logits.
+
+Expected (mean of 3 seeds):
+
+    CMKD 72.9 > KD 74.3: within noise
+    CMKD 72.9 > Pearson 75.3: no
 """
 
 import kdkernels as kd
@@ -14,7 +21,6 @@ from ..images import accuracy
 from . import kd as hinton
 
 SOURCE = "Niu et al. 2024, Correlation matching knowledge distillation"
-CLAIM = "Ranks beside values, weighed by the difficulty of a sample, are better than KD."
 FIGURE = hinton.FIGURE
 TREND = [("CMKD", "KD"), ("CMKD", "Pearson")]
 WEIGHT, T = 20.0, 4.0

@@ -3,11 +3,18 @@ it.
 
     kdkernels distill --recipe comparative
 
+Claim: With few calls of the teacher, matching differences is better than matching outputs.
+
 With d_i = s_i - t_i the mean over all pairs of ||d_i - d_j||^2 is 2 (mean ||d_i||^2 - ||mean d||^2): within a batch the
 squared error of the logits without their common offset, in O(N). Pairs across batches are what adds something: here
-with the residuals of the last 512 pictures, kept. The teacher is asked about 2,000 pictures only. The published code
-has no loss to compare with; weight 0.5 beside the cross-entropy is our choice. Expected: 72.4%, and 72.8% across
-batches, beside 72.0% of the squared error of the logits, within noise; 50% of the labels alone.
+with the residuals of the last 512 pictures, or as many as there were yet, kept. The teacher is asked about 2,000
+pictures only. The published code has no loss to compare with; weight 0.5 beside the cross-entropy is our choice.
+
+Expected (mean of 3 seeds):
+
+    comparative 72.3 > logit error 72.5: within noise
+    across batches 72.3 > logit error 72.5: within noise
+    logit error 72.5 > cross-entropy 49.6: yes
 """
 
 import torch
@@ -18,7 +25,6 @@ from ..images import accuracy
 from ..lab import Update, logits_of
 
 SOURCE = "Wilf et al. 2023, Comparative knowledge distillation"
-CLAIM = "With few calls of the teacher, matching differences is better than matching outputs."
 FIGURE = "top-1 accuracy, %"
 TREND = [("comparative", "logit error"), ("across batches", "logit error"), ("logit error", "cross-entropy")]
 WHOLE = "pairs are those of a whole batch"
@@ -42,22 +48,25 @@ class Remembering(nn.Module):
         super().__init__()
         self.student = student
         self.residuals: torch.Tensor
+        self.kept: torch.Tensor
         self.register_buffer("residuals", torch.zeros(KEPT, classes))
+        self.register_buffer("kept", torch.zeros((), dtype=torch.int64))  # how many of them there are yet
 
     def forward(self, x):
         return self.student(x)
 
     def remember(self, d):
         self.residuals.copy_(torch.cat((d.detach(), self.residuals))[:KEPT])
+        self.kept.add_(len(d)).clamp_(max=KEPT)
 
 
 def arms(net):
     """{arm: f(residuals)}."""
 
     def with_memory(d):
-        found = pairs(d) + across(d, net.residuals.clone())
+        before = net.residuals[: net.kept].clone()
         net.remember(d)
-        return found / 2
+        return (pairs(d) + across(d, before)) / 2 if len(before) else pairs(d)
 
     return {"logit error": lambda d: d.square().sum(1).mean(), "comparative": pairs, "across batches": with_memory}
 

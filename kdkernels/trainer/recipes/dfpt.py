@@ -3,13 +3,20 @@ student.
 
     kdkernels distill --recipe dfpt
 
-After each stage of the frozen teacher a prompt block (a 1 x 1 convolution to a quarter of the channels; convolutions
-of 1, 3 and 5 pixels on half of these, each with a 1 x 1 behind it; a 1 x 1 back) adds to the features, 0 at first; a
+Claim: A teacher whose second path is tuned to the student teaches better than the pretrained one.
+
+After each stage of the frozen teacher a prompt block (a 1 x 1 convolution to a quarter of the channels; convolutions of
+1, 3 and 5 pixels on half of these, each with a 1 x 1 behind it; a 1 x 1 back) adds to the features, 0 at first; a
 second head makes logits of them. Each batch has two updates. Prompts and second head: CE + a T^2 KL(p || p') + b T^2
 KL(q || p') of the first path's p, the prompt path's p' and the student's q, a constant. Then the student: KD from p'.
 No code and no weights are public: a = 1, b = 0.1 (with b = 1 the student's own output is half of what it is told, and
 it learns at half the pace), T = 4, KD's alpha = 0.9 and the sum as the fusion are our choices. DFPT-KD+ would train the
-whole path, and is not here. Expected: 75% as of KD, within noise.
+whole path, and is not here.
+
+Expected (mean of 3 seeds):
+
+    DFPT-KD 73.8 > KD 74.3: within noise
+    DFPT-KD 73.8 > cross-entropy 68.6: yes
 """
 
 import copy
@@ -25,7 +32,6 @@ from ..lab import Update
 from . import kd as hinton
 
 SOURCE = "Li et al. 2025, Dual-forward path teacher knowledge distillation (arXiv 2506.18244)"
-CLAIM = "A teacher whose second path is tuned to the student teaches better than the pretrained one."
 FIGURE = hinton.FIGURE
 TREND = [("DFPT-KD", "KD"), ("DFPT-KD", "cross-entropy")]
 T, A, B, LR = 4.0, 1.0, 0.1, 0.02

@@ -2,9 +2,15 @@
 
     kdkernels distill --recipe divergences
 
+Claim: For text that the student writes, the reverse KL and JSD are better than the forward KL.
+
 On fixed texts at T = 1. The forward KL is that of `supervised`; the reverse KL does not spread over what the teacher
-has and the student cannot have; JSD with beta = 0.5 mixes arithmetically. Expected: 63.1% of the reverse KL and 64.0%
-of JSD, beside 62.8% of the forward KL.
+has and the student cannot have; JSD with beta = 0.5 mixes arithmetically.
+
+Expected (mean of 3 seeds):
+
+    reverse KL 63.1 > supervised 62.7: within noise
+    JSD 63.6 > supervised 62.7: yes
 """
 
 import kdkernels as kd
@@ -14,7 +20,6 @@ from . import supervised
 
 LAB = textlab.TextLab
 SOURCE = "Gu et al. 2024, MiniLLM (ICLR); Agarwal et al. 2024, On-policy distillation of language models (ICLR)"
-CLAIM = "For text that the student writes, the reverse KL and JSD are better than the forward KL."
 FIGURE = textlab.FIGURE
 TREND = [("reverse KL", "supervised"), ("JSD", "supervised")]
 LOSSES = {"reverse KL": kd.ReverseKLLoss(), "JSD": kd.JSDLoss(beta=0.5)}

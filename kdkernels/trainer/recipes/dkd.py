@@ -2,9 +2,15 @@
 
     kdkernels distill --recipe dkd
 
+Claim: Decoupled from the target, what the teacher says of the other classes teaches more than the KL does.
+
 alpha KL(target or not) + beta KL(of the others), alpha = 1, beta = 0.5, T = 1 as the paper has it for the thousand
 classes of ImageNet, without a cross-entropy, on fixed texts. KL(p || q) is alpha = 1 with beta = 1 - p_y of each row.
-Expected: 62.3%, below the 62.8% of the KL: what the paper found for images does not hold here.
+
+Expected (mean of 3 seeds):
+
+    DKD 62.4 > supervised 62.7: no
+    DKD, given 63.3 > supervised, given 63.8: no
 """
 
 import kdkernels as kd
@@ -13,7 +19,6 @@ from . import divergences
 
 LAB, FIGURE = divergences.LAB, divergences.FIGURE
 SOURCE = "Zhao et al. 2022, Decoupled knowledge distillation (CVPR)"
-CLAIM = "Decoupled from the target, what the teacher says of the other classes teaches more than the KL does."
 TREND = [("DKD", "supervised"), ("DKD, given", "supervised, given")]
 LOSS = kd.DKDLoss(alpha=1.0, beta=0.5)
 

@@ -2,12 +2,18 @@
 
     kdkernels distill --recipe grouped
 
+Claim: Leaving out the classes that the student finds unlikely is better than KD.
+
 The primary classes of a picture are the student's n largest logits and the label, the secondary ones the rest. KL is
 then that of the two masses (binary), that within the primary classes and that within the secondary ones, which is left
-out: CE + omega T^2 [lambda_2 binary + lambda_1 primary], T = 4, lambda_1 = 8, lambda_2 = 1, omega rising from 0 to 1
-as published for faces. n = 12 is the paper's share of the classes, 10,000 of 85,742; omega rises in the first quarter
-of the training, our choice. Expected: 75% as of KD, and 77% with the secondary group: with so few classes it is no
-noise, and leaving it out does not pay.
+out: CE + omega T^2 [lambda_2 binary + lambda_1 primary], T = 4, lambda_1 = 8, lambda_2 = 1, omega rising from 0 to 1 as
+published for faces. n = 12 is the paper's share of the classes, 10,000 of 85,742; omega rises in the first quarter of
+the training, our choice.
+
+Expected (mean of 3 seeds):
+
+    grouped 74.3 > KD 74.3: within noise
+    grouped 74.3 > grouped, secondary too 77.3: no
 """
 
 import torch
@@ -19,7 +25,6 @@ from ..lab import Update, logits_of
 from . import kd as hinton
 
 SOURCE = "Zhao et al. 2023, Grouped knowledge distillation for deep face recognition (AAAI)"
-CLAIM = "Leaving out the classes that the student finds unlikely is better than KD."
 FIGURE = hinton.FIGURE
 TREND = [("grouped", "KD"), ("grouped", "grouped, secondary too")]
 N, T, PRIMARY, BINARY, RISE = 12, 4.0, 8.0, 1.0, 200

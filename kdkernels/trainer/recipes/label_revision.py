@@ -3,11 +3,18 @@ class; data selection: only some pictures are distilled.
 
     kdkernels distill --recipe label_revision
 
+Claim: Revising wrong soft labels, and leaving out pictures that teach badly, is better than KD.
+
 p' = beta p + (1 - beta) [i = y] with beta = eta / (p_max - p_y + 1), 0 < eta < 1, at the temperature of the loss. eta =
-0.8 is our choice. The paper selects by influence and its details are not public: here a picture is distilled if the
-gradient of its distillation, in the last layer, points to where the labels' does (the share 0.8 of all that do most),
-and learns from its label alone otherwise. Expected: 75% as of KD, for the teacher is rarely wrong on what it was
-trained on; 73% with the selection.
+0.8 is our choice, and so are the weights of the sum, 0.1 of the cross-entropy and 0.9 T^2 of the KL (ALPHA, T = 4):
+KD's. The paper selects by influence and its details are not public: here a picture is distilled if the gradient of its
+distillation, in the last layer, points to where the labels' does (the share 0.8 of all that do most), and learns from
+its label alone otherwise.
+
+Expected (mean of 3 seeds):
+
+    label revision 74.4 > KD 74.3: within noise
+    label revision and selection 73.7 > KD 74.3: no
 """
 
 import torch
@@ -20,7 +27,6 @@ from ..lab import Update, logits_of
 from . import kd as hinton
 
 SOURCE = "Lan et al. 2024, Improve knowledge distillation via label revision and data selection"
-CLAIM = "Revising wrong soft labels, and leaving out pictures that teach badly, is better than KD."
 FIGURE = hinton.FIGURE
 TREND = [("label revision", "KD"), ("label revision and selection", "KD")]
 ETA, SHARE, T, ALPHA = 0.8, 0.8, 4.0, 0.9

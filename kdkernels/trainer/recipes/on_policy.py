@@ -2,10 +2,16 @@
 
     kdkernels distill --recipe on_policy
 
+Claim: Learning on its own text makes a better student than learning on a fixed set.
+
 A batch is, with probability lambda, the responses that the student writes to the prompts at T = 1, as it is at that
 step and without a gradient through the writing, and otherwise the fixed texts; the loss is KL(p || q) in both cases
 (the paper has the generalised JSD too: see `divergences`). lambda = 1 is on-policy, 0.5 the mixture, 0 `supervised`.
-Expected: 63.1% beside 62.8% of supervised on the student's own text, 62.8% of the mixture.
+
+Expected (mean of 3 seeds):
+
+    on-policy 63.2 > supervised 62.7: within noise
+    mixed 62.8 > supervised 62.7: within noise
 """
 
 import torch
@@ -18,7 +24,6 @@ from . import supervised
 
 LAB = textlab.TextLab
 SOURCE = "Agarwal et al. 2024, On-policy distillation of language models (ICLR)"
-CLAIM = "Learning on its own text makes a better student than learning on a fixed set."
 FIGURE = textlab.FIGURE
 TREND = [("on-policy", "supervised"), ("mixed", "supervised")]
 

@@ -2,12 +2,18 @@
 
     kdkernels distill --recipe rdd
 
+Claim: Letting the relative difficulty of pixels choose what to learn from is better than learning from all.
+
 The loss is a weighted cross-entropy (main head + 0.4 auxiliary head) + KL(p || q) of every pixel, at temperature 1.
 First stage, the first tenth of the steps: a pixel weighs exp(-KL(p_aux || p_main)) of the teacher's two heads, so that
 easy ones lead. Second stage: only pixels that exactly one of student and teacher finds hard, whose probability of the
 label is at most max(0.7, the k-th smallest of the batch), k = 2.4% of the pixels as published (100,000 of 16 x 512 x
-512). That both heads learn from these is our choice. The task: 10 digits and background on 12 x 20 pixels. Expected:
-62%, beside 54% of the same KL with a cross-entropy of all pixels.
+512). That both heads learn from these is our choice. The task: 10 digits and background on 12 x 20 pixels.
+
+Expected (mean of 3 seeds):
+
+    RDD 61.5 > KD 54.0: yes
+    KD 54.0 > cross-entropy 49.4: yes
 """
 
 import math
@@ -21,7 +27,6 @@ import kdkernels as kd
 from ..lab import Update, frozen
 
 SOURCE = "Liang et al. 2024, Relative difficulty distillation for semantic segmentation"
-CLAIM = "Letting the relative difficulty of pixels choose what to learn from is better than learning from all."
 FIGURE = "mean intersection over union, %"
 TREND = [("RDD", "KD"), ("KD", "cross-entropy")]
 CLASSES, TEACHER, STUDENT = 11, (16, 64, 64), (8, 24, 24)
@@ -107,8 +112,9 @@ def trained(lab, name, make, widths, **options):
 
 def run(lab):
     data, alone = lab.data(), lambda net: lambda batch: task(net(batch.images), batch.masks)
-    key = f"segmentation-teacher-{data.key.replace(' ', '-')}-{TEACHER_STEPS}"
-    teacher = frozen(trained(lab.shared(1000), key, alone, TEACHER, steps=TEACHER_STEPS, data=data))
+    [seed] = lab.teacher_seeds()
+    key = f"segmentation-teacher-{data.key.replace(' ', '-')}-{TEACHER_STEPS}-{seed}"
+    teacher = frozen(trained(lab.shared(seed), key, alone, TEACHER, steps=TEACHER_STEPS, data=data))
     figures = {"teacher": overlap(teacher, data)}
     arms = {"cross-entropy": alone, "KD": lambda net: loss(net, teacher, None),
             "RDD": lambda net: loss(net, teacher, FIRST * STEPS * lab.share)}  # fmt: skip

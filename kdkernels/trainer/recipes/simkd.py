@@ -2,9 +2,15 @@
 
     kdkernels distill --recipe simkd
 
+Claim: A student that reuses the teacher's classifier is better than one of its soft targets.
+
 The loss is the mean squared error of the last feature maps before pooling, nothing else. The projector is that of the
-paper, 1 x 1, 3 x 3 and 1 x 1 convolutions with batch normalisation, through half the teacher's channels. Expected: 77%,
-beside 75% of KD.
+paper, 1 x 1, 3 x 3 and 1 x 1 convolutions with batch normalisation, through half the teacher's channels.
+
+Expected (mean of 3 seeds):
+
+    SimKD 77.6 > KD 74.3: yes
+    SimKD 77.6 > cross-entropy 68.6: yes
 """
 
 import torch
@@ -15,7 +21,6 @@ from ..lab import Update, frozen
 from . import kd as hinton
 
 SOURCE = "Chen et al. 2022, Knowledge distillation with the reused teacher classifier (CVPR)"
-CLAIM = "A student that reuses the teacher's classifier is better than one of its soft targets."
 FIGURE = hinton.FIGURE
 TREND = [("SimKD", "KD"), ("SimKD", "cross-entropy")]
 

@@ -3,9 +3,15 @@ teacher's own.
 
     kdkernels distill --recipe simkd_lm
 
+Claim: A student that reuses the teacher's classifier is better than one of its soft targets.
+
 The mean squared error of the last hidden states of the responses' tokens, through a perceptron of one hidden layer, on
-fixed texts; nothing else. The paper is about images: this form is ours. Expected: 56%, below the 63% of the KL,
-after a hundred steps.
+fixed texts; nothing else. The paper is about images: this form is ours.
+
+Expected (mean of 3 seeds):
+
+    SimKD 56.3 > supervised 62.7: no
+    SimKD, given 54.5 > supervised, given 63.8: no
 """
 
 import copy
@@ -18,7 +24,6 @@ from . import simkd, supervised
 
 LAB, FIGURE = textlab.TextLab, textlab.FIGURE
 SOURCE = simkd.SOURCE
-CLAIM = simkd.CLAIM
 TREND = [("SimKD", "supervised"), ("SimKD, given", "supervised, given")]
 
 

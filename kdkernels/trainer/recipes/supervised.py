@@ -2,10 +2,16 @@
 
     kdkernels distill --recipe supervised
 
+Claim: A student of the teacher's distributions is nearer to it than one of the text alone.
+
 KL(p || q) at T = 1 on the tokens of the responses, without a cross-entropy: the baseline of `on_policy`, `skd` and the
 divergences. A hundred steps of AdamW, learning rate 1e-3, on a thousand pairs of prompt and response, are our choice,
-here and in all recipes of language models; students start from one that has read a little. Expected: 62.8%, beside
-56.9% of the text alone.
+here and in all recipes of language models; students start from one that has read a little.
+
+Expected (mean of 3 seeds):
+
+    supervised 62.7 > cross-entropy 56.7: yes
+    supervised, given 63.8 > cross-entropy, given 58.1: yes
 """
 
 import kdkernels as kd
@@ -14,7 +20,6 @@ from .. import textlab
 
 LAB = textlab.TextLab
 SOURCE = "Sanh et al. 2019, DistilBERT; the supervised KD of Agarwal et al. 2024 and Xu et al. 2025"
-CLAIM = "A student of the teacher's distributions is nearer to it than one of the text alone."
 FIGURE = textlab.FIGURE
 TREND = [("supervised", "cross-entropy"), ("supervised, given", "cross-entropy, given")]
 

@@ -2,10 +2,16 @@
 
     kdkernels distill --recipe taid
 
+Claim: A target between student and teacher that moves to the teacher is better than the teacher from the start.
+
 KL(u || q), u = softmax((1 - tau) s + tau t) detached. With l the cross-entropy of u and q and r its relative fall since
 the last step, m <- 0.99 m + 0.01 r and tau <- max(linear rise from 0.4 to 1, tau + 5e-4 sigmoid(m) (1 - tau)), as in
-the paper's code. On fixed texts. Expected: 63.4%, beside 62.8% of the forward and 63.1% of the reverse KL, within
-noise.
+the paper's code. On fixed texts.
+
+Expected (mean of 3 seeds):
+
+    TAID 63.1 > supervised 62.7: within noise
+    TAID 63.1 > reverse KL 63.1: within noise
 """
 
 import math
@@ -20,7 +26,6 @@ from . import divergences
 
 LAB, FIGURE = divergences.LAB, divergences.FIGURE
 SOURCE = "Shing et al. 2025, TAID: temporally adaptive interpolated distillation (ICLR)"
-CLAIM = "A target between student and teacher that moves to the teacher is better than the teacher from the start."
 TREND = [("TAID", "supervised"), ("TAID", "reverse KL")]
 WHOLE = "its schedule moves by the loss of a whole batch"
 START, END, ALPHA, MOMENTUM = 0.4, 1.0, 5e-4, 0.99
