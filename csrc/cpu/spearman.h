@@ -36,16 +36,19 @@ class BitTables {
   // Infinities and NaN count as numbers: the ends of used_s and used_t tell.
   void count(const Pair<uint16_t>& z) {
     int64_t i = 0;
-    for (; i + 4 <= z.n; i += 4) {
-      const uint64_t t = four(z.t + i);
-      for (int k = 0; k < 64; k += 16) ++t_[t >> k & 0xffff];
+    for (; i + kLine <= z.n; i += kLine) {
+      __builtin_prefetch(z.t + i + kAhead);
+      for (int j = 0; j < kLine; j += 4) {
+        const uint64_t t = four(z.t + i + j);
+        for (int k = 0; k < 64; k += 16) ++t_[t >> k & 0xffff];
+      }
     }
     for (; i < z.n; ++i) ++t_[z.t[i]];
     used_t = list(t_, found_t_);
     squares = ranks_of(used_t, z.n, [&](uint16_t bits) { return t_[bits]; }, rank);
-    for (i = 0; i + 4 <= z.n; i += 4) {
-      const uint64_t s = four(z.s + i), t = four(z.t + i);
-      for (int k = 0; k < 64; k += 16) s_[s >> k & 0xffff] += kOne + rank[t >> k & 0xffff];
+    for (i = 0; i + kLine <= z.n; i += kLine) {
+      __builtin_prefetch(z.s + i + kAhead);
+      for (int k = 0; k < kLine; ++k) s_[z.s[i + k]] += kOne + rank[z.t[i + k]];
     }
     for (; i < z.n; ++i) s_[z.s[i]] += kOne + rank[z.t[i]];
     used_s = list(s_, found_s_);
@@ -77,6 +80,7 @@ class BitTables {
  private:
   static constexpr int kSize = 1 << 16, kShift = 42;
   static constexpr int64_t kOne = int64_t(1) << kShift;
+  static constexpr int kLine = 32, kAhead = 1024;  // entries of a cache's line; what the hardware alone fetches too late
   std::vector<int64_t> s_;
   std::vector<uint32_t> t_;
   std::vector<uint16_t> found_s_, found_t_;
