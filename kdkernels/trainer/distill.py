@@ -252,7 +252,7 @@ def need_extra(*more):
     names = ("transformers", "tokenizers", "safetensors", "rich", "matplotlib", *more)
     missing = [n for n in names if not find(n)]
     if missing:
-        raise UserError(f"missing: {', '.join(missing)}. The trainer needs: pip install 'kdkernels[train]'")
+        raise UserError(f"missing: {', '.join(missing)}. The trainer needs, in a clone: pip install '.[train]'")
 
 
 find = functools.cache(importlib.util.find_spec)
