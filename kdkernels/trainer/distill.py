@@ -52,7 +52,8 @@ def distill(cfg, resume=False):
 
     with report.progress("tokenise (characters)", "") as bar:
         corpus = Corpus(cfg)
-        parallel.first(lambda: corpus.load(bar)) or corpus.load(bar)  # what the first rank has tokenised
+        if not parallel.first(lambda: corpus.load(bar)):
+            corpus.load(bar)  # what the first rank has tokenised
     out = Path(cfg.out)
     record = record_of(cfg, corpus)
     parallel.first(lambda: claim(out, cfg, record, resume))
