@@ -26,13 +26,15 @@ demo: build  ## set up, then train a teacher and distil a student (runs/demo; go
 	$(VENV)/bin/kdkernels distill $(if $(wildcard runs/demo/config.json),--resume,--out) runs/demo
 
 # A thread for each process: those that share cores wait long for one another's threads.
-test: build  ## set up, then check the style and run the tests (PYTEST_ARGS="-k renyi")
-	$(PY) -m ruff check .
+test: build lint  ## set up, then check style and types and run the tests (PYTEST_ARGS="-k renyi")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/installed  ## style and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+pyright: $(VENV)/installed  ## types once more, by pyright (which fetches itself from npm the first time)
+	$(PY) -m pyright
 
 docs: build  ## the API reference: build/docs/index.html
 	$(PY) -m benchmarks.pages.reference
@@ -70,4 +72,4 @@ build/built: $(VENV)/installed $(SOURCES)
 	@$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
-.PHONY: help demo test lint docs sanitize build clean
+.PHONY: help demo test lint pyright docs sanitize build clean

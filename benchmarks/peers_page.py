@@ -17,7 +17,7 @@ the time over that of kdkernels with its gradient allocated (float32 / bfloat16)
 RANKED = "not tried: the inputs are hard ones of divergences, and libraries define soft ranks differently"
 NOT_RUN = {
     "QuACK": "cross-entropy alone, in CuTe DSL for Hopper and Blackwell",
-    "CCE (cut-cross-entropy)": "cross-entropy alone, in Triton for GPUs from Ampere on: nothing of a teacher",
+    "CCE (cut-cross-entropy)": "cross-entropy alone, in Triton for GPUs from Ampere on; without one torch.compile's",
     "Liger's CuTe cross-entropy": "for Hopper, cross-entropy and entropy alone",
     "Fast-LLM": "Triton kernels inside a training framework, no module to call: needs a GPU; not tried",
     "speculators": "Triton kernels of 32 warps a row, without temperature and mask: needs a GPU; not tried",
@@ -25,8 +25,8 @@ NOT_RUN = {
                       "logits: needs a GPU; not tried",
     "NeMo, Megatron, ModelOpt": "eager torch over the process groups of Megatron: on one rank it is the row eager",
     "verl": "FlashKL is a kernel for GPUs within its trainer; what it runs without is eager torch",
-    "VeOmni": "forward KL over the teacher's first k classes: another loss, within its trainer",
-    "DistillKit, axolotl": "eager torch within a trainer, no function of logits alone: the row eager",
+    "VeOmni, axolotl": "forward KL over the teacher's first k classes: another loss",
+    "DistillKit": "of a dense teacher log_softmax and kl_div in float32, which is the row eager; on no package index",
     "distillm, abkd, TTM, DIST, mdistiller, torchdistill": "eager torch, and no package of losses: the row eager is "
                                                            "the formula; `kdkernels recipes` has what they claim",
     "LapSum": "its formula, by sorting, is the row eager of SpearmanLoss",

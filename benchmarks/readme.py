@@ -11,6 +11,7 @@ from .peers_page import peers_page, peers_short
 from .tables import footer, millis, of, table, two, where
 
 PAGE = ROOT / "benchmarks" / "pages" / "peers.md"
+GALLERY = PAGE.with_name("gallery.md")
 SPEED = """# Every loss, fused linear and ranks beside others
 
 Written by `python -m benchmarks.readme` of the JSON in benchmarks/results. Medians of interleaved calls, forward and
@@ -152,23 +153,36 @@ def speed_page() -> str:
     return "\n".join([*(part.strip() + "\n" for part in parts)])
 
 
+def soak_line() -> str:
+    """Of benchmarks.soak: the lowest memory, and not the mean, for what a step needs comes and goes."""
+    found = of("soak")
+    samples, size = found["samples"], len(found["samples"]) // 6
+    early, late = (min(s["bytes"] for s in part) / 2**20 for part in (samples[size : 2 * size], samples[-size:]))
+    return (f"{found['steps']:,} forward and backward passes of {found['losses']} losses in {found['minutes']:.0f} "
+            f"minutes, each of a shape and dtype of its own. The lowest memory seen in the second sixth of them was "
+            f"{early:.1f} MiB, in the last {late:.1f}; a line through all but the first sixth rises by "
+            f"{found['growth_kib_per_1000_steps']:.1f} KiB a thousand steps. {footer(found)}")  # fmt: skip
+
+
 BLOCKS = {"rows": rows_table, "losses": losses_short, "linear": lambda: linear_table(memory=False),
           "ranks": lambda: ranks_table("Spearman 64 × 131072"), "peers": peers_short}  # fmt: skip
+IN_GALLERY = {"soak": soak_line}
 
 
-def made(text: str) -> str:
-    """The README with its blocks made anew."""
-    for name, block in BLOCKS.items():
+def made(text: str, blocks: dict | None = None) -> str:
+    """The README, or a page with other blocks, with its blocks made anew."""
+    for name, block in (blocks or BLOCKS).items():
         marks = re.compile(rf"(<!-- {name}: [^>]*-->\n).*?(\n<!-- end -->)", re.DOTALL)
         text, count = marks.subn(lambda m, b=block: m[1] + b() + m[2], text)
         if count != 1:
-            raise ValueError(f"README.md has {count} blocks <!-- {name}: ... --> ... <!-- end -->")
+            raise ValueError(f"the page has {count} blocks <!-- {name}: ... --> ... <!-- end -->")
     return text
 
 
 def write() -> None:
     readme = ROOT / "README.md"
     readme.write_text(made(readme.read_text()))
+    GALLERY.write_text(made(GALLERY.read_text(), IN_GALLERY))
     PAGE.write_text(peers_page(of("peers-cpu")))
     PAGE.with_name("speed.md").write_text(speed_page())
 

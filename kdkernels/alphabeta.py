@@ -59,11 +59,11 @@ class AlphaBetaLoss(Loss):
             both may be 0, but not near 0 together.
     """
 
-    def __init__(self, alpha: float | Tensor = 0.2, beta: float | Tensor = 0.7, **options: Any):
+    def __init__(self, alpha: float | Tensor = 0.2, beta: float | Tensor = 0.7, **options: Any) -> None:
         super().__init__(**options)
         self.alpha, self.beta = alpha, beta
 
-    def check(self):
+    def check(self) -> None:
         check_coefficient("alpha", self.alpha)
         check_coefficient("beta", self.beta)
 
@@ -103,10 +103,10 @@ class AlphaBetaLoss(Loss):
         points[:3] = (point._replace(given=rows) for point in points[:3])
         return [Q, P, *points], len(line), len(triangle)
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return tuple(dict.fromkeys(self._keys()[0]))  # each once
 
-    def value(self, *moments):
+    def value(self, *moments: Any) -> Any:
         keys, lines, triangles = self._keys()
         found = dict(zip(dict.fromkeys(keys), moments, strict=True))
         q, p, *nodes = (found[key] for key in keys)
@@ -203,11 +203,11 @@ class RenyiLoss(Loss):
         alpha: order > 0; 1 is KL(p || q). Near 1, quadrature of the derivative stands for the quotient.
     """
 
-    def __init__(self, alpha: float = 0.5, **options: Any):
+    def __init__(self, alpha: float = 0.5, **options: Any) -> None:
         super().__init__(**options)
         self.alpha = alpha
 
-    def check(self):
+    def check(self) -> None:
         check_number("alpha", self.alpha, above=0)
 
     def _nodes(self) -> list[tuple[float, float]]:
@@ -217,10 +217,10 @@ class RenyiLoss(Loss):
     def _at(self, order: float) -> Point:
         return Point(student=1 - order, teacher=order)
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return tuple(dict.fromkeys([Q, P, self._at(self.alpha), *(self._at(order) for order, _ in self._nodes())]))
 
-    def value(self, *moments):
+    def value(self, *moments: Any) -> Any:
         found = dict(zip(self.points(), moments, strict=True))
         q, p, own = found[Q], found[P], found[self._at(self.alpha)]
         if self.alpha == 1:

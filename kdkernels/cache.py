@@ -25,6 +25,8 @@ import bisect
 import hashlib
 import itertools
 import json
+from collections.abc import Iterable
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +59,9 @@ class Writer:
         CacheError: a ValueError: the folder has a cache of other settings, or a damaged index.
     """
 
-    def __init__(self, folder, *, vocab_size: int, k: int, temperature: float = 1.0, log_tail: bool = True,
-                 teacher: str = "", data: str = "", dtype: torch.dtype = torch.float16,
-                 shard_rows: int = 1 << 16):  # fmt: skip
+    def __init__(self, folder: str | PathLike, *, vocab_size: int, k: int, temperature: float = 1.0,
+                 log_tail: bool = True, teacher: str = "", data: str = "", dtype: torch.dtype = torch.float16,
+                 shard_rows: int = 1 << 16) -> None:  # fmt: skip
         names = {v: n for n, v in VALUES.items()}
         if dtype not in names:
             raise ValueError(f"dtype must be torch.float16 or torch.bfloat16, got {dtype}")
@@ -167,7 +169,8 @@ class Reader:
         CacheError: a ValueError: it is missing, damaged or another; from methods too, which name the shard.
     """
 
-    def __init__(self, folder, *, partial: bool = False, tail: str | None = None, **about):
+    def __init__(self, folder: str | PathLike, *, partial: bool = False, tail: str | None = None,
+                 **about: Any) -> None:  # fmt: skip
         self.folder, self.tail = Path(folder), tail
         index = read_index(self.folder)
         self.about, self.shards = index["about"], index["shards"]
@@ -204,7 +207,7 @@ class Reader:
         ends = [0, *file.get_slice("ends")[max(at - 1, 0) : at + 1].tolist()][-2:]
         return self._read(shard, *ends)
 
-    def examples(self, numbers, tokens: Tensor | None = None) -> SparseTeacher:
+    def examples(self, numbers: Iterable[int], tokens: Tensor | None = None) -> SparseTeacher:
         """The rows (B, R, k) of examples of equal length; tokens (B, ...) as above."""
         found = [self.example(n, None if tokens is None else tokens[i]) for i, n in enumerate(numbers)]
         if len({x.shape for x in found}) != 1:

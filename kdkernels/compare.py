@@ -56,14 +56,14 @@ class RankLoss(BaseLoss):
         reduction: str = "mean",
         ignore_index: int = -100,
         validate: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         self.temperature, self.t_squared = temperature, t_squared
         self.kd_weight, self.ce_weight = kd_weight, ce_weight
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.reduction, self.ignore_index, self.validate = reduction, ignore_index, validate
 
-    def minimizer(self, teacher_logits, labels=None):
+    def minimizer(self, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no minimizer in closed form: it wants the order of "
                                   "teacher_logits, with gaps as wide as they get")  # fmt: skip
 

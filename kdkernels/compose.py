@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .loss import Label, Loss, Moment, Point
 from .options import REAL, Uses, check_number
@@ -28,10 +28,10 @@ class Weighted:
     ignore_index: Any
     _check_temperature: Callable[..., None]
 
-    def minimizer(self, teacher_logits, labels=None):
+    def minimizer(self, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
         raise NotImplementedError("a sum of losses is least at a compromise of its terms, of which there is no formula")
 
-    def weighed(self, temperature) -> list:
+    def weighed(self, temperature: float | Tensor | None) -> list:
         """Pairs (weight, loss), of the sum's reduction, each for itself. Raises if not all may have the temperature."""
         self._check_temperature(temperature)
         return [(w, self._reducing(term)) for w, term in zip(self.weights, self.terms, strict=True)]
@@ -67,7 +67,7 @@ class SumLoss(Weighted, Loss):
     _places: list[list[int]]
     _phis: list[tuple[float, SeparableLoss]]
 
-    def __init__(self, terms: Sequence[tuple[float, Loss]]):
+    def __init__(self, terms: Sequence[tuple[float, Loss]]) -> None:
         flat = [pair for weight, term in terms for pair in _pairs(weight, term)]
         super().__init__(**shared(flat))
         self.terms = nn.ModuleList(term for _, term in flat)
@@ -129,7 +129,7 @@ class SumLoss(Weighted, Loss):
     def all_points(self) -> tuple[Point, ...]:
         return self._points
 
-    def row_value(self, moments, label, raw_label, temperature):
+    def row_value(self, moments: list[Moment], label: Label, raw_label: Any, temperature: Any) -> Any:
         total = 0.0
         for weight, term, places in zip(self.weights, self.terms, self._places, strict=True):
             own, at, T = [moments[k] for k in places], label, temperature

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from . import backends, call, tape
 from .backends.reference import _prepare
+from .base import BaseLoss
 from .compare import PEARSON, Comparison, RankLoss, correlation
-from .loss import Loss, Point
+from .loss import Loss, Moment, Point
 from .options import check_choice, check_number
 from .rankops import OverRows
 from .ranks import SpearmanLoss
@@ -43,30 +44,30 @@ class PearsonLoss(Comparison):
     kind = PEARSON
     teacher_gradient = True
 
-    def __init__(self, space: str = "logits", **options: Any):
+    def __init__(self, space: str = "logits", **options: Any) -> None:
         super().__init__(**options)
         self.space = space
 
-    def check(self):
+    def check(self) -> None:
         check_choice("space", self.space, ("logits", "probs"))
         vars(self)["dead_in_both"] = self.space == "probs"
         vars(self)["scale_free"] = self.space == "logits"
         vars(self)["unsharded"] = None if self.space == "probs" else type(self).unsharded
         vars(self).pop("_in_sums", None)
 
-    def on_shards(self):
+    def on_shards(self) -> BaseLoss:
         if "_in_sums" not in vars(self):
             shared = signature(Comparison).parameters
             vars(self)["_in_sums"] = _PearsonInSums(**{name: getattr(self, name) for name in shared})
         return vars(self)["_in_sums"]
 
-    def minimizer(self, teacher_logits, labels=None):
+    def minimizer(self, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
         return teacher_logits
 
-    def settings(self):
+    def settings(self) -> tuple[float, float, float]:
         return 1.0, 0, self.space == "probs"
 
-    def definition(self, s, t, live, args):
+    def definition(self, s: Tensor, t: Tensor, live: Tensor, args: Tensor) -> Tensor:
         noise = live.sum(-1) * EQUAL**2 if self.space == "probs" else torch.zeros_like(s[:, 0])
         u, v = (self._deviations(x, live, args[:, k, None]) for k, x in enumerate((s, t)))
         return 1 - correlation(u, v, noise=(noise, noise))
@@ -83,11 +84,11 @@ class PearsonLoss(Comparison):
 class _PearsonInSums(Loss):
     """`PearsonLoss` of probabilities, V sum_i q_i p_i - 1 and the like from log-partitions: those of shards add up."""
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return (Point(student=1), Point(teacher=1), Point(student=1, teacher=1), Point(student=2), Point(teacher=2),
                 Point())  # fmt: skip
 
-    def value(self, q, p, qp, qq, pp, u):
+    def value(self, q: Moment, p: Moment, qp: Moment, qq: Moment, pp: Moment, u: Moment) -> Any:
         joint = tape.expm1(qp.lse - q.lse - p.lse + u.lse)
         own, other = (tape.expm1(xx.lse - 2 * x.lse + u.lse) for x, xx in ((q, qq), (p, pp)))
         size = tape.where(own > NOISE, own, 1.0) * tape.where(other > NOISE, other, 1.0)
@@ -116,17 +117,17 @@ class DISTLoss(RankLoss):
     _inter: PearsonLoss
 
     def __init__(self, temperature: float = 1.0, beta: float = 1.0, gamma: float = 1.0, *, t_squared: bool = True,
-                 **options: Any):  # fmt: skip
+                 **options: Any) -> None:  # fmt: skip
         super().__init__(temperature=temperature, t_squared=t_squared, **options)
         self.beta, self.gamma = beta, gamma
 
-    def check(self):
+    def check(self) -> None:
         check_number("beta", self.beta, least=0)
         check_number("gamma", self.gamma, least=0)
         if self.reduction != "mean":
             raise ValueError(f"reduction must be 'mean' for a loss over whole batches, got {self.reduction!r}")
 
-    def minimizer(self, teacher_logits, labels=None):
+    def minimizer(self, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
         return teacher_logits
 
     def _prepare(self):
@@ -182,10 +183,10 @@ class _Uncertainty(Loss):
 
     needs_teacher = False
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return Point(student=1), Point()
 
-    def value(self, p, u):
+    def value(self, p: Moment, u: Moment) -> Any:
         several = u.lse > 0
         return tape.where(several, (p.lse - p.s) / tape.where(several, u.lse, 1.0), 0.0)
 
@@ -211,12 +212,12 @@ class CMKDLoss(RankLoss):
     _parts: tuple
 
     def __init__(self, pearson_weight: float = 1.0, spearman_weight: float = 1.0, hard: str = "spearman",
-                 tau: float = 0.1, top_k: int | None = None, **options: Any):  # fmt: skip
+                 tau: float = 0.1, top_k: int | None = None, **options: Any) -> None:  # fmt: skip
         super().__init__(**options)
         self.pearson_weight, self.spearman_weight, self.hard = pearson_weight, spearman_weight, hard
         self.tau, self.top_k = tau, top_k
 
-    def check(self):
+    def check(self) -> None:
         check_number("pearson_weight", self.pearson_weight, least=0)
         check_number("spearman_weight", self.spearman_weight, least=0)
         check_choice("hard", self.hard, ("spearman", "pearson", "both"))

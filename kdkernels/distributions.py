@@ -14,7 +14,7 @@ from .alphabeta import P, Q
 from .buckets import blocks
 from .groups import GroupMoments
 from .logpartition import kl, reverse_kl
-from .loss import Loss, Point
+from .loss import Loss, Moment, Point
 from .options import ELSEWHERE, check_bool, check_number
 from .out import check_out, handed_over
 from .rankops import ULD, Compare
@@ -47,17 +47,17 @@ class AKLLoss(Loss):
     unsharded = "its head is one of the whole row"
     adds = False
 
-    def __init__(self, mu: float = 0.5, **options: Any):
+    def __init__(self, mu: float = 0.5, **options: Any) -> None:
         super().__init__(**options)
         self.mu = mu
 
-    def check(self):
+    def check(self) -> None:
         check_number("mu", self.mu, above=0, below=1)  # at 1 rounding would say which classes are the tail
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return Q, P, Point(student=0.5, given=True)  # whose coefficient is w
 
-    def value(self, q, p, w):
+    def value(self, q: Moment, p: Moment, w: Moment) -> Any:
         return tape.times(w.student, kl(q, p)) + tape.times(1 - w.student, reverse_kl(q, p))
 
     def _prepared(self, rows, num_items, temperature):
@@ -116,12 +116,14 @@ class ULDLoss(RowsLoss):
     unsharded = "it sorts whole rows"
     any_width = True
 
-    def forward(self, student_logits, teacher_logits=None, labels=None, **call):
+    def forward(self, student_logits: Tensor, teacher_logits: Any = None,
+                labels: Tensor | None = None, **call: Any) -> Tensor:  # fmt: skip
         s, t = self._filled(student_logits, teacher_logits, labels, call)
         return super().forward(s, t, labels, **call)
 
     @torch.no_grad()
-    def value_and_grad(self, student_logits, teacher_logits=None, labels=None, *, out=None, accumulate=False, **call):
+    def value_and_grad(self, student_logits: Tensor, teacher_logits: Any = None, labels: Tensor | None = None, *,
+                       out: Tensor | None = None, accumulate: bool = False, **call: Any) -> tuple[Tensor, Tensor]:
         s, t = self._filled(student_logits, teacher_logits, labels, call)
         if s is student_logits:
             return super().value_and_grad(s, t, labels, out=out, accumulate=accumulate, **call)
@@ -145,7 +147,7 @@ class ULDLoss(RowsLoss):
         return (x if x.shape[-1] == wide else torch.nn.functional.pad(x, (0, wide - x.shape[-1]), value=-math.inf)
                 for x in (s, t))  # fmt: skip
 
-    def distances(self, log_q, log_p, dead, labels=None):
+    def distances(self, log_q: Tensor, log_p: Tensor, dead: Tensor, labels: Tensor | None = None) -> Tensor:
         q, p = (x.exp().sort(-1, descending=True).values for x in (log_q, log_p))
         sign = (q - p).detach().sign()
         return (_shared(sign, q) * q).sum(-1) - (_shared(sign, p) * p).sum(-1)
@@ -192,7 +194,7 @@ class GroupedKLLoss(RowsLoss):
     _asks_labels = False
 
     def __init__(self, groups: Any = None, between: float = 1.0, within: float | tuple = 1.0, balanced: bool = False,
-                 **options: Any):  # fmt: skip
+                 **options: Any) -> None:  # fmt: skip
         super().__init__(**options)
         self.between, self.within, self.balanced = between, within, balanced
         if groups is None or isinstance(groups, str) or callable(groups):
@@ -208,9 +210,8 @@ class GroupedKLLoss(RowsLoss):
     def needs_labels(self) -> bool:  # type: ignore[override]
         return isinstance(self.groups, str) or self._asks_labels
 
-    def check(self):
-        asks = callable(self.groups) and "labels" in inspect.signature(self.groups).parameters
-        vars(self)["_asks_labels"] = asks
+    def check(self) -> None:
+        vars(self)["_asks_labels"] = callable(self.groups) and "labels" in inspect.signature(self.groups).parameters
         if isinstance(self.groups, Tensor):
             _check_groups("groups", self.groups)
             if self.groups.dim() != 1:
@@ -225,7 +226,7 @@ class GroupedKLLoss(RowsLoss):
         check_bool("balanced", self.balanced)
         vars(self)["_count"] = int(self.groups.max()) + 1 if isinstance(self.groups, Tensor) else 1
 
-    def distances(self, log_q, log_p, dead, labels=None):
+    def distances(self, log_q: Tensor, log_p: Tensor, dead: Tensor, labels: Tensor | None = None) -> Tensor:
         at = self._groups_of(log_q.detach(), log_p.detach(), labels)
         count = int(at.max()) + 1 if at.numel() else 1
         (mass_q, rest_q), (mass_p, rest_p) = (_grouped(x, at, count) for x in (log_q, log_p))
@@ -260,8 +261,7 @@ class GroupedKLLoss(RowsLoss):
         log_q, log_p = (x - x.logsumexp(-1, keepdim=True) for x in (log_q, log_p))
         value = self._of_groups(log_q, log_p, inner) * self.kd_weight
         value = value * args[:, 2] ** 2 if self.t_squared else value
-        per_row = self.reduction == "none"
-        return call.reduced(value, rows.student, rows.labels, weight, divisor, ignore, per_row)
+        return call.reduced(value, rows.student, rows.labels, weight, divisor, ignore, self.reduction == "none")
 
     def _groups_of(self, log_q: Tensor, log_p: Tensor, labels: Tensor | None) -> Tensor:
         """(n, V) int64."""

@@ -16,7 +16,7 @@ def advice(name, state):
     if state == "ok" or state.startswith("no such kernels"):
         return []
     if name == "triton" and state.startswith("needs the module"):
-        return ["pip install 'kdkernels[triton]' (Linux)"]
+        return ["in a clone: pip install '.[triton]' (Linux)"]
     if name == "cpu":
         return ["reinstall with a C++ compiler and ninja: pip install --no-build-isolation ."]
     if name not in ("triton", "cuda"):
@@ -81,11 +81,8 @@ def installed(name):
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return (
-            "not installed"
-            if name in ("torch", "triton", "numpy")
-            else "not installed (pip install 'kdkernels[train]')"
-        )
+        how = "" if name in ("torch", "triton", "numpy") else " (in a clone: pip install '.[train]')"
+        return f"not installed{how}"
 
 
 def processor():

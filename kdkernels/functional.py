@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import call, tape
 from .logpartition import Q
-from .loss import Loss, Point
+from .loss import Loss, Moment, Point
 from .options import check_number
 from .shards import Known
 
@@ -17,17 +17,17 @@ from .shards import Known
 class _PowerSum(Loss):
     needs_teacher = False
 
-    def __init__(self, gamma: float, **options: Any):
+    def __init__(self, gamma: float, **options: Any) -> None:
         super().__init__(**options)
         self.gamma = gamma
 
-    def check(self):
+    def check(self) -> None:
         check_number("gamma", self.gamma, least=0)
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return Q, Point(student=self.gamma)
 
-    def value(self, q, h):
+    def value(self, q: Moment, h: Moment) -> Any:
         return tape.exp(h.lse - self.gamma * q.lse)
 
 
@@ -50,10 +50,10 @@ class _InverseDeviation(Loss):
 
     needs_teacher = False
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return (Point(),)
 
-    def value(self, u):
+    def value(self, u: Moment) -> Any:
         count = tape.exp(u.lse)
         varied = u.ss > 1e-24 + 1e-28 * u.s * u.s
         spread = tape.where(varied, u.ss * count / tape.where(count > 1.5, count - 1, 1.0), 1.0)

@@ -17,7 +17,7 @@ from torch import Tensor
 class Kept:
     """Free memory, at most one piece for each purpose. Threads may share it; a copy of it is empty."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.free: dict[str, Tensor] = {}
 
     def empty(self, purpose: str, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -63,7 +63,7 @@ class LinearLoss(nn.Module):
         teacher_logit_scale: float = 1.0,
         student_softcap: float | None = None,
         teacher_softcap: float | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.loss, self.chunk, self.memory_budget = loss, chunk, memory_budget
         self.student_logit_scale, self.teacher_logit_scale = student_logit_scale, teacher_logit_scale

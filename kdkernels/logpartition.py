@@ -36,10 +36,10 @@ def reverse_kl(q: Moment, p: Moment):
 class ForwardKLLoss(Loss):
     """`KL(p || q) = sum_i p_i log(p_i / q_i)`. [Hinton et al. 2015]"""
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return Q, P
 
-    def value(self, q, p):
+    def value(self, q: Moment, p: Moment) -> Any:
         return kl(q, p)
 
 
@@ -59,7 +59,7 @@ class KDLoss(ForwardKLLoss):
 
     def __init__(self, temperature: float = 2.0, alpha: float = 0.5, *, teacher_temperature: float | None = None,
                  t_squared: bool = True, label_smoothing: float = 0.0, z_loss: float = 0.0, standardize: bool = False,
-                 reduction: str = "mean", ignore_index: int = -100, validate: bool = False):  # fmt: skip
+                 reduction: str = "mean", ignore_index: int = -100, validate: bool = False) -> None:  # fmt: skip
         super().__init__(
             temperature=temperature, teacher_temperature=teacher_temperature, t_squared=t_squared,
             kd_weight=0.5, ce_weight=0.5, label_smoothing=label_smoothing, z_loss=z_loss,
@@ -85,10 +85,10 @@ class KDLoss(ForwardKLLoss):
 class ReverseKLLoss(Loss):
     """`KL(q || p) = sum_i q_i log(q_i / p_i)`. [Gu et al. 2024, MiniLLM]"""
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return Q, P
 
-    def value(self, q, p):
+    def value(self, q: Moment, p: Moment) -> Any:
         return reverse_kl(q, p)
 
 
@@ -101,20 +101,20 @@ class TTMLoss(Loss):
         gamma: exponent > 0; 1 / T in the paper's terms.
     """
 
-    def __init__(self, gamma: float = 0.5, **options: Any):
+    def __init__(self, gamma: float = 0.5, **options: Any) -> None:
         super().__init__(**options)
         self.gamma = gamma
 
-    def check(self):
+    def check(self) -> None:
         check_number("gamma", self.gamma, above=0)
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return Q, Point(teacher=self.gamma)
 
-    def value(self, q, h):
+    def value(self, q: Moment, h: Moment) -> Any:
         return kl(q, h, self.gamma)
 
-    def minimizer(self, teacher_logits, labels=None):
+    def minimizer(self, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.gamma * super().minimizer(teacher_logits)
 
 
@@ -129,19 +129,20 @@ class WTTMLoss(TTMLoss):
         detach_weight: no gradient to the teacher through U.
     """
 
-    def __init__(self, gamma: float = 0.5, normalize_weight: bool = False, detach_weight: bool = False, **options: Any):
+    def __init__(self, gamma: float = 0.5, normalize_weight: bool = False, detach_weight: bool = False,
+                 **options: Any) -> None:  # fmt: skip
         super().__init__(gamma, **options)
         self.normalize_weight, self.detach_weight = normalize_weight, detach_weight
 
-    def check(self):
+    def check(self) -> None:
         super().check()
         check_bool("normalize_weight", self.normalize_weight)
         check_bool("detach_weight", self.detach_weight)
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return Q, Point(teacher=self.gamma), P, *([Point()] if self.normalize_weight else [])
 
-    def value(self, q, h, p, classes=None):  # type: ignore[override]  # one point more than its base
+    def value(self, q: Moment, h: Moment, p: Moment, classes: Moment | None = None) -> Any:  # type: ignore[override]  # one point more than its base
         log_weight = h.lse - self.gamma * p.lse
         if classes is not None:
             log_weight = log_weight - (1 - self.gamma) * classes.lse
@@ -152,10 +153,10 @@ class WTTMLoss(TTMLoss):
 class HellingerLoss(Loss):
     """`1 - sum_i sqrt(p_i q_i)`: the squared Hellinger distance. [Hellinger 1909]"""
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return Q, P, Point(student=0.5, teacher=0.5)
 
-    def value(self, q, p, m):
+    def value(self, q: Moment, p: Moment, m: Moment) -> Any:
         return -tape.expm1(m.lse - (p.lse + q.lse) / 2)
 
 
@@ -171,18 +172,18 @@ class DKDLoss(Loss):
 
     needs_labels = True
 
-    def __init__(self, alpha: float = 1.0, beta: float = 8.0, *, t_squared: bool = True, **options: Any):
+    def __init__(self, alpha: float = 1.0, beta: float = 8.0, *, t_squared: bool = True, **options: Any) -> None:
         super().__init__(t_squared=t_squared, **options)
         self.alpha, self.beta = alpha, beta
 
-    def check(self):
+    def check(self) -> None:
         check_number("alpha", self.alpha)
         check_number("beta", self.beta)
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return Point(student=1, exclude_label=True), Point(teacher=1, exclude_label=True)
 
-    def value(self, q, p, *, label: Label):
+    def value(self, q: Moment, p: Moment, *, label: Label) -> Any:
         a, b = label.teacher - p.lse, label.student - q.lse  # log odds of the label
         target = tape.times(tape.sigmoid(a), tape.softplus(-b) - tape.softplus(-a))
         target = target + tape.times(tape.sigmoid(-a), tape.softplus(b) - tape.softplus(a))
@@ -201,14 +202,14 @@ class CrossEntropyLoss(Loss):
     needs_teacher = False
 
     def __init__(self, label_smoothing: float = 0.0, z_loss: float = 0.0, *, reduction: str = "mean",
-                 ignore_index: int = -100, validate: bool = False):  # fmt: skip
+                 ignore_index: int = -100, validate: bool = False) -> None:  # fmt: skip
         super().__init__(kd_weight=0.0, ce_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss,
                          reduction=reduction, ignore_index=ignore_index, validate=validate)  # fmt: skip
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return self._student_points()
 
-    def minimizer(self, teacher_logits, labels=None):
+    def minimizer(self, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
         return _one_hot(teacher_logits, labels) * 1e4
 
 
@@ -218,17 +219,17 @@ class BrierLoss(Loss):
     needs_teacher = False
     needs_labels = True
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return Point(student=1, exclude_label=True), Point(student=2, exclude_label=True)
 
-    def value(self, q, qq, *, label: Label):
+    def value(self, q: Moment, qq: Moment, *, label: Label) -> Any:
         odds = label.student - q.lse
         wrong = tape.sigmoid(-odds)
         some = q.lse > -math.inf
         others = tape.exp(qq.lse - 2 * tape.where(some, q.lse, 0.0) - 2 * tape.softplus(odds))
         return wrong * wrong + tape.where(some, others, 0.0)
 
-    def minimizer(self, teacher_logits, labels=None):
+    def minimizer(self, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
         return _one_hot(teacher_logits, labels) * 1e4
 
 
@@ -238,13 +239,13 @@ class LogitMSELoss(Loss):
     needs_teacher = False
     needs_labels = True
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return (Point(exclude_label=True),)
 
-    def value(self, u, *, label: Label):
+    def value(self, u: Moment, *, label: Label) -> Any:
         return tape.exp(u.lse) * (u.ss + u.s * u.s) + (label.student - 1) * (label.student - 1)
 
-    def minimizer(self, teacher_logits, labels=None):
+    def minimizer(self, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
         return _one_hot(teacher_logits, labels) * self.temperature
 
 
@@ -263,17 +264,17 @@ class TAIDLoss(Loss):
         tau: share of the teacher in [0, 1]; annealed from 0.4 to 1 in the paper (set `loss.tau`).
     """
 
-    def __init__(self, tau: float = 0.4, **options: Any):
+    def __init__(self, tau: float = 0.4, **options: Any) -> None:
         super().__init__(**options)
         self.tau = tau
 
-    def check(self):
+    def check(self) -> None:
         check_number("tau", self.tau, least=0, most=1)
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return Q, Point(student=1 - self.tau, teacher=self.tau, frozen=True)
 
-    def value(self, q, u):
+    def value(self, q: Moment, u: Moment) -> Any:
         negative_entropy = -u.lse
         if self.tau > 0:
             negative_entropy = negative_entropy + self.tau * u.t

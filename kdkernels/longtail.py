@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -35,21 +35,21 @@ class LTKDLoss(GroupedKLLoss):
     work = "5 w, 4 exp; the teacher's logits made again by torch: 1 exp"
 
     def __init__(self, groups: Any = None, between: float = 1.0, within: float = 1.0, balanced: bool = True, *,
-                 t_squared: bool = True, **options: Any):  # fmt: skip
+                 t_squared: bool = True, **options: Any) -> None:  # fmt: skip
         super().__init__(groups, between, within, balanced, t_squared=t_squared, **options)
 
-    def check(self):
+    def check(self) -> None:
         super().check()
         if not (self.groups is None or isinstance(self.groups, Tensor)):
             raise ValueError(f"groups must be integers, one for each class, got {self.groups!r}")
         if self.standardize:
             raise ValueError("standardize must be False: LTKDLoss rebalances the teacher's logits as they are")
 
-    def minimizer(self, teacher_logits, labels=None):
+    def minimizer(self, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
         rows = call.check(self, teacher_logits, teacher_logits, labels, None, None, None, None)
         return super().minimizer(self._rebalanced(rows, None), labels)
 
-    def with_metrics(self, *given, **more):
+    def with_metrics(self, *given: Any, **more: Any) -> NoReturn:
         """Refused: its value is not one of single rows."""
         raise TypeError("with_metrics is not for LTKDLoss, whose rows are related to each other")
 

@@ -52,12 +52,12 @@ class Moment(NamedTuple):
     tt: Any
 
     @property
-    def student(self):
+    def student(self) -> Any:
         """The point's coefficient of the student's logits, if it is `given`."""
         return self.ss
 
     @property
-    def teacher(self):
+    def teacher(self) -> Any:
         return self.st
 
 
@@ -120,7 +120,7 @@ class Loss(BaseLoss):
         reduction: str = "mean",
         ignore_index: int = -100,
         validate: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         self.temperature, self.teacher_temperature = temperature, teacher_temperature
         self.t_squared, self.standardize = t_squared, standardize
@@ -189,7 +189,7 @@ class Loss(BaseLoss):
         extra = (Point(student=1, raw=True),) if self.ce_weight else ()
         return extra + ((Point(raw=True),) if self.ce_weight and self.label_smoothing else ())
 
-    def row_value(self, moments: list[Moment], label: Label, raw_label, temperature):
+    def row_value(self, moments: list[Moment], label: Label, raw_label: Any, temperature: Any) -> Any:
         """Value of a row: distillation and cross-entropy terms, on tensors or traced values."""
         count = len(self.points()) if self.kd_weight else 0
         extra = moments[count:]

@@ -13,7 +13,7 @@ from . import backends, call, tape
 from .buckets import Merged, blocks
 from .compose import SumLoss, joins
 from .logpartition import ForwardKLLoss
-from .loss import Loss, Point
+from .loss import Label, Loss, Moment, Point
 from .options import check_bool
 
 ELEMENTS = 1 << 22  # of a chunk of rows that is read again
@@ -54,7 +54,7 @@ class _Observed(SumLoss):
         place = {point: k for k, point in enumerate(self._points)}
         return [place[point] for point in self._more_points()]
 
-    def row_value(self, moments, label, raw_label, temperature):
+    def row_value(self, moments: list[Moment], label: Label, raw_label: Any, temperature: Any) -> Any:
         own = [moments[k] for k in self._more()]
         # which asks the kernels for them
         means: list[Any] = [tape.detach(m.t if side else m.s) for side, m in enumerate(own)]

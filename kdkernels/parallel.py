@@ -151,7 +151,7 @@ def _padded(x):
     return torch.nn.functional.pad(x, (0, 1), value=-math.inf) if empty else x
 
 
-def vocab_shards(group, columns: int, vocab_size: int | None = None, *, device: Any = None) -> Shards:
+def vocab_shards(group: Any, columns: int, vocab_size: int | None = None, *, device: Any = None) -> Shards:
     """Who holds which columns of a vocabulary, found out once for all calls: `group=` of a loss takes it.
 
     A call with it leaves out the all_gather in which ranks make sure that they hold the same rows and make the same

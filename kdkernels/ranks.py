@@ -52,20 +52,20 @@ class SpearmanLoss(Comparison):
     work = "3 w, 1 exp for each bin of a histogram, or for each class of a sort"
     kind = SPEARMAN
 
-    def __init__(self, tau: float = 0.1, top_k: int | None = None, exact: bool = False, **options: Any):
+    def __init__(self, tau: float = 0.1, top_k: int | None = None, exact: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self.tau, self.top_k, self.exact = tau, top_k, exact
 
-    def check(self):
+    def check(self) -> None:
         check_number("tau", self.tau, above=0)
         if self.top_k is not None:
             check_count("top_k", self.top_k)
         check_bool("exact", self.exact)
 
-    def settings(self):
+    def settings(self) -> tuple[float, float, float]:
         return self.tau, self.top_k or 0, self.exact
 
-    def definition(self, s, t, live, args):
+    def definition(self, s: Tensor, t: Tensor, live: Tensor, args: Tensor) -> Tensor:
         n = live.sum(-1, keepdim=True)
         order = torch.sort(s.detach().masked_fill(~live, math.inf), dim=-1).indices
         x, alive = (s / bandwidth(s, live, args[:, 2])).gather(-1, order), live.gather(-1, order)
@@ -92,19 +92,19 @@ class PlackettLuceLoss(Comparison):
     kind = PLACKETT_LUCE
     needs_spread = scale_free = False
 
-    def __init__(self, weights: str = "teacher", top_k: int | None = None, **options: Any):
+    def __init__(self, weights: str = "teacher", top_k: int | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.weights, self.top_k = weights, top_k
 
-    def check(self):
+    def check(self) -> None:
         check_choice("weights", self.weights, ("teacher", "uniform"))
         if self.top_k is not None:
             check_count("top_k", self.top_k)
 
-    def settings(self):
+    def settings(self) -> tuple[float, float, float]:
         return 1.0, self.top_k or 0, self.weights == "teacher"
 
-    def definition(self, s, t, live, args):
+    def definition(self, s: Tensor, t: Tensor, live: Tensor, args: Tensor) -> Tensor:
         t, order = torch.sort((t.detach() * args[:, 1:2]).masked_fill(~live, math.inf), dim=-1)
         alive = live.gather(-1, order)
         s = (s * args[:, :1]).gather(-1, order)
@@ -134,11 +134,11 @@ class KendallLoss(Comparison):
     _places: Tensor | None
 
     def __init__(self, mode: str = "topk", top_k: int = 128, shifts: int = 16, tau: float = 0.1,
-                 seed: int | None = None, **options: Any):  # fmt: skip
+                 seed: int | None = None, **options: Any) -> None:  # fmt: skip
         super().__init__(**options)
         self.mode, self.top_k, self.shifts, self.tau, self.seed = mode, top_k, shifts, tau, seed
 
-    def check(self):
+    def check(self) -> None:
         check_choice("mode", self.mode, ("topk", "shifts"))
         check_number("tau", self.tau, above=0)
         for name in ("top_k", "shifts"):
@@ -146,7 +146,7 @@ class KendallLoss(Comparison):
         if self.seed is not None:
             check_count("seed", self.seed, least=0)
 
-    def settings(self):
+    def settings(self) -> tuple[float, float, float]:
         return self.tau, self.top_k if self.mode == "topk" else 0, 0.0
 
     def _prepare(self):
@@ -159,14 +159,14 @@ class KendallLoss(Comparison):
     def _draw(self):
         vars(self)["_drawn"] = self.columns()
 
-    def columns(self):
+    def columns(self) -> Tensor | None:
         if self.mode == "topk":
             return None
         if "_drawn" in vars(self):
             return vars(self)["_drawn"]
         return torch.rand(self.shifts, dtype=torch.float64) if self._places is None else self._places
 
-    def definition(self, s, t, live, args):
+    def definition(self, s: Tensor, t: Tensor, live: Tensor, args: Tensor) -> Tensor:
         a, n = bandwidth(s, live, args[:, 2]), live.sum(-1, keepdim=True)
         order = torch.sort((~live).byte(), dim=-1, stable=True).indices[:, : int(n.max())]
         s, t, live = (s / a).gather(-1, order), t.detach().gather(-1, order), live.gather(-1, order)

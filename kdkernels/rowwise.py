@@ -38,10 +38,10 @@ class RowsLoss(Loss):
     _cross_entropy: Loss
     unsharded: str | None = "it looks at whole rows"
 
-    def points(self):
+    def points(self) -> tuple[Point, ...]:
         return Q, P
 
-    def all_points(self):
+    def all_points(self) -> tuple[Point, ...]:
         return super().all_points() + ((SUMS,) if self.kd_weight else ())
 
     def distances(self, log_q: Tensor, log_p: Tensor, dead: Tensor, labels: Tensor | None = None) -> Tensor:

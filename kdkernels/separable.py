@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import backends, elements, options, tape
 from .loss import Loss
@@ -23,7 +24,7 @@ class SeparableLoss(RowsLoss):
     Subclass it, declare `phi` and, where it is not the sum itself, `value`; every backend follows:
 
         class Pearson(kdkernels.SeparableLoss):
-            def phi(self, log_q, log_p):
+            def phi(self, log_q: Any, log_p: Any) -> Any:
                 return (tape.exp(log_q) - tape.exp(log_p)) ** 2
 
     `phi` is traced once, and its slopes are derived: arithmetic and the functions of `kdkernels.tape` (`exp`, `log`,
@@ -43,7 +44,7 @@ class SeparableLoss(RowsLoss):
         """The loss of a row from the sum of its contributions: the sum itself unless it is overridden."""
         return total
 
-    def distances(self, log_q, log_p, dead, labels=None):
+    def distances(self, log_q: Tensor, log_p: Tensor, dead: Tensor, labels: Tensor | None = None) -> Tensor:
         alive = [torch.where(dead, 0.0, x) for x in (log_q, log_p)]
         return torch.where(dead, 0.0, torch.as_tensor(self.phi(*alive))).sum(-1)
 
@@ -73,11 +74,11 @@ class SeparableLoss(RowsLoss):
 class WeightedSum(SeparableLoss):
     """sum_k w_k loss_k of losses that are the sum over the classes itself."""
 
-    def __init__(self, parts: list[tuple[float, SeparableLoss]], **options: Any):
+    def __init__(self, parts: list[tuple[float, SeparableLoss]], **options: Any) -> None:
         super().__init__(**options)
         self.parts = parts
 
-    def phi(self, log_q, log_p):
+    def phi(self, log_q: Any, log_p: Any) -> Any:
         total: Any = 0.0
         for weight, part in self.parts:
             total = total + weight * part.phi(log_q, log_p)
@@ -148,14 +149,14 @@ class JSDLoss(SeparableLoss):
 
     merges = True  # an f-divergence
 
-    def __init__(self, beta: float = 0.5, **options: Any):
+    def __init__(self, beta: float = 0.5, **options: Any) -> None:
         super().__init__(**options)
         self.beta = beta
 
-    def check(self):
+    def check(self) -> None:
         check_number("beta", self.beta, least=0, most=1)
 
-    def phi(self, log_q, log_p):
+    def phi(self, log_q: Any, log_p: Any) -> Any:
         p, q, d, near, gap = _gap(log_q, log_p)
         if self.beta == 0:
             return _kl(p, d, gap)
@@ -175,15 +176,15 @@ class SkewKLLoss(SeparableLoss):
 
     merges = True  # an f-divergence
 
-    def __init__(self, alpha: float = 0.1, **options: Any):
+    def __init__(self, alpha: float = 0.1, **options: Any) -> None:
         super().__init__(**options)
         self.alpha = alpha
 
-    def check(self):
+    def check(self) -> None:
         if check_number("alpha", self.alpha, least=0, most=1) == 1:
             raise ValueError("alpha must be < 1: the mixture would be the first distribution itself, and the loss 0")
 
-    def phi(self, log_q, log_p):
+    def phi(self, log_q: Any, log_p: Any) -> Any:
         p, q, d, near, gap = _gap(log_q, log_p)
         if self.alpha == 0:
             return _kl(p, d, gap)
@@ -198,15 +199,15 @@ class SkewReverseKLLoss(SkewKLLoss):
         detach_mixture: no gradient through the student's share of m, as in the code of DistiLLM-2.
     """
 
-    def __init__(self, alpha: float = 0.1, detach_mixture: bool = False, **options: Any):
+    def __init__(self, alpha: float = 0.1, detach_mixture: bool = False, **options: Any) -> None:
         super().__init__(alpha, **options)
         self.detach_mixture = detach_mixture
 
-    def check(self):
+    def check(self) -> None:
         super().check()
         check_bool("detach_mixture", self.detach_mixture)
 
-    def phi(self, log_q, log_p):
+    def phi(self, log_q: Any, log_p: Any) -> Any:
         p, q, d, near, gap = _gap(log_q, log_p)
         if self.alpha == 0:
             return _kl(q, -d, -gap)
@@ -221,7 +222,7 @@ class TVDLoss(SeparableLoss):
 
     merges = True  # an f-divergence
 
-    def phi(self, log_q, log_p):
+    def phi(self, log_q: Any, log_p: Any) -> Any:
         p, q, d, near, _ = _gap(log_q, log_p)
         half = tape.where(near < 0, 0.5, 0.0)
         sign = tape.where(d > 0, half, -half)

@@ -18,7 +18,7 @@ IGNORED, STRANGE = ELSEWHERE + 1, ELSEWHERE - 1  # labels of a row left out; of 
 class Shards:
     """Who holds which columns: rank r those from sum(widths[:r]) on, the first classes[r] of which are no padding."""
 
-    def __init__(self, group, widths: list[int], classes: list[int]):
+    def __init__(self, group, widths: list[int], classes: list[int]) -> None:
         self.group, self.rank = group, dist.get_rank(group)
         self.classes = classes[self.rank]
         starts = [sum(widths[:r]) for r in range(len(widths))]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .buckets import TAILS, Merged, Outcomes, Part, blocks, inverse_of
-from .call import check_logits, check_vocab
+from .call import Shaped, check_logits, check_vocab
 from .options import check_bool, check_choice, check_count, check_integers, check_number, readable
 
 
@@ -61,7 +61,7 @@ class SparseTeacher(Merged):
 
     def __init__(self, indices: Tensor, log_probs: Tensor | None = None, log_tail: Tensor | None = None, *,
                  logits: Tensor | None = None, temperature: float = 1.0, tail: str | None = None,
-                 sparse_gradient: bool = False):  # fmt: skip
+                 sparse_gradient: bool = False) -> None:  # fmt: skip
         self.indices = _indices(indices)
         if (log_probs is None) == (logits is None):
             raise TypeError("SparseTeacher needs log_probs or logits, one of them")
@@ -134,7 +134,7 @@ class SparseTeacher(Merged):
         tail = None if self.log_tail is None else self.log_tail.reshape(*lead)
         return self._with(self.indices.reshape(*lead, k), self.values.reshape(*lead, k), tail)
 
-    def to(self, *args, **kwargs) -> SparseTeacher:
+    def to(self, *args: Any, **kwargs: Any) -> SparseTeacher:
         """On another device, or with values of another dtype, as `torch.Tensor.to`."""
         tail = None if self.log_tail is None else self.log_tail.to(*args, **kwargs)
         values = self.values.to(*args, **kwargs)
@@ -146,7 +146,7 @@ class SparseTeacher(Merged):
         vars(other).update(vars(self), indices=indices, values=values, log_tail=log_tail)
         return other
 
-    def check(self, student, vocab):
+    def check(self, student: Tensor | Shaped, vocab: int) -> None:
         if self.shape[:-1] != student.shape[:-1]:
             raise ValueError(f"a SparseTeacher must have the rows of student_logits {tuple(student.shape)}, got "
                              f"indices of shape {tuple(self.shape)}")  # fmt: skip
@@ -159,7 +159,7 @@ class SparseTeacher(Merged):
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (self.values, self.log_tail)):
             raise ValueError("a SparseTeacher requires grad, but no gradient flows to it; detach its tensors")
 
-    def check_temperature(self, temperature):
+    def check_temperature(self, temperature: Any) -> None:
         if self.tail == "renormalise" or (isinstance(temperature, Tensor) and not readable(temperature)):
             return
         numbers = temperature.detach() if isinstance(temperature, Tensor) else torch.tensor([temperature])
@@ -169,7 +169,7 @@ class SparseTeacher(Merged):
                              f"loss has a teacher at {numbers[differs][0].item():g}: only the tail of that temperature "
                              "tells its mass; record it there, or take tail='renormalise'")  # fmt: skip
 
-    def classes(self):
+    def classes(self) -> Tensor:
         return self.indices.reshape(-1, self.shape[-1])
 
     def log_outcomes(self, wide: torch.dtype = torch.float64) -> Tensor:
@@ -178,13 +178,13 @@ class SparseTeacher(Merged):
         values = values.masked_fill(self.classes() < 0, -torch.inf)
         return values if self.log_tail is None else torch.cat((values, self.log_tail.reshape(-1, 1).to(wide)), -1)
 
-    def outcomes(self, inverse, wide):
+    def outcomes(self, inverse: Tensor, wide: torch.dtype) -> Tensor:
         if self.scale == 1 and self.log_tail is None:  # as they were given
             return self.values.reshape(-1, self.shape[-1]).to(wide).masked_fill(self.classes() < 0, -torch.inf)
         outcomes = self.log_outcomes(wide) * self.temperature
         return outcomes[:, : self.shape[-1]] if self.tail == "renormalise" else outcomes
 
-    def place(self, labels):
+    def place(self, labels: Tensor) -> Tensor:
         found = self.classes() == labels[:, None]
         return torch.where(found.any(-1), found.to(torch.uint8).argmax(-1), self.shape[-1])
 

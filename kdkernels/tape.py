@@ -38,7 +38,7 @@ class Op(IntEnum):
 class Tape:
     """A straight-line program. Registers: `inputs` inputs first, then one register for each instruction."""
 
-    def __init__(self, inputs: int):
+    def __init__(self, inputs: int) -> None:
         self.inputs = inputs
         self.code: list[tuple[float, ...]] = []
         self.used: set[int] = set()
@@ -76,7 +76,7 @@ class Expr:
 
     __slots__ = ("register", "tape")
 
-    def __init__(self, tape: Tape, register: int):
+    def __init__(self, tape: Tape, register: int) -> None:
         self.tape, self.register = tape, register
 
     def __add__(self, other: Value) -> Expr:

@@ -55,7 +55,7 @@ class MixedSumLoss(Weighted, BaseLoss):
     terms: Any  # nn.ModuleList of them
     weights: tuple[float, ...]
 
-    def __init__(self, terms: Sequence[tuple[float, BaseLoss]]):
+    def __init__(self, terms: Sequence[tuple[float, BaseLoss]]) -> None:
         super().__init__()
         flat = [pair for weight, term in terms for pair in _pairs(weight, term)]
         for name, value in shared(flat).items():

@@ -35,17 +35,17 @@ class SinkhornLoss(RankLoss):
     teacher_gradient = True
     rowwise = False
 
-    def __init__(self, temperature: float = 2.0, epsilon: float = 0.1, iterations: int = 20, **options: Any):
+    def __init__(self, temperature: float = 2.0, epsilon: float = 0.1, iterations: int = 20, **options: Any) -> None:
         super().__init__(temperature=temperature, **options)
         self.epsilon, self.iterations = epsilon, iterations
 
-    def check(self):
+    def check(self) -> None:
         check_number("epsilon", self.epsilon, above=0)
         check_count("iterations", self.iterations)
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum' for a loss over whole batches, got {self.reduction!r}")
 
-    def minimizer(self, teacher_logits, labels=None):
+    def minimizer(self, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
         raise NotImplementedError("SinkhornLoss is not 0 at the teacher's logits: P moves mass between rows")
 
     def _term(self, rows: Any, student_logits, num_items, temperature):

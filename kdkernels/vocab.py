@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .buckets import Merged, Outcomes, Part
-from .call import check_logits, check_vocab
+from .call import Shaped, check_logits, check_vocab
 from .options import check_choice, check_count, check_integers, readable
 from .sparse import SparseTeacher
 
@@ -35,7 +36,7 @@ class SharedVocab:
         TypeError, ValueError: an argument is not of the dtype, shape or range it should be.
     """
 
-    def __init__(self, student_to_teacher: Tensor, teacher_vocab: int, *, tail: str = "bucket"):
+    def __init__(self, student_to_teacher: Tensor, teacher_vocab: int, *, tail: str = "bucket") -> None:
         x = student_to_teacher
         check_integers("student_to_teacher", x)
         if x.dim() != 1 or not len(x):
@@ -58,7 +59,7 @@ class SharedVocab:
         self.to_student[self.teacher] = self.student
 
     @classmethod
-    def of_tokens(cls, student: Mapping[str, int], teacher: Mapping[str, int], **options) -> SharedVocab:
+    def of_tokens(cls, student: Mapping[str, int], teacher: Mapping[str, int], **options: Any) -> SharedVocab:
         """From two vocabularies {token: class}, as tokenizers' `get_vocab()` gives them: equal tokens are shared."""
         classes = torch.full((max(student.values()) + 1,), -1)
         for token, i in student.items():
@@ -77,7 +78,7 @@ class SharedVocab:
         check_vocab(self.teacher_vocab, teacher)
         return _SharedTeacher(self, teacher)
 
-    def vocab(self, vocab_size: int | None, student) -> int:
+    def vocab(self, vocab_size: int | None, student: Tensor | Shaped) -> int:
         """The student's classes, in logits of student's shape."""
         if student.shape[-1] < self.student_vocab:
             raise ValueError(f"student_logits must have the {self.student_vocab} classes of the shared vocabulary's "
@@ -89,7 +90,7 @@ class SharedVocab:
                              f"got {vocab_size}")  # fmt: skip
         return vocab_size
 
-    def to(self, device) -> SharedVocab:
+    def to(self, device: torch.device | str | int) -> SharedVocab:
         """On another device."""
         other = object.__new__(SharedVocab)
         vars(other).update({n: x.to(device) if isinstance(x, Tensor) else x for n, x in vars(self).items()})
@@ -110,7 +111,7 @@ class SharedVocab:
 
 
 class _SharedTeacher(Merged):
-    def __init__(self, shared: SharedVocab, logits: Tensor):
+    def __init__(self, shared: SharedVocab, logits: Tensor) -> None:
         self.shared, self.logits, self.tail = shared, logits, shared.tail
 
     def vocab(self, vocab_size, student):

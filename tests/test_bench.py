@@ -155,6 +155,8 @@ def test_tables_agree_with_what_was_measured():
     assert readme.made(text) == text
     assert readme.peers_page(readme.of("peers-cpu")) == readme.PAGE.read_text()
     assert readme.speed_page() == readme.PAGE.with_name("speed.md").read_text()
+    gallery = readme.GALLERY.read_text()
+    assert readme.made(gallery, readme.IN_GALLERY) == gallery
 
 
 def test_tables_name_every_run_that_a_cell_is_of_and_say_why_a_time_is_missing():

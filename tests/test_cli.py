@@ -75,7 +75,7 @@ def test_doctor_advises_to_install_triton_only_where_it_is_missing(state, instal
     monkeypatch.setattr(kd, "available_backends", lambda: {"triton": state})
     monkeypatch.delenv("KDKERNELS_BACKEND", raising=False)
     assert main(["doctor"]) == 0
-    assert ("pip install 'kdkernels[triton]'" in capsys.readouterr().out) == installs
+    assert ("pip install '.[triton]'" in capsys.readouterr().out) == installs
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_missing_extra(capsys, monkeypatch):
 
     monkeypatch.setattr(distill, "find", lambda name: None if name == "transformers" else name)
     message = fails(capsys, "distill")
-    assert "transformers" in message and "pip install 'kdkernels[train]'" in message
+    assert "transformers" in message and "pip install '.[train]'" in message
     monkeypatch.setattr(distill, "find", lambda name: None if name == "sklearn" else name)
     assert "missing: sklearn. " in fails(capsys, "distill", "--recipe", "kd")
 

@@ -25,7 +25,7 @@ def nvcc() -> list[str]:
     home = os.environ.get("CUDA_HOME")
     packaged = next((str(p) for p in (Path(p, "nvidia/cu13/bin/nvcc") for p in sys.path) if p.exists()), None)
     found = shutil.which("nvcc", path=f"{home}/bin") if home else packaged or shutil.which("nvcc")
-    assert found, "no nvcc: set CUDA_HOME, or pip install 'kdkernels[test]'"
+    assert found, "no nvcc: set CUDA_HOME, or pip install '.[test]'"
     return [found]
 
 

@@ -1,6 +1,9 @@
 """The catalogue's table: complete, its formulas in LaTeX, its costs those that the kernels show."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,3 +74,17 @@ def test_formulas_as_latex(formula, written):
 def test_what_is_no_formula_is_refused(formula):
     with pytest.raises(ValueError, match=r"nonsense|cannot read"):
         latex(formula)
+
+
+def test_the_reference_is_built_and_has_every_loss_with_its_formula_set(tmp_path):
+    """In a process of its own: it rewrites docstrings."""
+    build = [sys.executable, "-m", "benchmarks.pages.reference", "--out", str(tmp_path)]
+    done = subprocess.run(build, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    page = (tmp_path / "kdkernels.html").read_text()
+    for name, _ in CATALOGUE:
+        (section,) = re.findall(rf'<section id="{name}">.*?</section>', page, re.DOTALL)
+        assert '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">' in section, name
+        assert f'<a href="#{name}">{name}</a></td><td><math' in page, name  # in the table of the catalogue
+    for module in ("parallel", "tape", "metrics", "cache"):
+        assert (tmp_path / "kdkernels" / f"{module}.html").exists(), module

@@ -1,5 +1,7 @@
 """Every block of Python in the README runs, and says what it says; so do the examples it names."""
 
+import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -13,10 +15,12 @@ import torch.nn.functional as F
 
 import kdkernels as kd
 from benchmarks.examples import plain
+from kdkernels import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "benchmarks" / "pages"
 README = (ROOT / "README.md").read_text()
+WRITTEN = ["README.md", *(str(x.relative_to(ROOT)) for x in PAGES.glob("*.md"))]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 DIFFS = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
 
@@ -68,16 +72,28 @@ def test_the_drop_in_is_the_same_number():
         torch.testing.assert_close(after, before)
 
 
-@pytest.mark.parametrize("page", ["README.md", *(str(x.relative_to(ROOT)) for x in PAGES.glob("*.md"))])
+@pytest.mark.parametrize("page", WRITTEN)
 def test_links_lead_somewhere(page):
     found = re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text())
     gone = [x for x in found if "://" not in x and not ((ROOT / page).parent / x.strip()).exists()]
     assert not gone
 
 
+@pytest.mark.parametrize("page", [*WRITTEN, "CONTRIBUTING.md"])
+def test_commands_exist_and_have_these_flags(page):
+    text = (ROOT / page).read_text()
+    assert [x for x in re.findall(r"python -m (benchmarks[\w.]*\w)", text) if not importlib.util.find_spec(x)] == []
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE)) <= {*targets, "PYTHON"}
+    (commands,) = (x.choices for x in cli.parser()._actions if isinstance(x.choices, dict))
+    for command, rest in re.findall(r"(?:^|`|-m )kdkernels ([a-z]+)( [^`\n]*)?[`\n]", text, re.MULTILINE):
+        assert set(re.findall(r"--[a-z-]+", rest)) <= commands[command]._option_string_actions.keys(), (command, rest)
+
+
 def test_the_gallery_is_whole():
     gallery = (PAGES / "gallery.md").read_text()
-    assert [x.name for x in PAGES.glob("*.png") if f"]({x.name})" not in gallery] == []
+    figures = [*PAGES.glob("*.png"), *(ROOT / "benchmarks" / "results").glob("*.png")]
+    assert [x.name for x in figures if f"]({os.path.relpath(x, PAGES)})" not in gallery] == []
 
 
 def test_eight_lines_are_eight():

@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections import Counter
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ FAMILIES = {"COMPARE": "rank losses", "SEPARABLE": "separable losses", "GROUPED"
             "ULD": "sorted probabilities"}  # fmt: skip
 
 
-def pick_with(family: str, student: Tensor, teacher: Tensor | None, *loss) -> ModuleType:
+def pick_with(family: str, student: Tensor, teacher: Tensor | None, *loss: Any) -> ModuleType:
     """The same for a family of losses whose kernels not every backend has: its operators are an attribute of that name
     or, where they differ by loss, what it returns for this one; None if there are none.
 
@@ -160,7 +161,7 @@ def pick_with(family: str, student: Tensor, teacher: Tensor | None, *loss) -> Mo
     return _checked("reference")
 
 
-def kernels(family: str, student: Tensor, teacher: Tensor | None = None):
+def kernels(family: str, student: Tensor, teacher: Tensor | None = None) -> Any:
     """A family's operators of the backend for these logits, or Triton's where `cuda` has none and nobody asked for it;
     None: torch is to do the work."""
     backend = pick(student, teacher)

@@ -139,7 +139,7 @@ class DistillationTrainer(Trainer):
     def _within(self, model, function, *given):
         """The function, called with the bare model within a forward of what wraps it: DDP and FSDP then see it."""
         bare = self.accelerator.unwrap_model(model)
-        sharded = isinstance(bare, FSDPModule)
+        sharded = issubclass(type(bare), FSDPModule)
         if bare is model and not sharded:
             return function(bare, bare, *given)
 

