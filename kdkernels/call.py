@@ -89,7 +89,7 @@ def unused(value: Tensor, teacher: Any) -> Tensor:
     """The value, whose gradient for a teacher that the loss does not look at is 0, and not None."""
     if not isinstance(teacher, Tensor) or not teacher.requires_grad:
         return value
-    own = teacher.to_local() if hasattr(teacher, "to_local") else teacher  # type: ignore[operator]
+    own = teacher.to_local() if hasattr(teacher, "to_local") else teacher
     return value + own[..., :0].sum().to(value.dtype)
 
 

@@ -113,8 +113,10 @@ class LinearLoss(nn.Module):
             shared_vocab: where the teacher's vocabulary is another one: rows of its head, or columns of teacher_logits,
                 are then classes of its own.
             group: a process group, each rank of which has its own rows of both heads and biases, its own columns of
-                teacher_logits, and all hidden states (see `kdkernels.parallel`): an all_gather for each chunk. The
-                gradient of student_hidden is summed over the ranks here; add nothing up behind it.
+                teacher_logits, and all hidden states (see `kdkernels.parallel`): the all_gathers of the loss for each
+                chunk. The gradient of student_hidden is summed over the ranks here; add nothing up behind it. A
+                backward that makes the sweep again (reduction "none", float16) makes all of these again: a rank that
+                leaves it out leaves the others to the group's timeout.
 
         Returns:
             What the loss returns for those logits.

@@ -4,8 +4,9 @@ Row statistics are a monoid: each rank reduces its columns, one all_gather bring
 rank merges them in float64, and value and gradient follow as for whole rows. The sums over the classes of a separable
 loss, which need the log-partitions, are gathered after them; the deviations of standardised rows, of both sides
 together, before. Another small all_gather goes ahead, of what has to be known first: that the ranks hold the same rows
-and make the same call, or messages of different sizes would meet, and how many columns each has. The backward
-needs none: a rank's gradient is a function of its own columns and the merged statistics.
+and make the same call, and how many columns each has. It cannot ride with the statistics, whose size is what ranks may
+disagree about: gloo ends a process that is sent another size than it waits for. `vocab_shards` leaves it out. The
+backward needs none: a rank's gradient is a function of its own columns and the merged statistics.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -54,10 +53,10 @@ def test_sharded_is_whole(group, name):
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["dies", "hangs"])
 def test_a_rank_that_dies_or_hangs_is_an_error_for_the_others(tmp_path, hangs):
-    start = time.monotonic()
     *others, last = launch(partial(parallel_checks.die, hangs=hangs), 3, tmp_path)
-    assert last is None and all("Error" in error for error in others)
-    assert time.monotonic() - start < 60
+    assert last is None
+    for error, seconds in others:
+        assert "Error" in error and seconds < 2 * parallel_checks.SHORT  # the timeout, and a busy machine
 
 
 def test_the_example_of_the_readme(tmp_path):
@@ -112,9 +111,9 @@ def test_any_cut_is_whole(backend, data):
         parts = [rank.result(60) for rank in ranks]
     whole = run(0)
     # A negative power makes terms of the value's size that cancel in a gradient.
-    size = max([1.0, *(x[x.isfinite()].abs().max().item() for x in whole if x is not None and x.isfinite().any())])
+    size = max(1.0, parallel_checks.largest(*(x for x in whole if x is not None)))
     for part in parts:
-        parallel_checks.near(part[0] / size, whole[0] / size, 1e-11, str(case))
+        parallel_checks.near(part[0], whole[0], what=str(case), size=size)
     for k in (1, 2):
         if whole[k] is not None:
-            parallel_checks.near(torch.cat([p[k] for p in parts], -1) / size, whole[k] / size, 1e-11, str(case))
+            parallel_checks.near(torch.cat([p[k] for p in parts], -1), whole[k], what=str(case), size=size)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from accuracy import BACKENDS, DECLARED, F32, F64, ON_BACKENDS, SAMPLE, Batch, has_kernels, make, of, only
+from accuracy import BACKENDS, DECLARED, F32, F64, ON_BACKENDS, SAMPLE, Batch, has_kernels, make, only
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from textbook import CASES as CATALOGUE
-from textbook import Case
+from textbook import Case, uld
 
 import kdkernels as kd
 
@@ -258,7 +258,7 @@ def test_nothing_to_average(case, reduction, backend):
 def test_a_sparse_teacher_of_all_classes_is_the_teacher(backend, draw):
     rows = draw(logits(backend))
     order = rows.t.argsort(-1, descending=True)
-    for case in cases(rows, backend, [c for c in CASES if c.needs_teacher and of(c).merges]):
+    for case in cases(rows, backend, [c for c in (*CASES, Case("ULDLoss", uld)) if c.needs_teacher]):
         T = case.setting("teacher_temperature", None) or case.setting("temperature", 1.0)
         log_p = (rows.t / T).log_softmax(-1).gather(-1, order)
         want = apply(case, backend, *rows)
@@ -270,3 +270,28 @@ def test_a_sparse_teacher_of_all_classes_is_the_teacher(backend, draw):
                 value = make(case, reduction="none")(s, sparse, rows.y)
                 value.sum().backward()
             same(case, (value.detach(), s.grad, None), (*want[:2], None), f"tail {tail}")
+
+
+@examples
+def test_chunks_are_the_whole(backend, draw):
+    """From hidden states, with logits of any number of rows at a time."""
+    rows = draw(logits(backend, most_rows=7))
+    n, v = rows.s.shape
+    chunk, g = draw(st.integers(1, n)), torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    hidden, head, t_hidden, t_head = (torch.randn(*shape, generator=g, dtype=F64).to(rows.s.dtype)
+                                      for shape in ((n, 3), (v, 3), (n, 2), (v, 2)))  # fmt: skip
+    y = rows.y.where(torch.tensor(draw(st.lists(st.booleans(), min_size=n, max_size=n))), -100)
+    incoming = draw(st.sampled_from([None, torch.linspace(0.5, 1.5, n).to(rows.s.dtype)]))
+    t, reduction = t_hidden @ t_head.T, "mean" if incoming is None else "none"
+    for case in cases(Batch(hidden @ head.T, t, y), backend):
+        loss, found = make(case, reduction=reduction), []
+        with only(backend):
+            for chunked in (True, False):
+                leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+                if chunked:
+                    value = kd.LinearLoss(loss, chunk)(*leaves, t_hidden, t_head, y)
+                else:
+                    value = loss(leaves[0] @ leaves[1].T, t if case.needs_teacher else None, y)
+                value.backward(incoming)
+                found.append((value.detach(), *(leaf.grad for leaf in leaves)))
+        same(case, *found, f"{reduction}, chunks of {chunk}")
