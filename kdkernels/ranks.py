@@ -31,9 +31,10 @@ class SpearmanLoss(Comparison):
 
     R_i = sum_j F((s_i - s_j) / a), F the Laplace distribution function, a = tau std(s): the loss depends on neither the
     scale nor the offset of the logits. tau -> 0 gives Spearman's rho, tau -> inf the correlation of the logits with the
-    teacher's ranks. A peaked teacher makes the gradient small beside KL's: its norm is 1/120 of that for random normal
-    logits of deviation 3 at V = 131072 (with top_k=128 1/1.5); choose kd_weight accordingly. Over the whole vocabulary
-    nearly all of it goes to the tail; top_k brings it to the head (benchmarks/pages/rank_gradients.md has pictures).
+    teacher's ranks. A peaked teacher makes the gradient small beside KL's: for normal logits of deviation 3 at
+    V = 131072 its norm is 1/125 of that where both rows are independent (with top_k=128 1/3.6), 1/115 (1/1.3) where
+    they correlate by 0.8; choose kd_weight accordingly. Over the whole vocabulary nearly all of it goes to the tail;
+    top_k brings it to the head (benchmarks/pages/rank_gradients.md has pictures).
 
     float64 rows and rows of fewer than 4096 live classes are sorted. Longer ones of 16 bits go through histograms of
     their bits, exactly. Longer float32 rows go through uniform bins with interpolation, at least 4096 of them and 32 to

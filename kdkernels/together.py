@@ -24,6 +24,7 @@ from . import backends, call
 from .base import BaseLoss
 from .compare import Comparison
 from .compose import SumLoss, Weighted, checked_weight, joins, shared
+from .loss import Loss
 from .options import Uses
 from .out import handed_over
 from .rowwise import RowsLoss
@@ -32,7 +33,7 @@ from .rowwise import RowsLoss
 class MixedSumLoss(Weighted, BaseLoss):
     """sum_k w_k loss_k of losses of any family, made by `ForwardKLLoss() + 0.5 * SpearmanLoss(top_k=128)`.
 
-    Value and gradients are those of the losses one by one. On the C++ backend losses of the log-partition and losses
+    Value and gradients are those of the losses one by one. On the C++ backend losses of the log-partition and those
     that compare rows (`SpearmanLoss`, `KendallLoss`, `PlackettLuceLoss`, `PearsonLoss`) take turns row by row, so that
     the logits are read from memory once and one gradient is written: for a reduced loss, when only the student wants a
     gradient, neither in float16 nor under torch.compile. On a GPU so are those of the log-partition and one
@@ -102,32 +103,14 @@ class MixedSumLoss(Weighted, BaseLoss):
         """What is done in one go (or None), and pairs (weight, loss) that follow one by one."""
         single: Any = vars(self)["_first"]
         others = vars(self)["_others"]
-        every = ([] if single is None else [(1, single)]) + others
         places = [k for k, (_, x) in enumerate(others) if isinstance(x, Comparison) and x._uses.teacher
                   and not x._uses.labels]  # fmt: skip
-        wanted = rows.student.requires_grad and torch.is_grad_enabled()
-        if single is None or not places or not wanted or rows.teacher is None or rows.teacher.requires_grad:
-            return None, every
-        if self.reduction == "none" or rows.student.dtype == torch.float16 or torch.compiler.is_compiling():
-            return None, every
-        single = self._reducing(single)
-        alone = rows if single._uses.teacher else rows._replace(teacher=None)
-        operators = single._pick(rows.student, alone.teacher)[1]
-        together = backends.kernels("TOGETHER", rows.student, rows.teacher)
-        if together is None or operators.elements:
-            return None, every
-        kinds = [(others[k][1].kind, others[k][1].settings()) for k in places]
-        step, taken = together(rows.student, rows.teacher, rows.vocab, kinds)
-        if not taken:
-            return None, every
-        *_, program, args, weight, divisor = single._prepared(alone, num_items, temperature)
-        if args.requires_grad:
-            return None, every
-        places = [places[k] for k in taken]
-        each = [_columns(self._reducing(others[k][1]), others[k][0], rows, num_items, temperature) for k in places]
-        inputs = (rows.labels, rows.mask, args, program.code, weight, divisor, *map(_stacked, zip(*each, strict=True)),
-                  rows.vocab, self.ignore_index, alone.teacher is None)  # fmt: skip
-        return (step, operators.rescale, inputs), [pair for k, pair in enumerate(others) if k not in places]
+        terms = [(others[k][0], self._reducing(others[k][1]), rows) for k in places]
+        first, taken = in_one_go(single and self._reducing(single), terms, rows, num_items, temperature)
+        if first is None:
+            return None, ([] if single is None else [(1, single)]) + others
+        gone = {places[k] for k in taken}
+        return first, [pair for k, pair in enumerate(others) if k not in gone]
 
     def _value_and_grad(self, rows: Any, student_logits, num_items, temperature, out, accumulate):
         with torch.enable_grad():
@@ -138,6 +121,52 @@ class MixedSumLoss(Weighted, BaseLoss):
         step, _rescale, inputs = first
         value, gradient = step(call.dense(rows.student), call.dense(rows.teacher), *inputs)
         return value, handed_over(gradient.view(rows.student.shape), out, accumulate)
+
+
+class _Nothing(Loss):
+    """Stands for the loss of the log-partition where there is none."""
+
+    needs_teacher = False
+
+    def points(self):
+        return ()
+
+    def value(self):
+        return 0.0
+
+
+_NOTHING = _Nothing()
+
+
+def in_one_go(single: Any, terms: Sequence[tuple[float, Comparison, call.Rows]], rows: call.Rows, num_items,
+              temperature) -> tuple[Any, Sequence[int]]:  # fmt: skip
+    """What `Together` is told of a loss of the log-partition (or None) and of comparisons, with their weights and the
+    rows as each weighs them; and the places of those it takes. None: all are to go one by one."""
+    nothing = None, ()
+    wanted = rows.student.requires_grad and torch.is_grad_enabled()
+    if not terms or not wanted or rows.teacher is None or rows.teacher.requires_grad:
+        return nothing
+    loss = terms[0][1]
+    if loss.reduction == "none" or rows.student.dtype == torch.float16 or torch.compiler.is_compiling():
+        return nothing
+    first = _NOTHING if single is None else single
+    alone = rows if first._uses.teacher else rows._replace(teacher=None)
+    operators = first._pick(rows.student, alone.teacher)[1]
+    together = backends.kernels("TOGETHER", rows.student, rows.teacher)
+    if together is None or operators.elements:
+        return nothing
+    kinds = [(term.kind, term.settings()) for _, term, _ in terms]
+    step, taken = together(rows.student, rows.teacher, rows.vocab, kinds)
+    if len(taken) + (single is not None) < 2:
+        return nothing
+    heat = None if single is None else temperature
+    *_, program, args, weight, divisor = first._prepared(alone, num_items, heat)
+    if args.requires_grad:
+        return nothing
+    each = [_columns(term, by, own, num_items, temperature) for by, term, own in (terms[k] for k in taken)]
+    inputs = (rows.labels, rows.mask, args, program.code, weight, divisor, *map(_stacked, zip(*each, strict=True)),
+              rows.vocab, loss.ignore_index, alone.teacher is None)  # fmt: skip
+    return (step, operators.rescale, inputs), taken
 
 
 def of_log_partition(term) -> bool:

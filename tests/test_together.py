@@ -18,7 +18,7 @@ SUMS = {
     "a cross-entropy of its own": [(1, KL), (1, kd.SpearmanLoss(ce_weight=0.5)), (3, kd.PearsonLoss())],
     "no log-partition": [(1, WHOLE), (0.5, kd.PearsonLoss())],
 }  # fmt: skip
-ONE_LAUNCH = ("a few classes", "whole rows", "both", "orders")
+ONE_LAUNCH = ("a few classes", "whole rows", "both", "orders", "no log-partition")
 every_sum = pytest.mark.parametrize("name", SUMS)
 
 

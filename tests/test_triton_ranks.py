@@ -14,7 +14,7 @@ from kdkernels.rankops import SPEARMAN
 REGIMES = {
     "odd": (dict(V=37), F32), "two": (dict(V=2), F32), "ties": (dict(V=50, kind="ties"), BF16),
     "holes": (dict(V=64, kind="holes"), F16), "offset": (dict(V=257, offset=300.0), F32),
-    "heavy": (dict(V=101, kind="heavy"), F32),
+    "heavy": (dict(V=101, kind="heavy"), F32), "small": (dict(V=101, scale=0.01), F32),
 }  # fmt: skip
 WIDE = triton_compare.SORTED + 403
 every_loss = pytest.mark.parametrize("loss", LOSSES[:-1], ids=lambda x: f"{type(x).__name__}")

@@ -153,7 +153,7 @@ def main(arguments=None):
     corpus, teacher = language_model(cfg)
     inputs, _ = corpus.held_out(options.tokens)
     kl = kd.ForwardKLLoss()
-    trained = train(cfg, corpus, teacher, {"KL": lambda s, t, labels: kl(s, t, labels)}, "student")["KL"]
+    trained = train(cfg, corpus, teacher, {"KL": lambda s, t, labels, *_: kl(s, t, labels)}, "student")["KL"]
     with torch.no_grad():
         t, before, after = (models.logits_of(x, inputs) for x in (teacher, models.cut_student(cfg, teacher), trained))
     students = {"before training": before, f"after {cfg.steps} steps of KL": after}

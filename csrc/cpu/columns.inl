@@ -122,10 +122,6 @@ static void class_slopes(const R* e, const R* v, int n, const ClassTerms<R>& by,
 template <typename R> static double sum_of(const R* x, int n) {
   return sum_of_all(n, [=](int i) INLINE_LAMBDA { return double(x[i]); });
 }
-template <typename R> static void centre(const R* x, int n, double mean, R* u) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) u[i] = R(x[i] - mean);
-}
 // The sums of squares and products of u less its mean and v less its.
 template <typename R> static Products centred(const R* u, const R* v, int n, double u_mean, double v_mean) {
   double uu = 0, uv = 0, vv = 0;
@@ -138,13 +134,14 @@ template <typename R> static Products centred(const R* u, const R* v, int n, dou
   }
   return {uu, uv, vv};
 }
-// u becomes by_u u + by_v v + constant, times 1 + u if it is of probabilities.
+// u becomes by_u (u - u_mean) + by_v (v - v_mean), times 1 + u if it is of probabilities.
 template <typename R>
-static void row_slopes(const R* v, int n, double by_u, double by_v, double constant, bool probabilities, R* u) {
+static void row_slopes(const R* v, int n, double by_u, double u_mean, double by_v, double v_mean, bool probabilities,
+                       R* u) {
   const double one = probabilities ? 1 : 0;
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    const double slope = by_u * u[i] + (by_v * v[i] + constant);
+    const double slope = by_u * (u[i] - u_mean) + by_v * (v[i] - v_mean);
     u[i] = R(slope + one * u[i] * slope);
   }
 }

@@ -24,7 +24,8 @@ double row_value(const Batch& x, int64_t n, int64_t kind, const double* a, int64
   if (kind == PEARSON) {
     auto& w = kept_by_thread<PearsonScratch<R>>();
     const Pair<R> z = w.live.find(x, n, 0, on);
-    return finish(z, [&] { return pearson(z, on, a[STUDENT_T], a[TEACHER_T], side, g, out, w); });
+    const auto wide = [&] { return row_value<double>(x, n, kind, a, shifts, side, g, out); };
+    return finish(z, [&] { return pearson(z, on, a[STUDENT_T], a[TEACHER_T], side, g, out, w, wide); });
   }
   if (kind == PLACKETT_LUCE) {
     auto& w = kept_by_thread<PlackettScratch<R>>();

@@ -10,15 +10,15 @@ template <typename R> struct PearsonScratch {
   std::vector<R> u, v, out;
 };
 
-// The row relative to its mean: the logits minus theirs, or V q_i - 1 for the probabilities q of x / T, as
-// expm1(x_i / T - L + log V). Squares of q minus 1 / V would cancel. False for a constant row.
+// The logits, or V q_i - 1 for the probabilities q of x / T, as expm1(x_i / T - L + log V): squares of q minus 1 / V
+// would cancel. False for a constant row.
 template <typename R> bool deviations(const R* x, int64_t n, bool probabilities, double inverse_T, std::vector<R>& u) {
   u.resize(n);
   if (n < 2 || std::all_of(x + 1, x + n, [&](R other) { return other == x[0]; })) return false;
   const Columns<R>& loops = tiles<R>().columns;
   const int count = int(n);
   if (!probabilities) {
-    loops.centre(x, count, loops.sum(x, count) / double(n), u.data());
+    std::copy_n(x, n, u.begin());  // less its mean in double: between rows that nearly agree nothing cancels
     return true;
   }
   R high;
@@ -32,10 +32,13 @@ template <typename R> bool deviations(const R* x, int64_t n, bool probabilities,
   return true;
 }
 
-// 1 - rho; g times its gradient by the row u (the teacher's, if `side` is 1) goes to `out`.
-template <typename R>
+// Of floats less is left of the difference of two probabilities; the gradient is small there.
+constexpr double kNearlyOne = 1 - 1. / 256;
+
+// 1 - rho; g times its gradient by the row u (the teacher's, if `side` is 1) goes to `out`. Or what in_double() makes.
+template <typename R, typename F>
 double pearson(const Pair<R>& z, bool probabilities, double inverse_T, double inverse_teacher_T, int side, double g,
-               const RowOut& out, PearsonScratch<R>& w) {
+               const RowOut& out, PearsonScratch<R>& w, F in_double) {
   const bool s = deviations(z.s, z.n, probabilities, inverse_T, w.u);
   const bool t = deviations(z.t, z.n, probabilities, inverse_teacher_T, w.v);
   const Columns<R>& loops = tiles<R>().columns;
@@ -45,19 +48,20 @@ double pearson(const Pair<R>& z, bool probabilities, double inverse_T, double in
   R *u = w.u.data(), *v = w.v.data();
   if (side) std::swap(u, v);
   if (s && t) {
-    u_mean = loops.sum(u, n) / double(n);  // what rounding has left
+    u_mean = loops.sum(u, n) / double(n);  // of probabilities what rounding has left
     v_mean = loops.sum(v, n) / double(n);
     sum = loops.centred(u, v, n, u_mean, v_mean);
   }
   const double noise = probabilities ? 1e-26 * double(n) : 0;  // what probabilities that are equal differ by
   const bool constant = !(sum.uu > noise && sum.vv > noise);
   const double rho = constant ? 0 : sum.uv / std::sqrt(sum.uu) / std::sqrt(sum.vv);
+  if (sizeof(R) == 4 && probabilities && std::fabs(rho) > kNearlyOne) return in_double();
   if (!out.to) return 1 - rho;
   const double scale = probabilities ? g * (side ? inverse_teacher_T : inverse_T) : g;
   const double by_u = constant ? 0 : scale * rho / sum.uu;
   const double by_v = constant ? 0 : -scale / std::sqrt(sum.uu) / std::sqrt(sum.vv);
   if (constant) std::fill_n(u, n, R(0));  // and not what a row without a spread has left there
-  else loops.row_slopes(v, n, by_u, by_v, -by_u * u_mean - by_v * v_mean, probabilities, u);
+  else loops.row_slopes(v, n, by_u, u_mean, by_v, v_mean, probabilities, u);
   out.write(z, w.out, [&](int64_t i) { return u[i]; });  // the softmax's own term is 0: rho knows no scale
   return 1 - rho;
 }

@@ -66,10 +66,10 @@ template <typename R> struct Columns {
   // e = the lesser of exp(log q) of x and exp(log p) of y
   void (*lesser)(const R* x, const Share& q, const R* y, const Share& p, int n, R* e);
   double (*sum)(const R* x, int n);
-  void (*centre)(const R* x, int n, double mean, R* u);
   Products (*centred)(const R* u, const R* v, int n, double u_mean, double v_mean);
   // u = by_u u + by_v v + constant, times 1 + u if it is of probabilities
-  void (*row_slopes)(const R* v, int n, double by_u, double by_v, double constant, bool probabilities, R* u);
+  void (*row_slopes)(const R* v, int n, double by_u, double u_mean, double by_v, double v_mean, bool probabilities,
+                     R* u);
   double (*apart)(const R* x, const R* y, int n);  // the sum of |x - y|
   void (*signs)(const R* x, const R* y, int n, double g, R* d);  // d += g sign(x - y)
 };

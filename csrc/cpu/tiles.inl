@@ -151,7 +151,7 @@ static int lines(const uint16_t* a, const uint16_t* b, int n, const ShortLine* l
 #include "columns.inl"
 
 #define COLUMNS {highest, shares, deviations, add_up, products, slope_sum, class_slopes, lesser, sum_of, \
-                 centre, centred, row_slopes, apart, signs}
+                 centred, row_slopes, apart, signs}
 extern const Tiles<float> f32 = {widen_all, store, peak, top, sums, look, sums_through, spread, through, exp2_all,
                                   lines, elements, COLUMNS};
 extern const Tiles<double> f64 = {widen_all, store, peak, top, sums, look, sums_through, spread, through, exp2_all,

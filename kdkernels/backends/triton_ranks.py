@@ -239,12 +239,10 @@ def spearman_kernel(
     HAS_LABEL: tl.constexpr, HAS_TOP: tl.constexpr, HAS_MASK: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     BINS: tl.constexpr, near=None, also=None, POINTS: tl.constexpr = None, TAPE: tl.constexpr = None,
 ):  # fmt: skip
-    """value[n] and g times the gradient. tables (programs, 2, 65536) are 0, and left so.
-
-    near[n] says that the loss is so near 0 or 2 that the row is to be sorted: its gradient is left out.
-    With POINTS = (K, lanes, whether it has a teacher, covariances) a loss of the log-partition `also` has its value and
-    its gradient: args, program, weight (of rows), stats, coef, value, and two steps from row to row.
-    """
+    """value[n] and g times the gradient, left out where near[n]: a loss so near 0 or 2 that the row is to be sorted.
+    tables (programs, 2, 65536) are 0, and left so. With POINTS = (K, lanes, whether it has a teacher, covariances) a
+    loss of the log-partition has its value and gradient, of `also` = (args, program, weight, stats, coef, value, args
+    and weight from row to row)."""
     me, all = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     here = me * CELLS
     tables, packed_ptr, cells, x = tables + 2 * here, packed_ptr + here, cells + here, floats + 4 * here
