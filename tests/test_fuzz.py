@@ -234,7 +234,7 @@ FLAT = ("AlphaBetaLoss-alpha=0.5-beta=-0.5", torch.full((1, 257), 1e-20, dtype=F
 # A teacher of 16 bits beside a student of float64; gradients that cancel; a student's row without a distribution.
 LINE, SHORT = torch.arange(12, dtype=F64).view(2, 6).sin() * 4, torch.arange(12, dtype=F64).view(2, 6).cos() * 3
 FOUND = [("SkewKLLoss-alpha=0.5-standardize=True", LINE, SHORT.to(F16)), ("LTKDLoss", LINE, SHORT.to(BF16)),
-         ("SinkhornLoss {}", torch.tensor([[-3.0, 3.0], [2, -1]], dtype=BF16), SHORT[:, :2] * 1e3),
+         ("SinkhornLoss {}", torch.tensor([[3.0, -1, -4], [1, -2, -3]], dtype=BF16), SHORT[:, :3].round()),
          ("DISTLoss {'temperature': 2.0}", LINE.masked_fill(LINE[:1] == LINE, -torch.inf), SHORT)]  # fmt: skip
 
 

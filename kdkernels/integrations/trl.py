@@ -57,7 +57,7 @@ def chunked_divergence_loss(student_hidden_states: Tensor, teacher_hidden_states
         (teacher_lm_head_weight, teacher_lm_head_bias, teacher_hidden_states))]  # fmt: skip
     (student, bias), (teacher, teacher_bias) = heads
     labels = torch.where(completion_mask != 0, 0, -100)
-    own = dict(student_logit_scale=student_logit_scale, student_softcap=student_final_logit_softcapping)
+    own: dict[str, Any] = dict(student_logit_scale=student_logit_scale, student_softcap=student_final_logit_softcapping)
     loss = LinearLoss(JSDLoss(beta, temperature=temperature), **own, teacher_logit_scale=teacher_logit_scale,
                       teacher_softcap=teacher_final_logit_softcapping)  # fmt: skip
     value = loss(student_hidden_states, student, teacher_hidden_states.detach(), teacher.detach(), labels,
@@ -82,10 +82,11 @@ class _Entropy(Loss):
 
 def _whole(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     """A head that FSDP2 has cut, gathered; in the dtype of its hidden states, if autocast does not see to that."""
-    weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (weight, bias))
-    if autocast(hidden) is not None:
-        return weight, bias
-    return weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+    given: tuple[Any, Any] = weight, bias
+    whole = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in given]
+    if autocast(hidden) is None:
+        whole = [None if x is None else x.to(hidden.dtype) for x in whole]
+    return whole[0], whole[1]
 
 
 def _one_number(reduction: str, num_items_in_batch) -> bool:
