@@ -1,4 +1,8 @@
-"""Training steps of changing shapes over all losses, and the memory of the process meanwhile.
+"""Training steps over all losses, and the memory of the process meanwhile.
+
+A round is a forward and backward of every loss on logits of a shape and dtype of their own, then of a few losses
+against a `SparseTeacher`, then steps of small students with AdamW, whose gradients `LinearLoss` makes and for which it
+keeps memory from call to call. Their products of matrices take turns among a few shapes: oneDNN keeps kernels of each.
 
     python -m benchmarks.soak --minutes 30      benchmarks/results/soak.json and .png
 
@@ -19,6 +23,7 @@ from .harness import about, save
 
 SAMPLES = 600
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHAPES = (17, 64, 3000), (48, 32, 1024), (64, 64, 8192)  # rows, hidden size, classes of a student
 
 
 def resident() -> int:
@@ -28,18 +33,37 @@ def resident() -> int:
 
 
 def losses() -> list:
-    made = [loss() for name, loss in kd.catalogue().items() if name not in ("GroupedKLLoss", "SinkhornLoss")]
+    made = [loss() for name, loss in kd.catalogue().items() if name != "GroupedKLLoss"]
     sums = kd.ForwardKLLoss() + kd.CrossEntropyLoss(), kd.ForwardKLLoss() + kd.SpearmanLoss(top_k=8)
     return [*made, kd.GroupedKLLoss("label"), *sums]
 
 
-def step(loss, dice: random.Random) -> None:
-    """Forward and backward of logits of a shape of their own. No matmul: oneDNN keeps kernels of each shape."""
+def step(loss, dice: random.Random, sparse: bool = False) -> None:
+    """Forward and backward of logits of a shape of their own."""
     rows, classes, dtype = dice.randint(1, 64), dice.randint(16, 8192), dice.choice(DTYPES)
     bare = isinstance(loss, (kd.CrossEntropyLoss, kd.BrierLoss, kd.LogitMSELoss))
     teacher = None if bare else torch.randn(rows, classes, dtype=dtype)
+    if sparse:
+        teacher = kd.SparseTeacher.from_logits(teacher, dice.randint(1, 15))
     logits = torch.randn(rows, classes, dtype=dtype, requires_grad=True)
     loss(logits, teacher, torch.randint(classes, (rows,))).backward()
+
+
+class Student:
+    """A layer and a head, their optimizer, and a `LinearLoss` of them: all kept from step to step."""
+
+    def __init__(self, loss, rows: int, hidden: int, classes: int):
+        self.layer, self.rows = torch.nn.Linear(hidden, hidden), rows
+        self.head, self.teacher = torch.nn.Linear(hidden, classes), torch.randn(classes, hidden)
+        self.loss = kd.LinearLoss(loss, memory_budget=1 << 20)  # in chunks
+        self.optimizer = torch.optim.AdamW([*self.layer.parameters(), *self.head.parameters()])
+
+    def step(self) -> None:
+        x = torch.randn(self.rows, self.layer.in_features)
+        labels = torch.randint(self.head.out_features, (self.rows,))
+        self.loss(self.layer(x), self.head.weight, x, self.teacher, labels, student_bias=self.head.bias).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 def growth(samples: list[dict]) -> float:
@@ -69,11 +93,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     dice, every, samples, start = random.Random(0), losses(), [], time.monotonic()
+    sparse = [kd.ForwardKLLoss(), kd.JSDLoss(), kd.DKDLoss()]
+    students = [Student(loss(), *shape) for loss in (kd.KDLoss, kd.JSDLoss, kd.SpearmanLoss) for shape in SHAPES]
     count = 0
     while (seconds := time.monotonic() - start) < 60 * options.minutes:
         for loss in every:
             step(loss, dice)
-        count += len(every)
+        for loss in sparse:
+            step(loss, dice, sparse=True)
+        for student in students:
+            student.step()
+        count += len(every) + len(sparse) + len(students)
         if seconds >= 60 * options.minutes * len(samples) / SAMPLES:
             samples.append(dict(step=count, seconds=round(seconds, 2), bytes=resident()))
     found = dict(**about(), minutes=options.minutes, steps=count, losses=len(every),

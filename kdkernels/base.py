@@ -116,7 +116,7 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
         Args:
             student_logits: (..., V), float64, float32, float16 or bfloat16, any strides.
             teacher_logits: (..., V), logits or log-probabilities, a dtype of its own; or what stands in their place, a
-                `SparseTeacher` or a `SharedVocab` of them. Losses that need none ignore it.
+                `SparseTeacher` or a `SharedVocab` of them. Losses that need none ignore it, and its gradient is 0.
             labels: (...) integers; rows at `ignore_index` are left out.
             row_weight: (...) factors of the rows.
             num_items: denominator of "mean", in place of the number of kept rows; 0 where there are none.
@@ -138,8 +138,10 @@ class BaseLoss(nn.Module, metaclass=_PostInit):
             return merged.run(self, student_logits, teacher_logits, labels, row_weight=row_weight, num_items=num_items,
                                temperature=temperature, vocab_size=vocab_size, vocab_mask=vocab_mask)  # fmt: skip
         if group is not None or parallel.is_sharded(student_logits):
-            return parallel.forward(self, group, num_items, *given)
-        return self._evaluate(call.check(self, *given), student_logits, num_items, temperature)
+            value = parallel.forward(self, group, num_items, *given)
+        else:
+            value = self._evaluate(call.check(self, *given), student_logits, num_items, temperature)
+        return value if self._uses.teacher else call.unused(value, teacher_logits)
 
     @torch.no_grad()
     def value_and_grad(

@@ -81,8 +81,16 @@ def _like(name: str, x, student: Tensor | Shaped) -> Tensor:
 def _constant(name: str, x: Tensor) -> None:
     if x.dtype == torch.bool or x.is_complex():
         raise TypeError(f"{name} must be real numbers, got {_name(x.dtype)}")
-    if x.requires_grad and torch.is_grad_enabled():
+    if x.requires_grad:
         raise ValueError(f"{name} requires grad, but no gradient flows to it; pass {name}.detach()")
+
+
+def unused(value: Tensor, teacher: Any) -> Tensor:
+    """The value, whose gradient for a teacher that the loss does not look at is 0, and not None."""
+    if not isinstance(teacher, Tensor) or not teacher.requires_grad:
+        return value
+    own = teacher.to_local() if hasattr(teacher, "to_local") else teacher  # type: ignore[operator]
+    return value + own[..., :0].sum().to(value.dtype)
 
 
 def check(loss: BaseLoss, student, teacher, labels, row_weight, temperature, vocab_size, vocab_mask) -> Rows:
@@ -106,7 +114,7 @@ def check(loss: BaseLoss, student, teacher, labels, row_weight, temperature, voc
                              f"got {tuple(teacher.shape)}")  # fmt: skip
         if teacher.device != student.device:
             raise ValueError(f"teacher_logits must be on student_logits' device {student.device}, got {teacher.device}")
-        if not loss._uses.teacher:  # one signature for all losses, and no gradient from those that do not look at it
+        if not loss._uses.teacher:  # one signature for all losses
             teacher = None
     labels, vocab_mask, row_weight = check_rows(loss, student, vocab, labels, row_weight, temperature, vocab_mask)
     if loss.standardize:  # the gradient is a sum of two (through the row and its deviation): rounded once, at the end
@@ -224,6 +232,8 @@ def _inverse_deviations(loss: Loss, rows: Rows) -> list[Tensor]:
     kept = None if rows.labels is None else rows.labels != loss.ignore_index
     labels = None if kept is None else torch.where(kept, ELSEWHERE, deviation.ignore_index)
     sides = [x for x in (rows.student, rows.teacher) if x is not None]
+    if rows.student.dtype == torch.float64:  # float64 throughout: a narrower teacher's deviation would be rounded
+        sides = [x.double() for x in sides]
     alone = [rows._replace(student=x, teacher=None, labels=labels, weight=None) for x in sides]
     return [x.reshape(-1).to(torch.float64) for x in deviation.each(alone)]
 

@@ -164,7 +164,9 @@ def _by_definition(rows: call.Rows, keep: Tensor | None, T) -> Tensor:
     live = (((s != -math.inf) | (t != -math.inf)) & (some > 0)).any(0)
     u, v = (_relative(x.log_softmax(-1), some) for x in (s, t))
     noise = some.sum() * EQUAL**2
-    return torch.where(live, 1 - correlation(u, v, 0, (noise, noise)), 0.0).sum() / live.sum().clamp(min=1)
+    value = torch.where(live, 1 - correlation(u, v, 0, (noise, noise)), 0.0).sum() / live.sum().clamp(min=1)
+    nothing = ((s == -math.inf).all(-1) | (t == -math.inf).all(-1)) & (some[:, 0] > 0)
+    return torch.where(nothing.any(), math.nan, value)  # a row without a distribution
 
 
 def _relative(log_q: Tensor, some: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class AKLLoss(Loss):
         self.mu = mu
 
     def check(self):
-        check_number("mu", self.mu, above=0, most=1)
+        check_number("mu", self.mu, above=0, below=1)  # at 1 rounding would say which classes are the tail
 
     def points(self):
         return Q, P, Point(student=0.5, given=True)  # whose coefficient is w

@@ -76,6 +76,7 @@ class LTKDLoss(GroupedKLLoss):
                 total.index_add_(0, groups, p.sum(0))
             shift = torch.where(total > 0, total, 1.0).log()[groups]  # a group that nobody has has no class to move
             shift = torch.nn.functional.pad(shift, (0, teacher.shape[-1] - rows.vocab)) / inverse
-        wide = torch.promote_types(teacher.dtype, torch.float32)
+        least = torch.float64 if rows.student.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(teacher.dtype, least)
         shift = shift.view(*(teacher.shape[:-1] if len(shift) > 1 else ()), -1)
         return teacher.to(wide) - shift.to(wide)

@@ -90,13 +90,15 @@ def all_or_nothing(attributes: dict):
         raise
 
 
-def check_number(name: str, value: Any, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf):
-    """A finite number in (above, inf) and [least, most]; a bool, a string or NaN raises."""
+def check_number(name: str, value: Any, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf,
+                 below: float = math.inf):  # fmt: skip
+    """A finite number in (above, below) and [least, most]; a bool, a string or NaN raises."""
     if isinstance(value, bool) or not isinstance(value, REAL):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    if not (-math.inf < value < math.inf and above < value and least <= value <= most):  # torch.compile knows these
+    if not (-math.inf < value < math.inf and above < value < below and least <= value <= most):  # torch.compile knows
         low = f"> {above:g}" if above > -math.inf else f">= {least:g}" if least > -math.inf else "finite"
-        raise ValueError(f"{name} must be {low}{f' and <= {most:g}' if most < math.inf else ''}, got {value!r}")
+        high = f" and < {below:g}" if below < math.inf else f" and <= {most:g}" if most < math.inf else ""
+        raise ValueError(f"{name} must be {low}{high}, got {value!r}")
     return value
 
 

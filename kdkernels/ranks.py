@@ -39,8 +39,9 @@ class SpearmanLoss(Comparison):
     their bits, exactly. Longer float32 rows go through uniform bins with interpolation, at least 4096 of them and 32 to
     a bandwidth a (2^14 for the teacher): the gradient then errs by less than 1e-3 of its norm. Rows where it would be
     more are sorted: of heavy tails, or of a loss within 256 / V of 0 or 2. On a GPU they go through cells 2^-11
-    deviations wide where most classes are, with about that error (2e-3 where the loss is 0.002), and are sorted at
-    tau < 0.02.
+    deviations wide where most classes are, with the same bound; all are sorted at tau < 0.02, and those of a loss
+    within 256 / V of 0 or 2 by a second launch, which looks for them itself, so that the host waits for nothing. Such a
+    row moves about ten times the bytes.
 
     Args:
         tau: bandwidth > 0 in standard deviations of the row.

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import call
+from . import backends, call
 from .base import BaseLoss
 from .compare import Comparison
 from .compose import SumLoss, Weighted, checked_weight, joins, shared
@@ -35,9 +35,10 @@ class MixedSumLoss(Weighted, BaseLoss):
     Value and gradients are those of the losses one by one. On the C++ backend losses of the log-partition and losses
     that compare rows (`SpearmanLoss`, `KendallLoss`, `PlackettLuceLoss`, `PearsonLoss`) take turns row by row, so that
     the logits are read from memory once and one gradient is written: for a reduced loss, when only the student wants a
-    gradient, neither in float16 nor under torch.compile. On Triton so are those of the log-partition and one
-    `SpearmanLoss` of all classes of long rows. All others, and all losses on other backends, are computed one after the
-    other, as those of vocabulary shards are, each with collectives of its own. The terms keep options of their own,
+    gradient, neither in float16 nor under torch.compile. On a GPU so are those of the log-partition and one
+    `SpearmanLoss` of all classes of long rows, by Triton, also where the other losses run in CUDA C++. All others are
+    computed one after the other, as those of vocabulary shards are, each with collectives of its own, and as all losses
+    are on the reference backend and where "cuda" was asked for by name. The terms keep options of their own,
     which may change; reduction and ignore_index are those of the sum, which the terms have to agree on.
 
     Args:
@@ -111,11 +112,12 @@ class MixedSumLoss(Weighted, BaseLoss):
             return None, every
         single = self._reducing(single)
         alone = rows if single._uses.teacher else rows._replace(teacher=None)
-        backend, operators = single._pick(rows.student, alone.teacher)
-        if not hasattr(backend, "TOGETHER") or operators.elements:
+        operators = single._pick(rows.student, alone.teacher)[1]
+        together = backends.kernels("TOGETHER", rows.student, rows.teacher)
+        if together is None or operators.elements:
             return None, every
         kinds = [(others[k][1].kind, others[k][1].settings()) for k in places]
-        step, taken = backend.TOGETHER(rows.student, rows.teacher, rows.vocab, kinds)
+        step, taken = together(rows.student, rows.teacher, rows.vocab, kinds)
         if not taken:
             return None, every
         *_, program, args, weight, divisor = single._prepared(alone, num_items, temperature)

@@ -21,8 +21,8 @@ class SinkhornLoss(RankLoss):
 
     P is exp(-C / epsilon), its rows and then its columns divided by their sums, `iterations` times. The gradient goes
     through P, to the teacher as well. Torch computes it, in float32 for logits of 32 bits or less (sums and P in
-    float64; C has C++ kernels on a CPU), some of the classes at a time and once more in the backward: in memory of N^2;
-    row_weight is refused.
+    float64; C has C++ kernels on a CPU), some of the classes at a time and once more in the backward: in memory of N^2
+    and of a copy of narrower logits; row_weight is refused.
 
     Args:
         temperature: T > 0 of both softmaxes.
@@ -56,7 +56,10 @@ class SinkhornLoss(RankLoss):
         if not rows.student.numel():
             return (rows.student.sum() + rows.teacher.sum()).to(call.result_dtype(student_logits))
         T = self.temperature if temperature is None else temperature
-        T = T.reshape(-1, 1) if isinstance(T, Tensor) and T.dim() else T
+        if isinstance(T, Tensor) and T.dim():
+            if self.t_squared:
+                raise ValueError("temperature must be one number for t_squared: the rows of a batch share the factor")
+            T = T.reshape(-1, 1)
         keep = None if rows.labels is None else rows.labels != self.ignore_index
         cost = _cost(rows, keep, T)
         some = torch.ones_like(cost[:, 0]) if keep is None else keep.to(cost.dtype)
@@ -75,11 +78,11 @@ def _cost(rows: call.Rows, keep: Tensor | None, T) -> Tensor:
     double = any(x.dtype == torch.float64 for x in pair) or backend.__name__.endswith("reference")
     kernels = None if double else getattr(backend, "DISTANCES", None)
     step = max(4 * CLASSES // max(len(pair[0]), 1), 1)
+    pair = [x.to(torch.float64 if double else torch.float32) for x in pair]  # gradients of pieces add up in that
     pieces = list(zip(*(x.split(step, -1) for x in pair), strict=True))
     masks = [None] * len(pieces) if rows.mask is None else rows.mask.split(step)
 
     def scaled(x, mask):
-        x = x.to(torch.float64 if double else torch.float32)
         x = x if mask is None else torch.where(mask, x, -math.inf)
         x = x if keep is None else torch.where(keep[:, None], x, 0.0)
         return x / (T.to(x.dtype) if isinstance(T, Tensor) else T)

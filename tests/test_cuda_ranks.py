@@ -68,9 +68,13 @@ def test_clusters_and_forms_agree_to_the_bit():
 
 
 def test_rows_that_the_window_does_not_hold():
-    s, t = batch(5, 4100, BF16)
+    """Of single numbers beyond it, and of many that differ and share its first or its last bin."""
+    s, t = batch(8, 4100, BF16)
     s[1, 7], t[2, 9], s[3, 11] = 300.0, 1e-9, -1e-12
     t[4, 5] = torch.nan
+    t[5, :1500], t[5, 1500:3000] = 1e-9, 2e-9
+    s[6, :700], s[6, 700:1500] = 300.0, 400.0
+    s[7, :800], s[7, 800:1500], t[7, ::3], t[7, 1::3] = -3e-9, 1e-9, -400.0, -300.0
     found, exact, cluster = compare(s, t)
     assert cluster == 4
     check(found, exact, BF16)

@@ -274,3 +274,70 @@ def test_trls_divergence_is_ours(name, beta, call, monkeypatch):
     kd.backends.calls.clear()
     theirs.generalized_jsd_loss(s, t, **arguments)
     assert not kd.backends.calls
+
+
+def steps_of(name, folder):
+    """Two steps of TRL's trainer on the CPU -> what it logged of them, and the student's weights."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(V - 3))])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    tokens.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    says = lambda i, role: dict(role=role, content=" ".join(f"w{(7 * i + k) % 90}" for k in range(3 + i % 4)))  # noqa: E731
+    if name == "GKDTrainer":
+        data = dict(messages=[[says(i, "user"), says(i + 9, "assistant")] for i in range(8)])
+        options = dict(lmbda=0.0, max_length=32)
+    else:
+        data, options = dict(prompt=[[says(i, "user")] for i in range(8)]), dict(max_completion_length=6, beta=0.5)
+    module = dict(GKDTrainer="trl.experimental.gkd", DistillationTrainer="trl")[name]
+    made, config = (getattr(importlib.import_module(module), x) for x in (name, name.replace("Trainer", "Config")))
+    args = config(output_dir=str(folder), per_device_train_batch_size=4, max_steps=2, learning_rate=1e-2, report_to=[],
+                  use_cpu=True, bf16=False, gradient_checkpointing=False, logging_steps=1, save_strategy="no",
+                  disable_tqdm=True, seed=0, **options)  # fmt: skip
+    one = made(model=model(16, 0), teacher_model=model(24, 1), args=args, train_dataset=Dataset.from_dict(data),
+               processing_class=tokens)  # fmt: skip
+    one.train()
+    logged = [{k: x[k] for k in ("loss", "entropy") if k in x} for x in one.state.log_history if "loss" in x]
+    return logged, [x.detach() for x in one.model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["GKDTrainer", "DistillationTrainer"])
+def test_trls_trainers_train_the_same_with_our_losses(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    theirs, their_weights = steps_of(name, tmp_path)
+    assert ours.patch()
+    try:
+        kd.backends.calls.clear()
+        mine, my_weights = steps_of(name, tmp_path)
+        assert kd.backends.calls
+    finally:
+        ours.unpatch()
+    assert len(mine) == 2 and mine[0]["loss"] > 0 and (name == "GKDTrainer" or mine[0]["entropy"] > 0)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    for a, b in zip(my_weights, their_weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("call", [
+    {}, dict(num_items_in_batch=torch.tensor(7)),
+    dict(student_logit_scale=0.3, teacher_final_logit_softcapping=2.0, temperature=1.5),
+    dict(student_final_logit_softcapping=3.0, teacher_logit_scale=2.0)], ids=str)  # fmt: skip
+def test_trls_chunked_divergence_is_ours(beta, call):
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss as theirs
+
+    g = torch.Generator().manual_seed(0)
+    shapes = (2, 5, 8), (2, 5, 6), (11, 8), (11, 6), (11,), (11,)
+    h, ht, w, wt, b, bt = (torch.randn(*shape, generator=g) for shape in shapes)
+    mask, leaves = torch.rand(2, 5, generator=g) < 0.6, [x.requires_grad_() for x in (h, w, b)]
+    found = []
+    for of in (theirs, ours.chunked_divergence_loss):
+        value, entropy, count = of(h, ht, w, wt, mask, beta, student_lm_head_bias=b, teacher_lm_head_bias=bt, **call)
+        found.append((value, entropy, count, *torch.autograd.grad(value, leaves)))
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-6)

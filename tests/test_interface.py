@@ -69,6 +69,19 @@ def test_a_wrong_call_says_which_argument(error, message, call):
         call(kd.ForwardKLLoss())
 
 
+@pytest.mark.parametrize("name", ["row_weight", "temperature", "num_items"])
+def test_a_number_that_requires_grad_is_refused(name):
+    """Under no_grad too, as in value_and_grad: a call that cannot be trained is not one to evaluate either."""
+    given = {name: torch.ones(() if name == "num_items" else 4, requires_grad=True)}
+    for loss in (kd.ForwardKLLoss(), kd.JSDLoss(), kd.AKLLoss(), kd.ULDLoss(), kd.SpearmanLoss(),
+                 kd.ForwardKLLoss() + kd.CrossEntropyLoss(), kd.ForwardKLLoss() + kd.SpearmanLoss()):  # fmt: skip
+        for call in (loss, loss.value_and_grad, loss.with_metrics, torch.no_grad()(loss.__call__)):
+            for teacher in (T, kd.SparseTeacher.from_logits(T, 3, tail="renormalise")):
+                if teacher is T or call != loss.with_metrics:
+                    with pytest.raises(ValueError, match=rf"{name} requires grad.*pass {name}\.detach\(\)"):
+                        call(S, teacher, torch.full((4,), -100), **given)
+
+
 BAD_OPTIONS = [
     ("ForwardKLLoss", "temperature", -1.0),
     ("ForwardKLLoss", "temperature", 0.0),
@@ -157,13 +170,15 @@ def test_missing_labels_are_put_down_to_what_needs_them():
 
 @on_every_backend
 def test_a_teacher_that_is_not_needed_is_ignored(backend):
-    """One call serves a loop over losses."""
-    s, t = S.clone().requires_grad_(), T.clone().requires_grad_()
-    with only(backend):
-        for loss in (kd.BrierLoss(), kd.ForwardKLLoss(kd_weight=0.0, ce_weight=1.0)):
+    """One call serves a loop over losses. Nothing depends on the teacher: its gradient is 0."""
+    for loss in (kd.BrierLoss(), kd.BrierLoss(reduction="none"), kd.LogitMSELoss(), kd.CrossEntropyLoss(),
+                 kd.KDLoss(alpha=0.0), kd.CrossEntropyLoss() + kd.BrierLoss()):  # fmt: skip
+        s, t = S.clone().requires_grad_(), T.double().requires_grad_()
+        with only(backend):
             value = loss(s, t, Y)
-            value.backward()
-            assert t.grad is None and torch.equal(value, loss(s, None, Y))
+            value.sum().backward()
+            assert value.dtype == F32
+            assert t.grad.shape == t.shape and not t.grad.any() and torch.equal(value, loss(s, None, Y))
 
 
 @on_every_backend

@@ -5,6 +5,7 @@ import gc
 import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ import textbook_ranks
 import torch
 import torch.distributed.fsdp
 import torch.nn.functional as F
-from accuracy import BF16, F16, F32, F64, SAMPLE, Jeffreys, has_kernels, make, only, rms
+from accuracy import BF16, F16, F32, F64, SAMPLE, Jeffreys, SquaredDistance, has_kernels, make, only, rms
 from allocations import Widest, allocations
 from textbook import CASES
 from torch import Tensor
@@ -139,12 +140,20 @@ def test_triton(case):
     same(got, plain(make(case), x), 1e-5)
 
 
+OF_ONES_OWN = [Jeffreys, SquaredDistance, partial(kd.GroupedKLLoss, torch.arange(V) % 3, within=0.5),
+               partial(kd.GroupedKLLoss, "label", balanced=True)]  # fmt: skip
+
+
 @NATIVE
-def test_a_loss_of_ones_own(backend):
-    with only(backend):
-        for reduction in ("mean", "none"):
-            loss = Jeffreys(temperature=2.0, reduction=reduction)
-            same(fused(loss, batch(), chunk=4), plain(loss, batch()))
+@pytest.mark.parametrize("make_it", OF_ONES_OWN, ids=["points", "separable", "groups of classes", "groups by label"])
+def test_a_loss_of_ones_own(make_it, backend):
+    x, call = batch(), dict(row_weight=torch.linspace(0, 2, N))
+    for reduction, weight in (("mean", None), ("none", torch.linspace(-1, 1, N))):
+        loss = make_it(temperature=2.0, ce_weight=0.5, reduction=reduction)
+        with only(backend):
+            want = plain(loss, x, call, weight, **OPTIONS)
+            for chunk in (1, 4, "auto"):
+                same(fused(loss, x, call, weight, chunk=chunk, **OPTIONS), want)
 
 
 class PerRow(kd.Loss):
@@ -698,6 +707,40 @@ def test_the_chunk_is_what_the_budget_holds(options, room):
         with counter:
             linear(x.hidden, x.head, x.t_hidden, x.t_head)
         assert counter.count == 4 * chunks
+
+
+class Passes(torch.utils._python_dispatch.TorchDispatchMode):
+    """How many operators read or write a tensor of this many elements; views and allocations do neither."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.seen = numel, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        if any(x.numel() == self.numel for x in tensors) and not (func.is_view or "empty" in str(func)):
+            self.seen.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_few_rows_are_one_chunk_by_default(dtype):
+    """Each head is read, and the gradient of one written, as often as in plain torch, and the products are its own."""
+    n, v, h, g = 64, 32000, 1024, torch.Generator().manual_seed(0)
+    hidden, head, t_hidden, t_head = (torch.randn(*shape, generator=g).to(dtype) for shape in 2 * ((n, h), (v, h)))
+    own, found = (hidden.requires_grad_(), head.requires_grad_()), []
+
+    def plain(*own):
+        s, t = F.linear(*own).log_softmax(-1), F.linear(t_hidden, t_head).log_softmax(-1)
+        return F.kl_div(s, t, reduction="batchmean", log_target=True)
+
+    for function in (plain, lambda *own: kd.LinearLoss(kd.ForwardKLLoss())(*own, t_hidden, t_head)):
+        passes, products = Passes(v * h), Count()
+        with passes, products:
+            torch.autograd.grad(function(*own), own)
+        found.append((len(passes.seen), products.count))
+    assert found[1] == found[0] == (4, 4), passes.seen
 
 
 class Batchwise(Jeffreys):

@@ -54,14 +54,27 @@ def test_equal_to_scipy(kind, V, dtype, backend):
     np.testing.assert_allclose(tau, scipy_of(scipy.stats.kendalltau, a, b), rtol=0, atol=4e-15)
 
 
+def equal_to_scipy(a, b, backends):
+    ranks = scipy.stats.rankdata(a.double().numpy(), axis=-1)
+    exact = [scipy_of(theirs, a, b) for _, theirs in PAIRS]
+    for backend in backends:
+        with only_metric(backend):
+            np.testing.assert_array_equal(metrics.rankdata(a), ranks)
+            for (ours, _), want in zip(PAIRS, exact, strict=True):
+                np.testing.assert_allclose(ours(a, b), want, rtol=0, atol=4e-15)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("V", [32000, 32768, 50257, 128256, 262144])
 def test_equal_to_scipy_over_a_vocabulary(V, dtype):
-    a, b = rows("random", V, dtype, N=1)
-    with only("cpu"):
-        np.testing.assert_array_equal(metrics.rankdata(a), scipy.stats.rankdata(a.double().numpy(), axis=-1))
-        for ours, theirs in PAIRS:
-            np.testing.assert_allclose(ours(a, b), scipy_of(theirs, a, b), rtol=0, atol=4e-15)
+    equal_to_scipy(*rows("random", V, dtype, N=1), ["cpu"])
+
+
+@pytest.mark.parametrize("V, dtype", [(32768, F32), (262144, BF16)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_to_scipy_over_a_vocabulary_of_every_kind(kind, V, dtype):
+    """The kernels, and what torch computes elsewhere, on a GPU too."""
+    equal_to_scipy(*rows(kind, V, dtype, N=1), ["cpu", "reference"])
 
 
 @pytest.mark.parametrize("V", [2**20, 2**20 + 1])

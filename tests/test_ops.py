@@ -1,7 +1,10 @@
 """The operators under autograd, torch.compile, threads, and a gradient that is asked for twice."""
 
 from collections import defaultdict
+from contextlib import contextmanager
 from functools import cache
+from itertools import count
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ NATIVE = pytest.mark.parametrize("backend", ["reference", "cpu"])
 # They hold a mixture or weights constant: their gradient is not the derivative of the value.
 CONSTANT = {"TAIDLoss", "AKLLoss"}
 TRUE_GRADIENT = [c for c in CASES if c.name not in CONSTANT and not c.options.get("detach_mixture")]
+FROZEN = [c for c in CASES if c not in TRUE_GRADIENT or c.options.get("detach_weight")]
 BY_NAME = list({c.name: c for c in CASES}.values())
 
 
@@ -115,6 +119,42 @@ def test_gradcheck(case, backend):
     with only(backend):
         for loss in (make(case, reduction="mean"), make(case, reduction="none")):
             assert gradcheck(lambda *logits: loss(*logits, labels=y, row_weight=weight), logits)  # noqa: B023
+
+
+@contextmanager
+def held(constants):
+    """Whatever is detached is what it was the first time, kept in a list."""
+    turn, detach = count(), torch.Tensor.detach
+
+    def again(x):
+        if (k := next(turn)) == len(constants):
+            constants.append(detach(x).clone())
+        return constants[k]
+
+    with patch.object(torch.Tensor, "detach", again):
+        yield
+
+
+@pytest.mark.parametrize(
+    "backend, case", [(b, c) for b in ("reference", "cpu") for c in FROZEN if has_kernels(c, b)], ids=str
+)
+def test_gradcheck_with_what_is_constant_held(case, backend):
+    """The gradient is the derivative of the textbook's function in which a mixture or weights do not move."""
+    s, t, y = batch(3, 5, seed=3)
+    y = y.index_fill(0, torch.tensor([1]), -100)
+    call, constants = dict(row_weight=torch.tensor([0.5, 1.0, 2.0])), []
+    logits = s.clone().requires_grad_(), t.clone().requires_grad_()
+
+    def function(*logits, reduction):
+        value = make(case, reduction=reduction)(*logits, labels=y, **call)
+        with held(constants):
+            moved = case.loss(*logits, y, reduction=reduction, **call)
+        return value - value.detach() + moved.detach()  # the value of one, the gradient of the other
+
+    with only(backend):
+        for reduction in ("mean", "none"):
+            function(*logits, reduction=reduction)
+            assert constants and gradcheck(lambda *logits: function(*logits, reduction=reduction), logits)  # noqa: B023
 
 
 @pytest.mark.parametrize("case", TRUE_GRADIENT, ids=str)

@@ -17,10 +17,10 @@ from compiled import ROOT, compiled, key_of
 NAME = "Triton"
 CAPABILITIES = (80, 90, 100)
 ROW = "n s_a s_b t_a t_b args_row B vocab ignore width grad_row weight_row scale_row N K k count room G".split()
-KINDS = dict(high="fp32", low="fp32", tau="fp32", mask_ptr="*u8", done_ptr="*i32", cells="*i32", ints="*i32")
+KINDS = dict(high="fp32", low="fp32", tau="fp32", mask_ptr="*u8", near="*i8", done_ptr="*i32", cells="*i32")
 KINDS |= dict.fromkeys(("total_ptr", "factor_ptr", "floats"), "*fp32")
 KINDS |= dict.fromkeys(("label_ptr", "classes_ptr", "sorted_ptr", "order_ptr", "top_ptr", "packed_ptr"), "*i64")
-KINDS |= dict.fromkeys(("group_ptr", "start_ptr"), "*i64")
+KINDS |= dict.fromkeys(("group_ptr", "start_ptr"), "*i64") | dict(ints="*i32")
 KINDS |= dict.fromkeys(("tables", "longs"), "*i64") | dict(also=("*fp64",) * 6 + ("i32", "i32"))
 
 
@@ -48,6 +48,7 @@ def _rank_variants():
     for dtype in ("bf16", "fp32"):
         bins, warps = triton_compare.TILES["spearman"]
         tile = dict(BY_BITS=dtype == "bf16", HALF=(False, False), BINS=bins)
+        tile |= dict(near=None) if dtype == "bf16" else {}
         alone = dict(also=None, POINTS=None, TAPE=None, BLOCK=triton_compare.widest(dtype == "bf16", False))
         yield f"spearman {dtype}", spearman_kernel, dtype, alone | tile | some, warps
         tile["BLOCK"] = triton_compare.widest(dtype == "bf16", True)
@@ -59,6 +60,7 @@ def _rank_variants():
     yield "pearson", pearson_kernel, "bf16", dict(PROBS=True, SIDE=0, BLOCK=2048, **row), 8
     for name, kernel, dtype, constants in (
         ("spearman_sorted", spearman_sorted_kernel, "fp32", some),
+        ("spearman_sorted", spearman_sorted_kernel, "bf16", dict(near=None, **some)),
         ("top", top_kernel, "bf16", dict(LOWEST=16, HAS_MASK=True)),
         ("plackett", plackett_kernel, "bf16", dict(TEACHER=True, **some)),
         ("kendall", kendall_kernel, "bf16", dict(ALL=True, **some)),

@@ -54,6 +54,23 @@ def test_wide_rows_of_spearman(dtype, kind, tau, bound):
     assert distance(found.value, exact[0]) <= bound and distance(found.out, exact[1]) <= bound
 
 
+@pytest.mark.parametrize("size, sign, power, tau", [
+    (0.32, 1, 1, 0.1), (0.32, -1, 3, 0.03), (0.1, 1, 1, 0.1), (0.1, -1, 3, 1.0), (0.03, 1, 3, 0.03), (0.03, -1, 1, 0.1),
+], ids=str)  # fmt: skip
+def test_wide_float32_rows_that_nearly_agree_or_disagree(size, sign, power, tau):
+    """The gradient is small there, what cells add to it is not: such rows are sorted, and no others of the launch."""
+    g = torch.Generator().manual_seed(0)
+    t, noise = torch.randn(2, 2, WIDE, generator=g)
+    s = sign * (t + torch.tensor([[size], [0.5]]) * noise) ** power
+    found, exact = wide(kd.SpearmanLoss(tau=tau, reduction="none"), s, t**power)
+    with kd.use_backend("triton"):
+        value = kd.SpearmanLoss(tau=tau, reduction="none")(s, t**power)
+    assert torch.equal(value, found[0])
+    for row in range(2):
+        bound = 1e-5 if torch.minimum(exact[0][row], 2 - exact[0][row]) * WIDE < 256 else 1e-3
+        assert distance(found[0][row], exact[0][row]) <= bound and distance(found[1][row], exact[1][row]) <= bound, row
+
+
 def test_wide_rows_of_two_dtypes_and_the_exact_option():
     s, t = batch(2, WIDE, F32, seed=7)
     found, exact = wide(kd.SpearmanLoss(), s, t.to(BF16))
@@ -113,7 +130,7 @@ def test_traps_of_wide_rows(dtype):
     torch.testing.assert_close(found[0].double(), value, rtol=1e-3, atol=1e-4, equal_nan=True)
     assert found[0][2:4].isnan().all() and found[1][2:4].isnan().all()
     assert (found[0][:2] == 1).all() and (found[1][:2] == 0).all() and (found[1][4, 1000:3000] == 0).all()
-    assert distance(found[1][4:], gradient[4:]) <= max(2e-3, CORNERS[dtype])
+    assert distance(found[1][4:], gradient[4:]) <= max(1e-3, CORNERS[dtype])
 
 
 def test_ties_at_the_edge_of_top_k_go_to_the_first():

@@ -5,11 +5,13 @@ from functools import cache
 
 import pytest
 import torch
+import triton.language as tl
 from accuracy import BF16, CASES, F16, F32, F64, make, only
 from test_ranks import batch, distance
 from textbook_ranks import CASES as OF_RANKS
 
 import kdkernels as kd
+from kdkernels.backends import triton_ranks
 from kdkernels.backends.triton import triton_compare, triton_together
 
 V, N, SHARE = 1100, 4, 100.0  # two tiles or three; Spearman's gradient is about as long as the others' with this weight
@@ -27,6 +29,7 @@ CALLS = {
 @pytest.fixture(autouse=True)
 def histograms(monkeypatch):
     monkeypatch.setattr(triton_compare, "SORTED", 400)
+    monkeypatch.setattr(triton_ranks, "LEAST_LOSS", tl.constexpr(20))  # of so few classes all float32 rows were sorted
 
 
 def logits(dtypes, holes=False):
@@ -54,9 +57,9 @@ def exact(case, dtypes, call):
     return value.detach() + SHARE * (weight * own).sum(), gradient + SHARE * weight[:, None] * slopes
 
 
-def run(loss, s, t, labels=LABELS, by=1.0, **call):
+def run(loss, s, t, labels=LABELS, by=1.0, backend="triton", **call):
     s, before = s.clone().requires_grad_(), Counter(kd.backends.calls)
-    with only("triton"):
+    with only(backend):
         value = loss(s, t, labels, **call)
         (by * value).backward()
     return value.detach(), s.grad, kd.backends.calls - before
@@ -68,7 +71,7 @@ def test_a_sum_in_one_launch(first, call):
     """Each loss in each call, and in each pair of dtypes."""
     case, dtypes, call = FIRST[first], DTYPES[(first + call) % len(DTYPES)], list(CALLS)[call]
     value, gradient, calls = run(make(case) + SHARE * kd.SpearmanLoss(), *logits(dtypes), **CALLS[call])
-    assert calls == {("triton", "together"): 1, ("triton", "rescale"): 1}
+    assert calls == (TOGETHER if F32 in dtypes else TOGETHER - LOOKS)
     want = exact(case, dtypes, call)
     if dtypes[0] == F32:  # cells of Spearman's histograms
         assert abs(value - want[0]) <= 1e-3 * want[0].abs() and distance(gradient, want[1]) <= 1e-3
@@ -80,7 +83,8 @@ def test_a_sum_in_one_launch(first, call):
 
 
 KL, CE, RANKS = kd.ForwardKLLoss(temperature=2.0, ce_weight=0.3), kd.CrossEntropyLoss(0.1), kd.SpearmanLoss()
-TOGETHER = {("triton", "together"): 1, ("triton", "rescale"): 1}
+LOOKS = Counter({("triton", "spearman_sorted"): 1})  # for float32 rows whose loss is near 0 or 2
+TOGETHER = Counter({("triton", "together"): 1, ("triton", "rescale"): 1}) + LOOKS
 
 
 def one_by_one(terms, s, t, *labels, **call):
@@ -105,6 +109,19 @@ def test_traps(first):
         near = dict(rtol=1e-5, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
         torch.testing.assert_close(value, want[0], atol=1e-6, **near)
         torch.testing.assert_close(gradient, want[1], atol=1e-8, **near)
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32)], ids=str)
+def test_rows_that_nearly_agree_are_sorted(dtypes):
+    """Their gradient by ranks is added to what is there; the others of the launch are not touched."""
+    s, t = logits(dtypes)
+    s[1], s[3] = t[1] + 0.03 * s[1], -t[3]
+    want = run(KL + SHARE * RANKS, s.double(), t.double(), backend="reference")
+    value, gradient, calls = run(KL + SHARE * RANKS, s, t)
+    assert calls == TOGETHER
+    torch.testing.assert_close(value.double(), want[0], rtol=1e-4, atol=0)
+    for row, bound in ((0, 1e-3), (1, 1e-5), (3, 1e-5)):
+        assert distance(gradient[row], want[1][row]) <= max(bound, 1.5 * torch.finfo(dtypes[0]).eps), row
 
 
 def test_the_gradient_again_multiplied_and_in_a_buffer():
@@ -152,6 +169,25 @@ def test_what_goes_one_by_one(terms, kernels):
     want = one_by_one(terms, s, t)
     torch.testing.assert_close(value, want[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, want[1], rtol=1e-5, atol=1e-7)
+
+
+def test_cuda_has_it_from_triton_unless_it_was_asked_for(monkeypatch):
+    """On a GPU with CUDA C++ kernels, which have a step of their own and no such sweep."""
+    case, call, (s, t) = FIRST[0], "plain", logits((BF16, BF16))
+    want, slope = exact(case, (BF16, BF16), call)
+    with monkeypatch.context() as patch:
+        patch.setattr(kd.backends, "pick", lambda *_logits: kd.backends._load("cuda"))
+        found = {}
+        for options in ({}, dict(top_k=64)):
+            leaf, before = s.clone().requires_grad_(), Counter(kd.backends.calls)
+            value = (make(case) + SHARE * kd.SpearmanLoss(**options))(leaf, t, LABELS)
+            value.backward()
+            found[len(options)] = value.detach(), leaf.grad, set(kd.backends.calls - before)
+    assert found[0][2] == {("triton", "together")}
+    assert found[1][2] == {("cuda", "step"), ("triton", "top"), ("triton", "spearman_sorted")}
+    assert abs(found[0][0] - want) <= 1e-6 * want and distance(found[0][1], slope) <= torch.finfo(BF16).eps
+    with kd.use_backend("cuda"), pytest.raises(kd.BackendUnavailable, match="'cuda' has no kernels for rank losses"):
+        (KL + RANKS)(s.requires_grad_(), t, LABELS)
 
 
 def test_float16_waits_for_the_factor():

@@ -172,6 +172,20 @@ def rank_losses(kd, device, N, V):
             assert abs(value - want) <= 1e-4 and error <= bound, f"{loss!r} {dtype}: {value - want:.1e} {error:.1e}"
 
 
+def metrics(kd, device, N, V):
+    """The exact rank metrics of random, tied and constant rows, of infinities and both zeros: those of the CPU."""
+    for dtype in (BF16, F32):
+        a, b, _ = pair(device, 6, V, dtype)
+        a[1], b[1], a[2], a[3, ::2], b[3, 1::3] = a[1].round(), b[1].round(), 1.5, -torch.inf, torch.inf
+        a[4], b[5, V // 2] = torch.where(b[4] > 0, 0.0, -0.0), torch.nan
+        for name in kd.metrics.__all__:
+            rows = (a,) if name == "rankdata" else (a, b)
+            found = getattr(kd.metrics, name)(*rows)
+            with kd.use_backend("cpu"):
+                want = getattr(kd.metrics, name)(*(x.cpu() for x in rows))
+            torch.testing.assert_close(found.cpu(), want, rtol=0, atol=4e-15, equal_nan=True)
+
+
 def more_than_2_31_logits(kd, device, N, V):
     s, t, y = pair(device, 17000, 128256)
     _, gradient = kd.KDLoss(reduction="sum").value_and_grad(s, t, y)
@@ -241,7 +255,7 @@ def memory(kd, device, N, V):
 
 
 EVERYWHERE = (repeats_to_the_bit, in_place, strided_and_odd_views, labels_out_of_range, rows_left_out_and_padding,
-              incoming_gradients, rank_losses)  # fmt: skip
+              incoming_gradients, rank_losses, metrics)  # fmt: skip
 
 
 def check(backend, form, found, save, end, device, options):

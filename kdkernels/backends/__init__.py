@@ -160,10 +160,10 @@ def pick_with(family: str, student: Tensor, teacher: Tensor | None, *loss) -> Mo
     return _checked("reference")
 
 
-def kernels(family: str, like: Tensor):
+def kernels(family: str, student: Tensor, teacher: Tensor | None = None):
     """A family's operators of the backend for these logits, or Triton's where `cuda` has none and nobody asked for it;
     None: torch is to do the work."""
-    backend = pick(like)
+    backend = pick(student, teacher)
     if not hasattr(backend, family) and backend.__name__.endswith(".cuda") and (_choice.name or _forced) is None:
         other = _load("triton")
         return None if isinstance(other, str) else getattr(other, family, None)

@@ -105,7 +105,7 @@ def counted(s: Tensor, t: Tensor, vocab: int, tau: float, k: float, exact: float
 def _spearman(x: Rows, s: Tensor, t: Tensor, args: Tensor, room: int) -> Rows:
     tau = args[0, 2].item()
     if not counted(s, t, x.shape[2], *args[0, 2:5].tolist()):
-        return _gathered("spearman_sorted", spearman_sorted_kernel, x, room, 3, 4, 3, tau)
+        return _gathered("spearman_sorted", spearman_sorted_kernel, x, room, 3, 4, 3, tau, None)
     return by_histograms("spearman", x, s, t, tau)
 
 
@@ -115,7 +115,8 @@ def widest(by_bits: bool, also: bool) -> int:
 
 
 def by_histograms(name: str, x: Rows, s: Tensor, t: Tensor, tau: float, *also) -> Rows:
-    """Spearman's loss; `also` is the kernel's."""
+    """Spearman's loss; `also` is the kernel's. Wide rows of a loss near 0 or 2 are sorted by a second launch, which
+    looks for them itself: the host does not wait."""
     cells, by_bits, (bins, warps) = CELLS.value, _by_bits(s, t), TILES["spearman"]
     block = min(widest(by_bits, bool(also)), triton.next_power_of_2(x.shape[2]))
     some = _programs(len(x.value), s.device, 44 * cells)
@@ -123,10 +124,13 @@ def by_histograms(name: str, x: Rows, s: Tensor, t: Tensor, tau: float, *also) -
     scratch = (s.new_zeros((some, 2, cells), dtype=torch.int64), new(shape, dtype=torch.int64),
                new((some, 4, cells), dtype=torch.float32), new(shape, dtype=torch.int32))  # fmt: skip
     half = (s.dtype == torch.float16, t.dtype == torch.float16)
+    near = None if by_bits else new(len(x.value), dtype=torch.int8)
     with base._launch(name, s.device):
         spearman_kernel[(some,)](*x.pointers, *scratch, x.value, x.out, *x.strides, x.grad_row, *x.shape, tau,
-                                 by_bits, half, *x.flags, block, bins, *also, num_warps=warps)  # fmt: skip
-    return x
+                                 by_bits, half, *x.flags, block, bins, near, *also, num_warps=warps)  # fmt: skip
+    del scratch  # the next launch may take its memory
+    return x if near is None else _gathered("spearman_sorted", spearman_sorted_kernel, x, x.shape[2], 3, 4, 3, tau,
+                                            near)  # fmt: skip
 
 
 def _pearson(x: Rows, s: Tensor, t: Tensor, args: Tensor, side: int) -> Rows:

@@ -129,7 +129,7 @@ def lapsum(x_ptr, sums, R, K, G, M, n, tau, squares, g, GRADIENT: tl.constexpr, 
 
 
 @triton.jit
-def _narrow(x):
+def narrow(x):
     """In float32, no larger than it has numbers: two infinities of a line would meet."""
     return tl.minimum(tl.maximum(x, -3e38), 3e38).to(tl.float32)
 
@@ -159,12 +159,12 @@ def _lines(x_ptr, sums, R, K, G, M, n, rate, mean, variance, ct, cr, g, BLOCK: t
         B = scale * (cr * r * k - total - tl.load(G + m, mask=m >= 0, other=0.0).to(tl.float64))
         d = tl.load(x_ptr + m, mask=m >= 0, other=0.0).to(tl.float64) - mean
         radial += tl.sum(tl.where(m >= 0, d * (A * S + c * B), 0.0), 0)
-        tl.store(K + m, _narrow(A * g * share / 2), mask=m >= 0)
-        tl.store(R + m, _narrow(g * B), mask=m >= 0)
+        tl.store(K + m, narrow(A * g * share / 2), mask=m >= 0)
+        tl.store(R + m, narrow(g * B), mask=m >= 0)
     tl.debug_barrier()
     radial /= tl.where(variance > 0, variance, 1.0)
     for first in range(0, M, BLOCK):
         m = first + tl.arange(0, BLOCK)
         d = tl.load(x_ptr + m, mask=m < M, other=0.0).to(tl.float64) - mean
         B = tl.load(R + m, mask=m < M, other=0.0).to(tl.float64)
-        tl.store(R + m, _narrow(B - g * radial * d), mask=m < M)
+        tl.store(R + m, narrow(B - g * radial * d), mask=m < M)

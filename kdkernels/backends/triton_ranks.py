@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .triton_elements import COEFS, STATS, add_tile, label_of, no_classes, store_statistics
-from .triton_lapsum import COUNT, count_of, lapsum, live_pair, row_at
+from .triton_lapsum import COUNT, count_of, lapsum, live_pair, narrow, row_at
 from .triton_rows import finish_row
 from .triton_slopes import slopes_of
 
@@ -19,6 +19,7 @@ CELLS = tl.constexpr(1 << 16)
 # Cells of wide rows are those of floats of few bits, e + |x - c| / deviation up to 511, c the mean or, if that is near,
 # 0. Of the student e is 2^-7 and a cell 2^-11 of a deviation there where most classes are; of the teacher, whose ranks
 # rise within a cell, e is 2^-22.
+LEAST_LOSS = tl.constexpr(256)  # over n: below it rows of cells are sorted, as csrc/cpu/grid.h says why
 
 
 @triton.jit
@@ -179,17 +180,20 @@ def _place(table, cells, A, B, M, BLOCK: tl.constexpr):
 
 @triton.jit
 def _write(
-    s_ptr, t_ptr, mask_ptr, table, out_ptr, vocab, width, edge, last, mean_s, scale_s, mean_t, scale_t, nan,
+    s_ptr, t_ptr, mask_ptr, table, out_ptr, vocab, width, edge, last, mean_s, scale_s, mean_t, scale_t, nan, bend,
     own, BY_BITS: tl.constexpr, HALF: tl.constexpr, HAS_MASK: tl.constexpr, POINTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The line of the student's cell at the teacher's rank; `nan` to all classes. And, with POINTS, the gradient of the
-    loss of the log-partition."""
+    loss of the log-partition. Within a cell the soft rank rises by K / 2a, and the offset by `bend` A^2: A is K's."""
     for first in range(0, width, BLOCK):
         cols = first + tl.arange(0, BLOCK)
         s, t, live, _bad = live_pair(s_ptr, t_ptr, mask_ptr, cols, vocab, edge, last, HAS_MASK, False)
         cell, rest = _cell(t, mean_t, scale_t, BY_BITS, HALF[1], True)
         at, _rest = _cell(s, mean_s, scale_s, BY_BITS, HALF[0], False)
         A, B = unpack(tl.load(table + CELLS + at, mask=live, other=0, cache_modifier=".cg"))
+        if not BY_BITS:
+            y = ((s.to(tl.float64) - mean_s) * scale_s).to(tl.float32) - _number(at, BY_BITS, HALF[0])
+            B += (A * bend) * (A * tl.minimum(tl.maximum(y, -1.0), 1.0))
         d = tl.where(live, A * _rank(table, cell, rest, live).to(tl.float32) + B, 0.0)
         d = tl.where(cols < vocab, d + nan, 0.0)
         if POINTS is not None:
@@ -233,10 +237,11 @@ def spearman_kernel(
     s_ptr, t_ptr, label_ptr, mask_ptr, top_ptr, grad_ptr, tables, packed_ptr, floats, cells, value_ptr, out_ptr, s_a,
     s_b, t_a, t_b, grad_row, B, N, vocab, width, ignore, tau, BY_BITS: tl.constexpr, HALF: tl.constexpr,
     HAS_LABEL: tl.constexpr, HAS_TOP: tl.constexpr, HAS_MASK: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    BINS: tl.constexpr, also=None, POINTS: tl.constexpr = None, TAPE: tl.constexpr = None,
+    BINS: tl.constexpr, near=None, also=None, POINTS: tl.constexpr = None, TAPE: tl.constexpr = None,
 ):  # fmt: skip
     """value[n] and g times the gradient. tables (programs, 2, 65536) are 0, and left so.
 
+    near[n] says that the loss is so near 0 or 2 that the row is to be sorted: its gradient is left out.
     With POINTS = (K, lanes, whether it has a teacher, covariances) a loss of the log-partition `also` has its value and
     its gradient: args, program, weight (of rows), stats, coef, value, and two steps from row to row.
     """
@@ -266,24 +271,27 @@ def spearman_kernel(
         tl.debug_barrier()
         squares = _sum_ranks(
             s_row, t_row, mask_ptr, tables, limit, edge, last, ms, rs, mt, rt, BY_BITS, HALF, HAS_MASK, BLOCK
-        )
+        ).to(tl.float64)
         tl.debug_barrier()
         M = _compact(tables + CELLS, x, cells, packed_ptr, low, tl.where(spoilt, low, high), BY_BITS, HALF[0], BINS)
         tl.debug_barrier()
         total, slope = count.to(tl.float64), g * rs
         R, K, G = x + CELLS, x + 2 * CELLS, x + 3 * CELLS
-        value, fine = lapsum(
-            x, packed_ptr, R, K, G, M, total, tau, squares.to(tl.float64), slope, GRADIENT, BINS
-        )
+        value, fine = lapsum(x, packed_ptr, R, K, G, M, total, tau, squares, slope, GRADIENT, BINS)
         nan += tl.where(spoilt, float("nan"), 0.0)
         tl.store(value_ptr + n, tl.where(keep, value + nan, 0.0))
+        if near is not None:
+            small = tl.minimum(value, 2 - value) * total < LEAST_LOSS
+            tl.store(near + n, small.to(tl.int8))
+            fine = fine & (small == 0)
         if GRADIENT:
             tl.debug_barrier()
             _place(tables + CELLS, cells, K, R, M, BINS)
             tl.debug_barrier()
+            bend = (1 - value) * squares / tl.where(slope != 0, slope, 1.0)
             use = tl.where(fine & (g != 0), edge, 1 << 40)  # nobody lives otherwise
             _write(
                 s_row, t_row, mask_ptr, tables, out_ptr + n * width, limit, width, use, last, ms, rs, mt, rt,
-                tl.where(g != 0, nan, 0.0).to(tl.float32), own, BY_BITS, HALF, HAS_MASK, POINTS, BLOCK,
+                tl.where(g != 0, nan, 0.0).to(tl.float32), narrow(bend), own, BY_BITS, HALF, HAS_MASK, POINTS, BLOCK,
             )  # fmt: skip
         _clear(tables, low, high, BINS)

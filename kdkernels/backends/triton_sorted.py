@@ -198,40 +198,63 @@ def fill(out_ptr, width, vocab, x, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _write(out_ptr, keys, classes, sums, A, B, n, BLOCK: tl.constexpr):
+def _write(out_ptr, keys, classes, sums, A, B, n, ADD: tl.constexpr, BLOCK: tl.constexpr):
     for first in range(0, n, BLOCK):
         m = first + tl.arange(0, BLOCK)
         rank = (tl.load(sums + m, mask=m < n, other=0) >> COUNT).to(tl.float32)
         d = tl.load(A + m, mask=m < n, other=0.0) * rank + tl.load(B + m, mask=m < n, other=0.0)
         at = tl.load(classes + place_of(tl.load(keys + m, mask=m < n, other=0)), mask=m < n, other=0)
+        if ADD:
+            d += tl.load(out_ptr + at, mask=m < n, other=0.0).to(tl.float32)
         tl.store(out_ptr + at, d.to(out_ptr.dtype.element_ty), mask=m < n)
+
+
+@triton.jit
+def _sorted_row(
+    s_ptr, t_ptr, label_ptr, mask_ptr, top_ptr, grad_ptr, longs, x, classes, value_ptr, out_ptr, n, s_a, s_b, t_a, t_b,
+    grad_row, B, vocab, width, ignore, room, tau, HAS_LABEL: tl.constexpr, HAS_TOP: tl.constexpr,
+    HAS_MASK: tl.constexpr, GRADIENT: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sums, ranks, starts = longs + 2 * room, classes + room, classes + 2 * room
+    R, K, G = x + room, x + 2 * room, x + 3 * room
+    s_row, _t_row, limit, nan, keep, g, count = live_row(
+        s_ptr, t_ptr, label_ptr, mask_ptr, top_ptr, grad_ptr, classes, longs, n, s_a, s_b, t_a, t_b, grad_row, B,
+        vocab, ignore, HAS_LABEL, HAS_TOP, HAS_MASK, BLOCK,
+    )  # fmt: skip
+    keys, spare = sort(longs, longs + room, count, BLOCK)
+    squares = _ranks(keys, starts, ranks, count, BLOCK)
+    keys = _sorted_student(s_row, classes, ranks, keys, spare, x, sums, count, BLOCK)
+    total = count.to(tl.float64)
+    value, fine = lapsum(x, sums, R, K, G, count, total, tau, squares.to(tl.float64), g, GRADIENT, BLOCK)
+    tl.store(value_ptr + n, tl.where(keep, value + nan, 0.0))
+    if GRADIENT:
+        if not ADD:
+            fill(out_ptr + n * width, width, limit, tl.where(g != 0, nan, 0.0).to(tl.float32), BLOCK)
+        some = tl.where(fine & (g != 0), count, 0)
+        _write(out_ptr + n * width, keys, classes, sums, K, R, some, ADD, BLOCK)
+    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["grad_row", "B", "N", "vocab", "width", "ignore", "room"])
 def spearman_sorted_kernel(
     s_ptr, t_ptr, label_ptr, mask_ptr, top_ptr, grad_ptr, longs, floats, ints, value_ptr, out_ptr, s_a, s_b, t_a, t_b,
-    grad_row, B, N, vocab, width, ignore, room, tau, HAS_LABEL: tl.constexpr, HAS_TOP: tl.constexpr,
+    grad_row, B, N, vocab, width, ignore, room, tau, near, HAS_LABEL: tl.constexpr, HAS_TOP: tl.constexpr,
     HAS_MASK: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """value[n] and g times the gradient. A program has room for so many live classes: 3 longs, 4 floats and 3 ints."""
+    """value[n] and g times the gradient. A program has room for so many live classes: 3 longs, 4 floats and 3 ints.
+
+    Unless it is None, only of rows n with near[n], and the gradient is added to what is there.
+    """
     me, all = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    longs, x, classes = longs + me * 3 * room, floats + me * 4 * room, ints + me * 3 * room
-    sums, ranks, starts = longs + 2 * room, classes + room, classes + 2 * room
-    R, K, G = x + room, x + 2 * room, x + 3 * room
+    longs, floats, ints = longs + me * 3 * room, floats + me * 4 * room, ints + me * 3 * room
     for round in range(tl.cdiv(N - me, all)):
         n = me + round * all
-        s_row, _t_row, limit, nan, keep, g, count = live_row(
-            s_ptr, t_ptr, label_ptr, mask_ptr, top_ptr, grad_ptr, classes, longs, n, s_a, s_b, t_a, t_b, grad_row, B,
-            vocab, ignore, HAS_LABEL, HAS_TOP, HAS_MASK, BLOCK,
-        )  # fmt: skip
-        keys, spare = sort(longs, longs + room, count, BLOCK)
-        squares = _ranks(keys, starts, ranks, count, BLOCK)
-        keys = _sorted_student(s_row, classes, ranks, keys, spare, x, sums, count, BLOCK)
-        total = count.to(tl.float64)
-        value, fine = lapsum(x, sums, R, K, G, count, total, tau, squares.to(tl.float64), g, GRADIENT, BLOCK)
-        tl.store(value_ptr + n, tl.where(keep, value + nan, 0.0))
-        if GRADIENT:
-            fill(out_ptr + n * width, width, limit, tl.where(g != 0, nan, 0.0).to(tl.float32), BLOCK)
-            some = tl.where(fine & (g != 0), count, 0)
-            _write(out_ptr + n * width, keys, classes, sums, K, R, some, BLOCK)
-        tl.debug_barrier()
+        wanted = True
+        if near is not None:
+            wanted = tl.load(near + n) != 0
+        if wanted:
+            _sorted_row(
+                s_ptr, t_ptr, label_ptr, mask_ptr, top_ptr, grad_ptr, longs, floats, ints, value_ptr, out_ptr, n, s_a,
+                s_b, t_a, t_b, grad_row, B, vocab, width, ignore, room, tau, HAS_LABEL, HAS_TOP, HAS_MASK, GRADIENT,
+                near is not None, BLOCK,
+            )  # fmt: skip

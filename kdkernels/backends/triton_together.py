@@ -10,7 +10,7 @@ of 16 bits, of w bytes a logit:
     in one kernel   3                        6 w + w: 7 w
 
 Wider rows are swept once more, for their moments: 6 and 17 w, 4 and 9 w. From memory, where L2 holds what is swept
-again, 9 w become 3 w.
+again, 9 w become 3 w. A second launch sorts those of a Spearman's loss near 0 or 2 and adds its gradient.
 """
 
 from __future__ import annotations
