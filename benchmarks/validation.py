@@ -1,7 +1,7 @@
 """Every published system at its small size: what was measured, what its paper claims, and whether that holds here.
 
     python -m benchmarks.validation                       # all of them, 3 seeds, two processes of a thread each
-    python -m benchmarks.validation --recipe kd ttm       # some
+    python -m benchmarks.validation --recipe kd ttm       # some; the rest of the report stays
     python -m benchmarks.validation --full                # 5 seeds, and 129,280 tokens: hours
 
 Writes validation.json, .md and .png, and validation-curves.json and .png (five losses and their textbook formulas), to
@@ -11,6 +11,7 @@ trained once, and students that several recipes compare with (the same name, set
 """
 
 import argparse
+import collections
 import functools
 import json
 import math
@@ -26,7 +27,7 @@ import torch
 
 from kdkernels import files
 from kdkernels.trainer import recipes, report, reproduce
-from kdkernels.trainer.config import Config, flag
+from kdkernels.trainer.config import Config, UserError, flag
 from kdkernels.trainer.lab import Lab
 
 from . import curves
@@ -35,6 +36,7 @@ from .sharing import sharing
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"yes": "tab:green", "no": "tab:red", "within noise": "tab:gray", "one seed": "tab:olive"}
+ROOM = 12 << 20  # bytes of a seed, the mean of all recipes and more
 FULL = ("wttm", "forwardkl", "reversekl", "jsd")  # with the demo's vocabulary
 
 
@@ -162,7 +164,7 @@ def spread(values):
 
 def table(record):
     """Markdown: a line for each thing that a claim says of two arms."""
-    about = f"on {record['machine']}, {record['processes']} processes, commit {record['commit']}"
+    about = f"on {record['machine']}, {record['processes']} processes, {commits(record['recipes'])}"
     lines = ["# Validation", "", f"`python -m benchmarks.validation` {about}. Mean ± standard deviation; a trend holds "
              "(yes, no) where the mean difference, seed by seed, is more than two standard errors from 0. Each seed "
              "has a student and a teacher of its own, so that ± is of both (but all have the same ensemble in "
@@ -179,7 +181,9 @@ def table(record):
             lines.append(f"| {' | '.join(about if first else [''] * 4)} | {here} | {trend['holds']} |")
             first = False
     total = {k: sum(x or 0 for one in record["recipes"] for x in one.get(k, [])) / 60 for k in ("own", "teachers")}
-    took = f"{total['own']:.1f} minutes of one core, and {total['teachers']:.1f} for the teachers."
+    held = collections.Counter(trend["holds"] for one in record["recipes"] for trend in one.get("trend", []))
+    took = f"{held.total()} trends: " + ", ".join(f"{held[holds]} {holds}" for holds in COLOURS if held[holds])
+    took += f". {total['own']:.1f} minutes of one core, and {total['teachers']:.1f} for the teachers."
     return "\n".join([*lines, "", took]) + "\n"
 
 
@@ -211,10 +215,27 @@ def draw(record, path):
     pyplot.close(figure)
 
 
+def merged(path, same, rows):
+    """These rows, and those of other recipes that the file has of the same machine, processes and share."""
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    old = record["recipes"] if same.items() <= record.items() else []
+    every = {one["recipe"]: {"commit": record.get("commit")} | one for one in old} | {r["recipe"]: r for r in rows}
+    return [every[name] for name in sorted(every, key=lambda name: (name not in recipes.names(), name))]
+
+
+def commits(rows):
+    """'commit a', or 'commit a (kd, ttm), commit b (wttm)'."""
+    of: dict[str, list[str]] = {}
+    for one in rows:
+        of.setdefault(one["commit"], []).append(one["recipe"])
+    return ", ".join(f"commit {one}" + f" ({', '.join(names)})" * (len(of) > 1) for one, names in of.items())
+
+
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.validation", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--recipe", nargs="+", metavar="NAME", help="those alone (see `kdkernels recipes`)")
+    parser.add_argument("--recipe", nargs="+", metavar="NAME", help="those alone (see `kdkernels recipes`); the "
+                        "rest of the report stays")  # fmt: skip
     parser.add_argument("--seeds", type=int, help="of each recipe (default: 3; 5 with --full)")
     parser.add_argument("--full", action="store_true", help="more seeds, and 129,280 tokens: hours")
     parser.add_argument("--minutes", type=float, help="for the recipes alone (default: 20; no end with --full)")
@@ -228,13 +249,22 @@ def main(arguments=None) -> int:
     options.seeds = options.seeds or (5 if options.full else 3)
     options.minutes = options.minutes or (1e9 if options.full else 20.0)
     names = options.recipe or recipes.names()
-    for name in names:
-        recipes.load(name)
+    tasks = options.seeds * len(names)
+    try:
+        for name in names:
+            recipes.load(name)
+        reproduce.check_places((options.out, tasks * ROOM), (options.cache, options.seeds * reproduce.SHARED),
+                               (options.results, ROOM))  # fmt: skip
+    except UserError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
+    now = about()  # what is run, whatever is checked out by the time it ends
     failed = run_all(names, options)
     found = collected(names, options, failed) + ([large(options)] if options.full else [])
-    record = about() | {"processes": options.jobs, "share": options.share, "recipes": found}
-    files.write_json(options.results / "validation.json", record)
+    same = {"machine": now["machine"], "processes": options.jobs, "share": options.share}
+    rows, path = [one | {"commit": now["commit"]} for one in found], options.results / "validation.json"
+    record = now | same | {"recipes": merged(path, same, rows) if options.recipe else rows}
+    files.write_json(path, record)
     (options.results / "validation.md").write_text(text := table(record), encoding="utf-8")
     draw(record, options.results / "validation.png")
     print(text)

@@ -11,6 +11,7 @@ import torch
 
 import kdkernels as kd
 from kdkernels.cli import main
+from kdkernels.trainer import reproduce
 
 
 def fails(capsys, *arguments):
@@ -208,6 +209,14 @@ def test_a_recipe_for_which_there_is_no_room(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 3 << 20}))
     message = fails(capsys, "distill", "--recipe", "kd", "--out", tmp_path / "run", "--cache", tmp_path)
     assert f"too little room in {tmp_path}: 3 MB free" in message and not list(tmp_path.iterdir())
+    free = 3 * (reproduce.ROOM + reproduce.SHARED)  # of three seeds, students and teachers on one disk
+    (tmp_path / "file").write_text("")
+    wrong = {("run", "cache", 1): "too little room in", ("run", "file", 0): "file cannot be written to",
+             ("file/run", "cache", 0): "file/run cannot be written to"}  # fmt: skip
+    for (out, cache, less), message in wrong.items():
+        monkeypatch.setattr("shutil.disk_usage", lambda path, less=less: type("Usage", (), {"free": free - less}))
+        given = ["distill", "--recipe", "kd", "--out", tmp_path / out, "--cache", tmp_path / cache]
+        assert message in fails(capsys, *given) and not (tmp_path / "run/config.json").exists()
 
 
 def test_resume_needs_a_run(capsys, tmp_path):
@@ -294,7 +303,7 @@ def test_import_is_light():
 @pytest.mark.parametrize(
     "name",
     ["rows", "linear", "ranks", "rank_distillation", "pages.rank_gradients", "pages.alpha_beta", "pages.bayes_teacher",
-     "gpu", "validation", "curves", "bench", "peers_table"],
+     "gpu", "validation", "expected", "curves", "bench", "peers_table"],
 )  # fmt: skip
 def test_benchmarks_say_what_they_measure(name):
     run = [sys.executable, "-m", f"benchmarks.{name}", "--help"]

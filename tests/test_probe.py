@@ -11,7 +11,7 @@ from kdkernels.cli import main
 from kdkernels.trainer import images, probe, probed
 from kdkernels.trainer.checkpoint import save_tensors
 from kdkernels.trainer.lab import state
-from kdkernels.trainer.recipes import atsc, comparative, dfpt, simkd
+from kdkernels.trainer.recipes import atsc, comparative, dfpt, rdd, simkd
 
 N, V, ALPHA = 300, 12, 0.5
 
@@ -106,6 +106,23 @@ def test_the_command_on_files_of_a_recipe(tmp_path, capsys, monkeypatch):
     for given, message in wrong.items():
         assert main(["probe", *given]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_command_on_networks_of_pixels(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(images.Pairs.__init__, "__defaults__", (100, 50, 0.15, 1.0, 0))
+    nets = {"rdd": rdd.SegNet(rdd.STUDENT), "teacher": rdd.SegNet(rdd.TEACHER), "kd": images.ConvNet(images.STUDENT)}
+    paths = {name: str(tmp_path / f"{name}.safetensors") for name in nets}
+    for name, net in nets.items():
+        save_tensors(paths[name], {f"net/{k}": v for k, v in net.state_dict().items()})
+    assert main(["probe", paths["rdd"], paths["teacher"]]) == 0
+    saved = json.loads((tmp_path / "probe/probe.json").read_text())["rdd"]
+    x, masks = images.Pairs().test[0], images.Pairs().test[2]
+    q, p = (nets[name].eval()(x)[0] for name in ("rdd", "teacher"))
+    assert saved["rows"] == masks.numel() == 50 * 12 * 20
+    assert saved["agreement"] == pytest.approx((q.argmax(-1) == p.argmax(-1)).double().mean().item())
+    assert saved["student"]["accuracy"] == pytest.approx((q.argmax(-1) == masks).double().mean().item())
+    assert main(["probe", paths["kd"], paths["teacher"]]) == 2
+    assert "kd.safetensors: not a network for the pixels of images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["plain", "simkd", "atsc-two", "comparative", "dfpt"])

@@ -1,5 +1,6 @@
 """The recipes: each does what distinguishes it, goes on where it was stopped, and is honest about noise."""
 
+import contextlib
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from tensorboard.backend.event_processing import event_accumulator
 import kdkernels as kd
 from benchmarks import validation
 from kdkernels.cli import main
-from kdkernels.trainer import checkpoint, images, recipes, report, reproduce
+from kdkernels.trainer import checkpoint, images, recipelog, recipes, report, reproduce
 from kdkernels.trainer.config import UserError
 from kdkernels.trainer.lab import Lab, Update, frozen, logits_of
 from kdkernels.trainer.recipes import (
@@ -106,6 +107,44 @@ def test_every_recipe_runs_and_says_what_it_is(name, lab):
     files = {path: path.stat().st_mtime_ns for path in lab.folder.iterdir()}
     assert recipe.run(lab) == figures  # from what it has written
     assert files == {path: path.stat().st_mtime_ns for path in lab.folder.iterdir()}
+
+
+def test_logs_are_written_as_a_recipe_goes_and_again_after_a_kill(lab, tmp_path):
+    """As far as the nets' files, of which any process may have been killed before it logged them."""
+
+    def train(where, stop=None, lines=None):
+        log, lab.folder, lab.share = recipelog.Log(tmp_path / where), tmp_path / where, 1.0
+        lab.log = lambda name, *values: log.add(f"seed-0/{name}", *values)
+        if lines is not None:  # the last of them cut short
+            kept = log.journal.path.read_text().splitlines()[:lines]
+            log.journal.path.write_text("\n".join([*kept, '{"stage": "se']))
+        net, teacher = lab.student(), lab.teacher(steps=1)
+
+        def loss(batch):
+            if batch.step == stop:
+                raise KeyboardInterrupt
+            return F.cross_entropy(net(batch.images), batch.labels)
+
+        with contextlib.closing(log):
+            lab.train("net", net, [Update(loss, list(net.parameters()))], steps=12, every=3, teacher=teacher)
+
+    def logged(where):
+        board = event_accumulator.EventAccumulator(str(tmp_path / where / "tensorboard")).Reload()
+        scalars = {tag: [(one.step, one.value) for one in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+        return (tmp_path / where / "metrics.jsonl").read_text(), scalars
+
+    train("whole")
+    lines = [json.loads(line) for line in logged("whole")[0].splitlines()]
+    assert [one["step"] for one in lines] == [0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 12]
+    for where, of in (("stopped", None), ("behind", 4)):
+        with pytest.raises(KeyboardInterrupt):
+            train(where, stop=8)
+        assert logged(where)[0].splitlines() == logged("whole")[0].splitlines()[:9]
+        train(where, lines=of)
+        assert logged(where) == logged("whole")
+    (tmp_path / "whole/net.safetensors").unlink()
+    train("whole")
+    assert logged("whole") == logged("stopped")
 
 
 def test_the_table_of_a_recipe(tmp_path, monkeypatch, capsys):

@@ -361,7 +361,7 @@ def test_two_teachers_of_one_language_model(lab):
         assert net.student is student and not torch.equal(net.teacher.head.weight, one.head.weight)
         assert not torch.equal(net.teacher.body.layers[0].mlp.up_proj.weight, one.body.layers[0].mlp.up_proj.weight)
     want = (both.nets[0](tokens) + both.nets[1](tokens)) / 2
-    torch.testing.assert_close(textlab.responses(atsc_lm.writer(lab, both)(input_ids=tokens).logits), want)
+    torch.testing.assert_close(textlab.responses(atsc_lm.writer(lab.student(), both)(input_ids=tokens).logits), want)
 
 
 def test_probe_of_language_models(lab, texts, monkeypatch, tmp_path, capsys):
@@ -372,6 +372,10 @@ def test_probe_of_language_models(lab, texts, monkeypatch, tmp_path, capsys):
     nets = {"taid": lab.distil("taid", net.schedule, net=net)}
     lab.train("simkd", reusing, [Update(simkd.feature_loss(reusing, pretrained), reusing.own(), textlab.LR)])
     nets["simkd"] = simkd_lm.writer(lab.student(), reusing)
+    student = simkd_lm.Halves(lab.student())
+    both = atsc.Several([simkd_lm.through(student, atsc_lm.movable(lab.teacher())) for _ in range(2)])
+    lab.train("atsc-two", both, atsc.together(both, [pretrained] * 2, textlab.LR))
+    nets["atsc-two"] = atsc_lm.writer(lab.student(), both)
     [teacher] = lab.cache.glob("text-teacher-*")
     monkeypatch.setattr(textlab, "Text", lambda cache: text)
     probe = lambda *given: main(["probe", *map(str, given), "--tokens", "56", "--out", str(tmp_path / "p")])  # noqa: E731
@@ -391,7 +395,7 @@ def test_probe_of_language_models(lab, texts, monkeypatch, tmp_path, capsys):
     assert probe(tmp_path / "of-recipe") == 2 and "is of a recipe: give one of" in capsys.readouterr().err
     monkeypatch.setattr(textlab, "STUDENT", dict(hidden=24, ffn=16, heads=2, layers=1))
     assert probe(lab.folder / "taid.safetensors", teacher) == 2
-    assert "not a language model as `kdkernels" in capsys.readouterr().err
+    assert "not a language model as the recipes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -61,12 +61,34 @@ def test_two_recipes_from_end_to_end(small, monkeypatch, tmp_path, capsys):
 
     ran.clear()
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.safetensors")}
+    record["recipes"][1]["commit"] = "earlier"
+    (tmp_path / "results/validation.json").write_text(json.dumps(record))
+    assert validation.main(["--recipe", "kd", *given[3:], "--no-curves"]) == 0 and not ran  # and ttm stays
+    again = json.loads((tmp_path / "results/validation.json").read_text())
+    assert again["recipes"] == record["recipes"] and again["commit"] == first["commit"]
+    assert f"commit {first['commit']} (kd), commit earlier (ttm)" in (tmp_path / "results/validation.md").read_text()
     assert validation.main([*given, "--no-curves"]) == 0 and not ran
     assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.safetensors")}
 
     monkeypatch.setattr(recipes.load("wttm"), "run", lambda lab: 1 / 0)
     assert validation.main(["--recipe", "kd", "wttm", *given[3:], "--no-curves"]) == 1
     assert "ZeroDivisionError: division by zero" in (tmp_path / "results/validation.md").read_text()
+
+
+def test_what_cannot_be_run_is_said_before_anything_is(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(validation, "run_all", lambda *_: 1 / 0)
+    places = {name: tmp_path / name for name in ("out", "cache", "results")}
+    (tmp_path / "file").write_text("")
+    wrong = [({"recipe": "nope"}, "unknown recipe 'nope'; known: abkd")]
+    wrong += [({name: tmp_path / "file/below"}, "file/below cannot be written to") for name in places]
+    for changed, message in wrong:
+        with pytest.raises(SystemExit, match="2"):
+            validation.main([f"--{name}={value}" for name, value in (places | changed).items()])
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 500 << 20}))
+    with pytest.raises(SystemExit, match="2"):
+        validation.main([f"--{name}={value}" for name, value in places.items()])
+    assert "too little room" in capsys.readouterr().err
 
 
 def test_only_equal_runs_are_shared(small, tmp_path):

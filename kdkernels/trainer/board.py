@@ -27,6 +27,10 @@ class Board:
             for name, value in scalars(record):
                 self.writer.add_scalar(name, value, record["step"])
 
+    def flush(self):
+        if self.writer:
+            self.writer.flush()
+
     def close(self):
         if self.writer:
             self.writer.close()

@@ -119,6 +119,7 @@ class Journal:
     def sync(self):
         if self.file:
             os.fsync(self.file.fileno())
+        self.board.flush()
 
     def close(self):
         if self.file:

@@ -62,6 +62,7 @@ class Runs:
         self.folder, self.cache, self.seed, self.show, self.share = Path(folder), Path(cache), seed, show, share
         self.cfg = cfg or Config()
         self.curves: dict[str, list[float]] = {}
+        self.log: Any = None  # log(name, losses so far, [(step, agreement)]), whenever a file is written
         self._data: dict[Any, Any] = {}
 
     def shared(self, seed: int):
@@ -113,6 +114,8 @@ class Runs:
         owner = json.dumps([name, data.key, steps, size, self.seed, [u.lr for u in updates], *([how] if how else [])])
         optimizers = [self.optimizer(update) for update in updates]
         done, self.curves[name], held = self._restore(path, owner, net, optimizers)
+        log = lambda: self.log and parallel.first(lambda: self.log(name, self.curves[name], held))  # noqa: E731
+        log()
         if done == steps:
             return net.eval()
         if parallel.size() > size:
@@ -149,6 +152,7 @@ class Runs:
                 bar(step + 1, steps, speed=speed, loss=value, **({"agreement": held[-1][1]} if held else {}))
                 if due:
                     self._save(path, owner, net, optimizers, step + 1, self.curves[name], held)
+                    log()
         return net.eval()
 
     def _gradient(self, update, batch, size) -> float:

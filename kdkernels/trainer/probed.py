@@ -15,7 +15,7 @@ from .data import Corpus
 from .distill import read_run, teacher_file
 from .images import CLASSES, STUDENT, TEACHER, ConvNet, Pairs
 from .lab import state
-from .recipes import atsc, comparative, dfpt, simkd, simkd_lm
+from .recipes import atsc, atsc_lm, comparative, dfpt, rdd, simkd, simkd_lm
 
 ROWS = 256  # at a time
 
@@ -85,24 +85,42 @@ def image_net(path: Path, tensors):
     raise UserError(f"{path}: not a network for images, as the recipes of `kdkernels distill` train them")
 
 
+def pixel_net(path: Path, tensors):
+    """A network of the recipe `rdd`."""
+    for widths in (rdd.STUDENT, rdd.TEACHER):
+        net = rdd.SegNet(widths)
+        if {k: v.shape for k, v in net.state_dict().items()} == {k: v.shape for k, v in tensors.items()}:
+            net.load_state_dict(tensors)
+            return net.eval()
+    raise UserError(f"{path}: not a network for the pixels of images, as the recipe rdd trains them")
+
+
 def of_images(student, teacher, read, tokens):
-    nets = [image_net(path, tensors) for path, (tensors, _) in zip((student, teacher), read, strict=True)]
-    images, labels, _ = Pairs().test
-    each = zip(images.split(ROWS), labels.split(ROWS), strict=True)
-    return ((*(net(x) for net in nets), y) for x, y in each), labels
+    """Of what is in the test pictures or, pixel by pixel, where."""
+    images, labels, masks = Pairs().test
+    pixels = any("auxiliary.weight" in tensors for tensors, _ in read)
+    nets = [(pixel_net if pixels else image_net)(path, tensors)
+            for path, (tensors, _) in zip((student, teacher), read, strict=True)]  # fmt: skip
+    size, labels = (ROWS // 8, masks) if pixels else (ROWS, labels)
+    logits = lambda net, x: net(x)[0].flatten(0, 2) if pixels else net(x)  # noqa: E731
+    each = zip(images.split(size), labels.split(size), strict=True)
+    return ((*(logits(net, x) for net in nets), y.flatten()) for x, y in each), labels.flatten()
 
 
 def language_net(path: Path, tensors, vocab: int):
-    """A plain model, beside which the state of a schedule may be, or one through the LM head of its teacher."""
+    """A plain model, beside which the state of a schedule may be, or one through the LM heads of its teachers."""
     own = {k: v for k, v in tensors.items() if not k.startswith("schedule.")}
     student, teacher = (textlab.untrained(size, vocab) for size in (textlab.STUDENT, textlab.TEACHER))
-    reusing = simkd_lm.through(*map(simkd_lm.Halves, (student, teacher)))
+    half = simkd_lm.Halves(student)
+    reusing, other = (simkd_lm.through(half, simkd_lm.Halves(teacher)) for _ in range(2))
+    both = atsc.Several([reusing, other])
     for net, wanted in ((student, models.weights_of(student)), (teacher, models.weights_of(teacher)),
-                        (reusing, reusing.state_dict())):  # fmt: skip
+                        (reusing, state(reusing)), (both, state(both))):  # fmt: skip
         if {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in wanted.items()}:
-            net.load_state_dict(own, strict=False)  # tied weights are there once
-            return (simkd_lm.writer(student, net) if net is reusing else net).eval()
-    raise UserError(f"{path}: not a language model as `kdkernels distill --recipe supervised` or simkd_lm trains them")
+            net.load_state_dict(own, strict=False)  # what is tied or shared is there once
+            write = {id(reusing): simkd_lm.writer, id(both): atsc_lm.writer}.get(id(net))
+            return (write(student, net) if write else net).eval()
+    raise UserError(f"{path}: not a language model as the recipes of `kdkernels distill` train them")
 
 
 def of_text(student, teacher, read, tokens):

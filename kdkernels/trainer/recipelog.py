@@ -1,27 +1,47 @@
 """What a recipe leaves beside its figures: metrics.jsonl and the same for TensorBoard, and a plot of both."""
 
+import collections
 from pathlib import Path
 
 from .. import files
 from . import checkpoint
 
 
-def write(result: dict, out: Path, seeds: int):
-    """Of every training of the recipe's runs: the loss of each step and how far student and teacher agreed, from the
-    files of its nets."""
-    journal, curves = checkpoint.Journal(out / "metrics.jsonl"), {}
-    journal.path.unlink(missing_ok=True)
-    journal.board.rewrite([])
+class Log:
+    """Of every training of the recipe's runs: the loss of each step and how far student and teacher agreed, as far as
+    the file of its net has come. What a killed process had no time to write comes from that file."""
+
+    def __init__(self, out: Path):
+        self.journal = checkpoint.Journal(out / "metrics.jsonl")
+        self.have: collections.Counter | None = None  # records of each stage
+
+    def add(self, stage: str, curve, held):
+        """Whatever of these is new: the losses of all steps so far, and (step, agreement)."""
+        if self.have is None:
+            self.journal.rewind("", 0)  # without a line cut short, and the same for TensorBoard
+            self.have = collections.Counter(record["stage"] for record in self.journal.records())
+        records: list[dict] = [{"step": step, "loss": value} for step, value in enumerate(curve, 1)]
+        records += [{"step": int(step), "held_out": {"agreement": value}} for step, value in held]
+        if len(records) < self.have[stage]:  # the net's file is another one
+            self.journal.rewind(stage, 0)
+            self.have[stage] = 0
+        for record in sorted(records, key=lambda one: one["step"])[self.have[stage] :]:
+            self.journal.write(stage=stage, **record)
+        self.have[stage] = len(records)
+        self.journal.sync()
+
+    def close(self):
+        self.journal.close()
+
+
+def finish(log: Log, result: dict, out: Path, seeds: int):
+    """What is missing, and the plot."""
+    curves = {}
     for seed in range(seeds):
         for path in sorted((out / f"seed-{seed}").glob("*.safetensors")):
             tensors, _ = checkpoint.load_tensors(path)
             curves[seed, path.stem] = curve = tensors["curve"].tolist()
-            stage, held = f"seed-{seed}/{path.stem}", tensors["held"].tolist() if "held" in tensors else []
-            records = [{"step": step, "loss": value} for step, value in enumerate(curve, 1)]
-            records += [{"step": int(step), "held_out": {"agreement": value}} for step, value in held]
-            for record in sorted(records, key=lambda one: one["step"]):
-                journal.write(stage=stage, **record)
-    journal.close()
+            log.add(f"seed-{seed}/{path.stem}", curve, tensors["held"].tolist() if "held" in tensors else [])
     with files.replacing(out / "curves.png") as temporary:
         draw(result, curves, temporary)
 

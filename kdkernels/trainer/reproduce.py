@@ -1,7 +1,9 @@
 """`kdkernels distill --recipe NAME`: a published system, a few seeds of it, and whether its claim holds here."""
 
+import contextlib
 import functools
 import statistics
+import tempfile
 from pathlib import Path
 
 import torch
@@ -13,14 +15,15 @@ from .config import Config, UserError, check, flag
 from .distill import check_room, need_extra, set_up
 from .lab import Lab, settings
 
-ROOM = 100 << 20  # bytes, more than any recipe writes
+ROOM = 100 << 20  # bytes of a seed, more than any recipe writes to its folder
+SHARED = 60 << 20  # and, teachers and text, to the cache
 FLAGS = {"accumulate", "cache", "dtype", "out", "recipe", "seeds", "threads"}
 
 
-def run(name: str, out, cache, seeds: int = 3, show=report.progress, cfg: Config | None = None) -> dict:
+def run(name: str, out, cache, seeds: int = 3, show=report.progress, cfg: Config | None = None, log=None) -> dict:
     """-> {"arms": {arm: [figure of each seed]}, "trend": [...]}, in out/results.json too.
 
-    What an earlier call has done is not repeated. cfg: what `Runs` looks at.
+    What an earlier call has done is not repeated. cfg: what `Runs` looks at; log: a `recipelog.Log` of the runs.
     """
     recipe, found, cfg = recipes.load(name), [], cfg or Config()
     if (cfg.accumulate > 1 or parallel.size() > 1) and (why := getattr(recipe, "WHOLE", "")):
@@ -31,7 +34,10 @@ def run(name: str, out, cache, seeds: int = 3, show=report.progress, cfg: Config
         path = Path(out) / f"seed-{seed}" / "figures.json"
         if parallel.total(torch.tensor(float(path.exists()))) < parallel.size():  # all ranks see it, or none
             titled = functools.partial(lambda seed, title, unit: show(f"{name}, seed {seed}: {title}", unit), seed)
-            figures = recipe.run(getattr(recipe, "LAB", Lab)(path.parent, cache, seed, titled, cfg=cfg))
+            lab = getattr(recipe, "LAB", Lab)(path.parent, cache, seed, titled, cfg=cfg)
+            if log:
+                lab.log = functools.partial(lambda seed, name, *values: log.add(f"seed-{seed}/{name}", *values), seed)
+            figures = recipe.run(lab)
             parallel.first(functools.partial(files.write_json, path, figures))
         found.append(read_json(path))
     arms = {arm: [figures[arm] for figures in found] for arm in found[0]}
@@ -40,6 +46,27 @@ def run(name: str, out, cache, seeds: int = 3, show=report.progress, cfg: Config
               "arms": arms, "trend": trend}  # fmt: skip
     parallel.first(lambda: files.write_json(Path(out) / "results.json", result))
     return result
+
+
+def check_places(*needs: tuple[Path, int]):
+    """UserError, before anything is trained, where a folder has too little room for so many bytes, with what else is on
+    the same device, or cannot be written to."""
+    for folder, need in needs:
+        if need:
+            check_room(folder, sum(other for one, other in needs if mount(one) == mount(folder)))
+    for folder, _ in needs:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written to: {error}") from None
+
+
+def mount(folder: Path) -> int:
+    """The device that a folder is on, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder.stat().st_dev
 
 
 def claim(path: Path, record: dict):
@@ -88,8 +115,10 @@ def command(options) -> int:
     check(cfg)
     set_up(cfg)
     out = Path(cfg.out)
-    check_room(out, ROOM)
-    result = run(options.recipe, out, cfg.cache, seeds, cfg=cfg)
-    parallel.first(lambda: recipelog.write(result, out, seeds))
+    undone = sum(not (out / f"seed-{seed}" / "figures.json").exists() for seed in range(seeds))
+    check_places((out, undone * ROOM), (Path(cfg.cache), undone * SHARED))
+    with contextlib.closing(recipelog.Log(out)) as log:
+        result = run(options.recipe, out, cfg.cache, seeds, cfg=cfg, log=log)
+        parallel.first(lambda: recipelog.finish(log, result, out, seeds))
     print(f"\n{table(result)}\nin {out}", flush=True)
     return 0

@@ -31,9 +31,9 @@ def movable(model):
     return simkd_lm.Halves(model).requires_grad_(True)
 
 
-def writer(lab, both):
-    """The language model that a `Several` is."""
-    model, heads = lab.student(), [nn.Sequential(net.projector, net.teacher.head) for net in both.nets]
+def writer(model, both):
+    """The language model that a `Several` is, in place of `model`."""
+    heads = [nn.Sequential(net.projector, net.teacher.head) for net in both.nets]
     model.model, model.lm_head = both.nets[0].student.body, atsc.Several(heads)
     return model
 
@@ -47,4 +47,4 @@ def run(lab):
     student = simkd_lm.Halves(lab.student())
     both = atsc.Several([simkd_lm.through(student, movable(teacher)) for teacher in teachers])
     lab.train("atsc-two", both, atsc.together(both, pretrained, textlab.LR), teacher=teachers[0])
-    return figures | lab.figures("ATSC, two teachers", writer(lab, both))
+    return figures | lab.figures("ATSC, two teachers", writer(lab.student(), both))
