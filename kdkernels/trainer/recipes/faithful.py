@@ -19,10 +19,10 @@ right:
 
 Expected (mean of 3 seeds):
 
-    agreement, faithful 54.9 > agreement, KD 36.5: yes
-    closeness, faithful 29.9 > closeness, KD 33.2: no
-    closeness, faithful 29.9 > closeness, teacher held 24.4: yes
-    certified, faithful 26.1 > certified, teacher held 23.5: yes
+    agreement, faithful 54.7 > agreement, KD 38.0: yes
+    closeness, faithful 29.5 > closeness, KD 33.9: no
+    closeness, faithful 29.5 > closeness, teacher held 24.9: yes
+    certified, faithful 26.5 > certified, teacher held 24.0: yes
 """
 
 import copy

@@ -13,8 +13,8 @@ response.) The figure is of text that the student draws as it does here, in all 
 
 Expected (mean of 3 seeds):
 
-    SKD 76.1 > supervised 68.5: yes
-    SKD 76.1 > on-policy 76.1: within noise
+    SKD 77.0 > supervised 68.5: yes
+    SKD 77.0 > on-policy 76.6: within noise
 """
 
 import kdkernels as kd
