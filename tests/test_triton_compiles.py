@@ -46,12 +46,11 @@ def _rank_variants():
     row = dict(HAS_LABEL=True, HAS_MASK=True, GRADIENT=True)
     some = dict(HAS_TOP=True, **row)
     for dtype in ("bf16", "fp32"):
-        bins, warps = triton_compare.TILES["spearman"]
-        tile = dict(BY_BITS=dtype == "bf16", HALF=(False, False), BINS=bins)
-        tile |= dict(near=None) if dtype == "bf16" else {}
-        alone = dict(also=None, POINTS=None, TAPE=None, BLOCK=triton_compare.widest(dtype == "bf16", False))
-        yield f"spearman {dtype}", spearman_kernel, dtype, alone | tile | some, warps
-        tile["BLOCK"] = triton_compare.widest(dtype == "bf16", True)
+        by_bits = dtype == "bf16"
+        tile = dict(BY_BITS=by_bits, HALF=(False, False)) | (dict(near=None) if by_bits else {})
+        tile["BLOCK"], tile["BINS"], warps = triton_compare.tile_of(by_bits, False)
+        yield f"spearman {dtype}", spearman_kernel, dtype, dict(also=None, POINTS=None, TAPE=None, **tile, **some), warps
+        tile["BLOCK"], tile["BINS"], warps = triton_compare.tile_of(by_bits, True)
         for loss in (ForwardKLLoss(), KDLoss(), DKDLoss(), LogitMSELoss()):
             code, K = loss._single.code, int(loss._single.code[0])
             points = (K, 1 << (K - 1).bit_length(), loss._uses.teacher, _second(code))

@@ -109,16 +109,20 @@ def _spearman(x: Rows, s: Tensor, t: Tensor, args: Tensor, room: int) -> Rows:
     return by_histograms("spearman", x, s, t, tau)
 
 
-def widest(by_bits: bool, also: bool) -> int:
-    """The tile of `spearman_kernel` that needs no more registers than there are."""
-    return (1024 if also else 2048) if by_bits else 512
+def tile_of(by_bits: bool, also: bool) -> tuple[int, int, int]:
+    """The widest tile of `spearman_kernel` that needs no more registers than there are, its bins at a time and warps."""
+    bins, warps = TILES["spearman"]
+    if by_bits:
+        return 1024 if also else 2048, bins, warps
+    return (512, bins // 2, warps // 2) if also else (512, bins, warps)
 
 
 def by_histograms(name: str, x: Rows, s: Tensor, t: Tensor, tau: float, *also) -> Rows:
     """Spearman's loss; `also` is the kernel's. Wide rows of a loss near 0 or 2 are sorted by a second launch, which
     looks for them itself: the host does not wait."""
-    cells, by_bits, (bins, warps) = CELLS.value, _by_bits(s, t), TILES["spearman"]
-    block = min(widest(by_bits, bool(also)), triton.next_power_of_2(x.shape[2]))
+    cells, by_bits = CELLS.value, _by_bits(s, t)
+    block, bins, warps = tile_of(by_bits, bool(also))
+    block = min(block, triton.next_power_of_2(x.shape[2]))
     some = _programs(len(x.value), s.device, 44 * cells)
     new, shape = s.new_empty, (some, cells)
     scratch = (s.new_zeros((some, 2, cells), dtype=torch.int64), new(shape, dtype=torch.int64),

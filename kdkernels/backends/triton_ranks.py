@@ -276,6 +276,7 @@ def spearman_kernel(
         total, slope = count.to(tl.float64), g * rs
         R, K, G = x + CELLS, x + 2 * CELLS, x + 3 * CELLS
         value, fine = lapsum(x, packed_ptr, R, K, G, M, total, tau, squares, slope, GRADIENT, BINS)
+        bend = narrow((1 - value) * squares / tl.where(slope != 0, slope, 1.0))
         nan += tl.where(spoilt, float("nan"), 0.0)
         tl.store(value_ptr + n, tl.where(keep, value + nan, 0.0))
         if near is not None:
@@ -286,10 +287,9 @@ def spearman_kernel(
             tl.debug_barrier()
             _place(tables + CELLS, cells, K, R, M, BINS)
             tl.debug_barrier()
-            bend = (1 - value) * squares / tl.where(slope != 0, slope, 1.0)
             use = tl.where(fine & (g != 0), edge, 1 << 40)  # nobody lives otherwise
             _write(
                 s_row, t_row, mask_ptr, tables, out_ptr + n * width, limit, width, use, last, ms, rs, mt, rt,
-                tl.where(g != 0, nan, 0.0).to(tl.float32), narrow(bend), own, BY_BITS, HALF, HAS_MASK, POINTS, BLOCK,
+                tl.where(g != 0, nan, 0.0).to(tl.float32), bend, own, BY_BITS, HALF, HAS_MASK, POINTS, BLOCK,
             )  # fmt: skip
         _clear(tables, low, high, BINS)
