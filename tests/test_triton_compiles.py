@@ -49,7 +49,8 @@ def _rank_variants():
         by_bits = dtype == "bf16"
         tile = dict(BY_BITS=by_bits, HALF=(False, False)) | (dict(near=None) if by_bits else {})
         tile["BLOCK"], tile["BINS"], warps = triton_compare.tile_of(by_bits, False)
-        yield f"spearman {dtype}", spearman_kernel, dtype, dict(also=None, POINTS=None, TAPE=None, **tile, **some), warps
+        alone = dict(also=None, POINTS=None, TAPE=None, **tile, **some)
+        yield f"spearman {dtype}", spearman_kernel, dtype, alone, warps
         tile["BLOCK"], tile["BINS"], warps = triton_compare.tile_of(by_bits, True)
         for loss in (ForwardKLLoss(), KDLoss(), DKDLoss(), LogitMSELoss()):
             code, K = loss._single.code, int(loss._single.code[0])

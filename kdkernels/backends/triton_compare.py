@@ -110,7 +110,7 @@ def _spearman(x: Rows, s: Tensor, t: Tensor, args: Tensor, room: int) -> Rows:
 
 
 def tile_of(by_bits: bool, also: bool) -> tuple[int, int, int]:
-    """The widest tile of `spearman_kernel` that needs no more registers than there are, its bins at a time and warps."""
+    """The widest tile of `spearman_kernel` that needs no more registers than there are; bins at a time, and warps."""
     bins, warps = TILES["spearman"]
     if by_bits:
         return 1024 if also else 2048, bins, warps
