@@ -114,7 +114,7 @@ def tile_of(by_bits: bool, also: bool) -> tuple[int, int, int]:
     bins, warps = TILES["spearman"]
     if by_bits:
         return 1024 if also else 2048, bins, warps
-    return (512, bins // 2, warps // 2) if also else (512, bins, warps)
+    return (256, bins // 2, warps // 2) if also else (512, bins, warps)
 
 
 def by_histograms(name: str, x: Rows, s: Tensor, t: Tensor, tau: float, *also) -> Rows:
