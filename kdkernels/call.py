@@ -219,7 +219,7 @@ def arguments(loss: Loss, program: Program, rows: Rows, temperature) -> Tensor:
     if loss.standardize:
         student, *teachers = (x * y for x, y in zip((student, teacher), _inverse_deviations(loss, rows), strict=False))
         teacher = teachers[0] if teachers else teacher
-    head = torch.broadcast_tensors(student, teacher, T, args[:, 3])
+    head = torch.broadcast_tensors(student, teacher, T, args[:, 2])
     count = head[0].shape[0]
     return torch.cat((torch.stack(head[:3], -1), args[:, 3:].expand(count, -1)), -1)
 

@@ -111,6 +111,24 @@ class Tilted(kd.Loss):
         return (q.lse - m.lse) * m.s
 
 
+@pytest.mark.parametrize("temperature", [2.0, torch.tensor([1.0, 2.0])], ids=["one", "rows"])
+def test_no_points_at_a_temperature(temperature):
+    class Constant(kd.Loss):
+        needs_teacher = False
+
+        def points(self):
+            return ()
+
+        def value(self):
+            return 3.0
+
+    s = torch.randn(2, 5, requires_grad=True)
+    value = Constant()(s, temperature=temperature)
+    value.backward()
+    assert value.isfinite() and not s.grad.any()
+
+
+
 @on_every_backend
 def test_points_of_their_own_for_every_row(backend):
     rows = batch(4, 9, seed=5).to(F32 if backend in ("triton", "cuda") else F64)
