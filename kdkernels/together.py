@@ -159,8 +159,7 @@ def in_one_go(single: Any, terms: Sequence[tuple[float, Comparison, call.Rows]],
     step, taken = together(rows.student, rows.teacher, rows.vocab, kinds)
     if len(taken) + (single is not None) < 2:
         return nothing
-    heat = None if single is None else temperature
-    *_, program, args, weight, divisor = first._prepared(alone, num_items, heat)
+    *_, program, args, weight, divisor = first._prepared(alone, num_items, temperature)
     if args.requires_grad:
         return nothing
     each = [_columns(term, by, own, num_items, temperature) for by, term, own in (terms[k] for k in taken)]

@@ -48,6 +48,7 @@ class BitTables {
     squares = ranks_of(used_t, z.n, [&](uint16_t bits) { return t_[bits]; }, rank);
     for (i = 0; i + kLine <= z.n; i += kLine) {
       __builtin_prefetch(z.s + i + kAhead);
+      // One by one, unlike t: beside the look-up shifting costs more than the loads it saves.
       for (int k = 0; k < kLine; ++k) s_[z.s[i + k]] += kOne + rank[z.t[i + k]];
     }
     for (; i < z.n; ++i) s_[z.s[i]] += kOne + rank[z.t[i]];
@@ -88,7 +89,7 @@ class BitTables {
   static bool finite(std::span<const uint16_t> used, Special of) {
     return used.empty() || !(of.any(used.front()) || of.any(used.back()));
   }
-  // One load: the loops are bound by the number of them.
+  // One load: where little else is done for each the number of them is the bound.
   static uint64_t four(const uint16_t* x) {
     uint64_t all;
     std::memcpy(&all, x, sizeof all);
