@@ -41,6 +41,7 @@ template <typename R> struct Classes {
 template <typename R> struct Scratch {
   std::vector<R> x, u[2], factor;
   std::vector<double> sums;
+  std::vector<char> alive;
 };
 
 // The rows' shares, from their log-partitions; false if one of them is no distribution.
@@ -75,7 +76,8 @@ template <typename R> class Block {
     w.x.resize(n);
     w.factor.resize(n);
     w.sums.assign(6 * n, -INFINITY);
-    bool* alive = live(n);
+    w.alive.assign(n, false);
+    char* alive = w.alive.data();
     for (int side = 0; side < 2; ++side) {
       double* mean = out_.mean[side] + first;
       std::fill(mean, mean + n, -INFINITY);
@@ -101,10 +103,6 @@ template <typename R> class Block {
   }
 
  private:
-  bool* live(int n) {
-    alive_.reset(new bool[n]());
-    return alive_.get();
-  }
   template <typename F> void each(int side, int64_t first, int n, F f) {
     R* copy = kept_by_thread<Scratch<R>>().x.data();
     for (size_t j = 0; j < kept_.size(); ++j)
@@ -153,7 +151,6 @@ template <typename R> class Block {
   const RowOf* rows_;
   const Classes<R>& out_;
   const Columns<R>& loops_;
-  std::unique_ptr<bool[]> alive_;
 };
 
 std::vector<int64_t> kept_rows(const Batch& x) {
