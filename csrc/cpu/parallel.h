@@ -127,22 +127,25 @@ struct Gradient {
 };
 
 // Parts of the rows to whichever thread is free: rows that are left out cost nothing, and a thread may lose its core.
-// Where there are many, they are of 2 MB of the gradient: two threads seldom wait for the same fresh page.
+// Where there are many, they are of 2 MB of the gradient: two threads seldom wait for the same fresh page. The last ones
+// are smaller, so that no thread works long after the others.
 class Turns {
  public:
   Turns(int64_t rows, int64_t grain, const Gradient* to)
-      : rows_(rows),
-        some_(std::max(grain, std::min(to ? (2 << 20) / std::max<int64_t>(to->row, 1) : 1,
-                                       rows / (8 * int64_t(torch::stable::get_num_threads()))))) {}
+      : rows_(rows), grain_(grain), most_(to ? (2 << 20) / std::max<int64_t>(to->row, 1) : 1),
+        shares_(2 * int64_t(torch::stable::get_num_threads())) {}
   bool take(int64_t* lo, int64_t* hi) {
-    *lo = next_.fetch_add(some_);
-    *hi = std::min(*lo + some_, rows_);
+    *lo = next_.load();
+    do {
+      const int64_t left = rows_ - *lo;
+      *hi = *lo + std::min(left, std::max({grain_, int64_t(1), std::min(most_, left / shares_)}));
+    } while (*lo < rows_ && !next_.compare_exchange_weak(*lo, *hi));
     return *lo < rows_;
   }
 
  private:
   std::atomic<int64_t> next_{0};
-  int64_t rows_, some_;
+  const int64_t rows_, grain_, most_, shares_;
 };
 
 inline void spread_all(const Batch& x, const Shape& z, const double* coef, const double* grad, int64_t step, int side,

@@ -136,6 +136,7 @@ static int lines(const uint16_t* a, const uint16_t* b, int n, const ShortLine* l
     const __mmask16 differ =
         _mm512_test_epi32_mask(_mm512_xor_si512(least_d, most_d), _mm512_set1_epi32(int(0xffff0000)));
     _mm512_storeu_ps(out + i, d);
+    if (__builtin_expect(!differ, true)) continue;
     const __m512i here = _mm512_add_epi32(place, _mm512_set1_epi32(i));
     _mm512_storeu_si512(doubtful + found, _mm512_maskz_compress_epi32(differ, here));
     found += __builtin_popcount(differ);
