@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -25,7 +26,8 @@ def turns(contenders: dict[str, Callable], device: str = "cpu", least: float = 0
           seconds: float = float("inf"), lead: int = 1_000_000) -> dict[str, list[float] | str]:  # fmt: skip
     """Milliseconds of every call, the contenders taking turns; of one that fails what it raised.
 
-    There are at least `repeats` turns and at least `least` seconds of them; past `seconds` two are enough. On a GPU
+    There are at least `repeats` turns and at least `least` seconds of them; past `seconds` two are enough. Their order
+    is drawn anew each turn: what a contender leaves behind (caches, sleeping cores) meets all others. On a GPU
     times are those of device events, behind `lead` cycles of sleep in which the host gets ahead of the device.
     """
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -40,11 +42,11 @@ def turns(contenders: dict[str, Callable], device: str = "cpu", least: float = 0
             times[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             wait()  # an error that stays ends the process
     good = [name for name in contenders if isinstance(times[name], list)]
-    start, count = time.perf_counter(), 0
+    start, count, dice = time.perf_counter(), 0, random.Random(0)
     while count < repeats or time.perf_counter() - start < least:
         if count >= 2 and time.perf_counter() - start > seconds:
             break
-        for name in good:
+        for name in dice.sample(good, len(good)):
             times[name].append(events(contenders[name], lead) if device == "cuda" else clocked(contenders[name]))
         wait()
         count += 1
