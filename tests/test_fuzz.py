@@ -57,7 +57,8 @@ LOSSES = losses()
 ON_CUDA = [str(case) for case in textbook.CASES if has_kernels(case, "cuda") and str(case) in LOSSES]
 ON_TRITON = sorted(LOSSES.keys() - {"SinkhornLoss {}"})
 OF_BATCHES = ("DISTLoss", "LTKDLoss", "SinkhornLoss")
-OF_TERMS = ("DISTLoss", "PearsonLoss {", "ULDLoss {'t", "MixedSumLoss")  # each with a gradient that is rounded
+# Each term has a gradient that is rounded.
+OF_TERMS = ("DISTLoss", "PearsonLoss {", "ULDLoss {'t", "CMKDLoss", "MixedSumLoss")
 SCALE_FREE = ("PearsonLoss", "SpearmanLoss", "KendallLoss", "CMKDLoss", "DISTLoss", "MixedSumLoss")
 SCALES = {"huge": 3e3, "giant": 1e30, "tiny": 1e-20, "subnormal": 1e-40, "constant": 0.0, "zeros": 0.0}
 KINDS = ["plain", "plain", "huge", "giant", "tiny", "subnormal", "tied", "constant", "peak", "zeros"]
@@ -231,15 +232,18 @@ FLAT = ("AlphaBetaLoss-alpha=0.5-beta=-0.5", torch.full((1, 257), 1e-20, dtype=F
         torch.full((1, 257), 7.0, dtype=F64), torch.tensor([0]))  # fmt: skip
 
 
-# A teacher of 16 bits beside a student of float64; gradients that cancel; a student's row without a distribution.
+# A teacher of 16 bits beside a student of float64; gradients that cancel; a student's row without a distribution; many
+# probabilities that are equal.
 LINE, SHORT = torch.arange(12, dtype=F64).view(2, 6).sin() * 4, torch.arange(12, dtype=F64).view(2, 6).cos() * 3
 FOUND = [("SkewKLLoss-alpha=0.5-standardize=True", LINE, SHORT.to(F16)), ("LTKDLoss", LINE, SHORT.to(BF16)),
          ("SinkhornLoss {}", torch.tensor([[3.0, -1, -4], [1, -2, -3]], dtype=BF16), SHORT[:, :3].round()),
-         ("DISTLoss {'temperature': 2.0}", LINE.masked_fill(LINE[:1] == LINE, -torch.inf), SHORT)]  # fmt: skip
+         ("DISTLoss {'temperature': 2.0}", LINE.masked_fill(LINE[:1] == LINE, -torch.inf), SHORT),
+         ("ULDLoss {}", torch.zeros(2, WIDE), torch.arange(2.0 * WIDE).view(2, -1) % 11 - 5)]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, s, t", FOUND, ids=lambda x: x if isinstance(x, str) else "")
 def test_what_was_found(name, s, t):
+    s, t = (x.double() if x.dtype == F32 else x for x in (s, t))
     check("cpu", name, s, t, torch.tensor([0, 1]))
 
 

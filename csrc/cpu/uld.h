@@ -19,9 +19,7 @@ template <typename R> bool softmax(const R* x, int64_t n, double scale, std::vec
   if (!(top > -std::numeric_limits<R>::infinity())) return false;
   for (int64_t i = 0; i < n; ++i) p[i] = R((double(x[i]) - double(top)) * scale * kLog2e);
   exp2_in_place(p.data(), n);
-  double total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) total += p[i];
+  const double total = tiles<R>().columns.sum(p.data(), int(n));
   for (int64_t i = 0; i < n; ++i) p[i] = R(p[i] / total);
   return true;
 }
@@ -40,8 +38,12 @@ double uld(const Pair<R>& z, const double* scale, int side, double g, const RowO
   const Order<R>&own = w.order[side], &other = w.order[1 - side];
   const std::vector<R>&p = w.p[side], &q = w.p[1 - side];
   const auto gap = [&](int64_t r) { return double(p[own.at(r)]) - double(q[other.at(r)]); };
-  double value = 0;
-  for (int64_t r = 0; r < z.n; ++r) value += std::fabs(gap(r));
+  double value = 0, gaps[kTile];
+  for (int64_t first = 0; first < z.n; first += kTile) {
+    const int count = int(std::min<int64_t>(kTile, z.n - first));
+    for (int i = 0; i < count; ++i) gaps[i] = std::fabs(gap(first + i));
+    value += tiles<double>().columns.sum(gaps, count);
+  }
   if (!out.to) return value;
   double mean = 0;
   w.slope.resize(z.n);
