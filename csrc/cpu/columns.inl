@@ -87,19 +87,28 @@ template <typename R> static void add_up(const R* e, int n, double* sums) {
   for (int i = 0; i < n; ++i) sums[i] += e[i];
 }
 
+// f(first, count) of parts whose sums lose no digits worth mentioning: one running sum of many alike numbers would.
+template <typename F> INLINE void in_parts(int n, F f) {
+  constexpr int part = 4096;
+  for (int first = 0; first < n; first += part) f(first, n - first < part ? n - first : part);
+}
 // In double, as four sums that do not wait for each other.
 template <typename F> INLINE double sum_of_all(int n, F f) {
-  const int part = n / 4;
-  double a = 0, b = 0, c = 0, d = 0;
+  double total = 0;
+  in_parts(n, [&](int first, int count) INLINE_LAMBDA {
+    const int part = count / 4, end = first + count;
+    double a = 0, b = 0, c = 0, d = 0;
 #pragma omp simd reduction(+ : a, b, c, d)
-  for (int i = 0; i < part; ++i) {
-    a += f(i);
-    b += f(i + part);
-    c += f(i + 2 * part);
-    d += f(i + 3 * part);
-  }
-  for (int i = 4 * part; i < n; ++i) a += f(i);
-  return (a + b) + (c + d);
+    for (int i = first; i < first + part; ++i) {
+      a += f(i);
+      b += f(i + part);
+      c += f(i + 2 * part);
+      d += f(i + 3 * part);
+    }
+    for (int i = first + 4 * part; i < end; ++i) a += f(i);
+    total += (a + b) + (c + d);
+  });
+  return total;
 }
 
 // The sum of (1 + u) (by_u u + by_v v + constant).
@@ -122,27 +131,37 @@ static void class_slopes(const R* e, const R* v, int n, const ClassTerms<R>& by,
 template <typename R> static double sum_of(const R* x, int n) {
   return sum_of_all(n, [=](int i) INLINE_LAMBDA { return double(x[i]); });
 }
-// The sums of squares and products of u less its mean and v less its.
+// The sums of squares and products of u less its mean and v less its: two of each, that do not wait for each other.
 template <typename R> static Products centred(const R* u, const R* v, int n, double u_mean, double v_mean) {
-  double uu = 0, uv = 0, vv = 0;
-#pragma omp simd reduction(+ : uu, uv, vv)
-  for (int i = 0; i < n; ++i) {
-    const double a = u[i] - u_mean, b = v[i] - v_mean;
-    uu += a * a;
-    uv += a * b;
-    vv += b * b;
-  }
-  return {uu, uv, vv};
+  Products sum{};
+  in_parts(n, [&](int first, int count) INLINE_LAMBDA {
+    double uu[2]{}, uv[2]{}, vv[2]{};
+    const int half = count / 2;
+    const auto add = [&](int k, int i) INLINE_LAMBDA {
+      const double a = u[i] - u_mean, b = v[i] - v_mean;
+      uu[k] += a * a;
+      uv[k] += a * b;
+      vv[k] += b * b;
+    };
+#pragma omp simd reduction(+ : uu[:2], uv[:2], vv[:2])
+    for (int i = first; i < first + half; ++i) {
+      add(0, i);
+      add(1, i + half);
+    }
+    if (count % 2) add(0, first + count - 1);
+    sum = {sum.uu + uu[0] + uu[1], sum.uv + uv[0] + uv[1], sum.vv + vv[0] + vv[1]};
+  });
+  return sum;
 }
-// u becomes by_u (u - u_mean) + by_v (v - v_mean), times 1 + u if it is of probabilities.
+// d = by_u (u - u_mean) + by_v (v - v_mean), times 1 + u if it is of probabilities.
 template <typename R>
-static void row_slopes(const R* v, int n, double by_u, double u_mean, double by_v, double v_mean, bool probabilities,
-                       R* u) {
+static void row_slopes(const R* u, const R* v, int n, double by_u, double u_mean, double by_v, double v_mean,
+                       bool probabilities, R* d) {
   const double one = probabilities ? 1 : 0;
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     const double slope = by_u * (u[i] - u_mean) + by_v * (v[i] - v_mean);
-    u[i] = R(slope + one * u[i] * slope);
+    d[i] = R(slope + one * u[i] * slope);
   }
 }
 

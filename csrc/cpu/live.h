@@ -1,5 +1,7 @@
 // The live classes of a pair of rows, and the way of a gradient back to all of them.
 #pragma once
+#include <algorithm>
+#include <cmath>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -60,10 +62,8 @@ struct Special {
   }
   bool among(const uint16_t* x, int64_t n) const { return largest(x, n) >= int16_t(infinity); }
   template <typename R> bool among(const R* x, int64_t n) const {
-    int found = 0;
-#pragma omp simd reduction(| : found)
-    for (int64_t i = 0; i < n; ++i) found |= !(x[i] - x[i] == 0);
-    return found;
+    if (std::isfinite(tiles<R>().columns.sum(x, int(n)))) return false;  // of doubles it can overflow
+    return std::any_of(x, x + n, [&](R v) { return any(v); });
   }
 
  private:

@@ -67,9 +67,9 @@ template <typename R> struct Columns {
   void (*lesser)(const R* x, const Share& q, const R* y, const Share& p, int n, R* e);
   double (*sum)(const R* x, int n);
   Products (*centred)(const R* u, const R* v, int n, double u_mean, double v_mean);
-  // u = by_u (u - u_mean) + by_v (v - v_mean), times 1 + u if it is of probabilities
-  void (*row_slopes)(const R* v, int n, double by_u, double u_mean, double by_v, double v_mean, bool probabilities,
-                     R* u);
+  // d = by_u (u - u_mean) + by_v (v - v_mean), times 1 + u if it is of probabilities
+  void (*row_slopes)(const R* u, const R* v, int n, double by_u, double u_mean, double by_v, double v_mean,
+                     bool probabilities, R* d);
   double (*apart)(const R* x, const R* y, int n);  // the sum of |x - y|
   void (*signs)(const R* x, const R* y, int n, double g, R* d);  // d += g sign(x - y)
 };
