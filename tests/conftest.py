@@ -19,3 +19,8 @@ QUIET = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthC
 settings.register_profile("ci", derandomize=True, max_examples=12, database=None, **QUIET)
 settings.register_profile("long", max_examples=500, **QUIET)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_runtest_setup():
+    """The same random numbers in whatever order the tests run."""
+    torch.manual_seed(0)
