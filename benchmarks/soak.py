@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "soak.json")
     options = parser.parse_args()
     torch.manual_seed(0)
+    now = about()  # what is run, whatever is checked out by the time it ends
     dice, every, samples, start = random.Random(0), losses(), [], time.monotonic()
     sparse = [kd.ForwardKLLoss(), kd.JSDLoss(), kd.DKDLoss()]
     students = [Student(loss(), *shape) for loss in (kd.KDLoss, kd.JSDLoss, kd.SpearmanLoss) for shape in SHAPES]
@@ -106,7 +107,7 @@ def main() -> None:
         count += len(every) + len(sparse) + len(students)
         if seconds >= 60 * options.minutes * len(samples) / SAMPLES:
             samples.append(dict(step=count, seconds=round(seconds, 2), bytes=resident()))
-    found = dict(**about(), minutes=options.minutes, steps=count, losses=len(every),
+    found = dict(**now, minutes=options.minutes, steps=count, losses=len(every),
                  growth_kib_per_1000_steps=growth(samples), samples=samples)  # fmt: skip
     save(found, options.out)
     plot(samples, options.out.with_suffix(".png"))
