@@ -60,8 +60,8 @@ KD_HD double lse(const Moments& x) { return x.z == 0 ? -INFINITY : x.m + log(x.z
 // The logarithm of a weight from that of its share: at - lse(x), of which much may cancel.
 KD_HD double log_weight(double at, const Moments& x) { return x.z == 0 ? -INFINITY : at - x.m - log(x.z); }
 
-// The tape's inputs from point k. True where the point has no class left to sum over, which makes the value NaN, unless
-// it is a mixture: two rows may have no class in common.
+// The tape's inputs from point k. True where the value is NaN whatever the tape makes of them: of a sum that is, and where
+// the point has no class left to sum over, unless it is a mixture: two rows may have no class in common.
 KD_HD bool point_inputs(const Program& p, const double* args, int k, const Moments& x, const Row& row, double* reg) {
   const Tilt at(p, args, k);
   double* in = reg + 6 * k;
@@ -72,6 +72,7 @@ KD_HD bool point_inputs(const Program& p, const double* args, int k, const Momen
   in[4] = infinite ? 0 : at.r * at.rt * x.st;
   in[5] = infinite ? 0 : at.rt * at.rt * x.tt;
   if (p.flags(k) & GIVEN) { in[3] = args[3 + 2 * k]; in[4] = args[4 + 2 * k]; }
+  if (x.z != x.z) return true;
   if (x.z != 0 || (at.b != 0 && at.a != 0 && !(p.flags(k) & FROZEN))) return false;
   const bool label = row.s_y > -INFINITY || row.t_y > -INFINITY;  // a class of the row, not a deleted one
   return !((p.flags(k) & EXCLUDE) && label && at(row.s_y, row.t_y) > -INFINITY);

@@ -181,6 +181,16 @@ def lost(name, V):
     return any(p.student and p.teacher for p in points) or name.startswith(("AKL", "PlackettLuce"))
 
 
+def merged(name, s):
+    """(N,): whether classes of different logits have one probability in float64. ULDLoss orders classes; its kernels
+    tell these apart by their logits, the reference cannot."""
+    if not name.startswith("ULD"):
+        return torch.zeros(len(s), dtype=torch.bool)
+    p = (s.double() / LOSSES[name](s.shape[-1]).temperature).softmax(-1)
+    count = lambda x: [len(row[q > 0].unique()) for row, q in zip(x, p, strict=True)]  # noqa: E731
+    return torch.tensor(count(p)) < torch.tensor(count(s))
+
+
 def check(backend, name, s, t, y):
     """The same rows NaN and infinite; elsewhere float64's numbers, but for roundings: of a row's largest number, or of
     1, which weights add up to, and what those of logits make of it in float64. Not of the logits themselves."""
@@ -208,6 +218,7 @@ def check(backend, name, s, t, y):
         defined = b.isnan() | b.isinf() | ((own < limit.max / 2) & (bound < limit.max))  # else a rounding may overflow
         if what == "gradient":  # of a loss that is infinite there is none
             finite = want[0].isfinite() & (size < GIANT or not lost(name, V))
+            finite = finite & ~merged(name, s) if per_row else finite
             defined &= finite[:, None] if per_row else finite
         assert torch.equal(a.isnan() & defined, b.isnan() & defined), (where, what, a, b)
         infinite = a.isinf() & defined
@@ -233,18 +244,27 @@ FLAT = ("AlphaBetaLoss-alpha=0.5-beta=-0.5", torch.full((1, 257), 1e-20, dtype=F
 
 
 # A teacher of 16 bits beside a student of float64; gradients that cancel; a student's row without a distribution; many
-# probabilities that are equal.
+# probabilities that are equal, or equal but for 1e-40; +inf where no other class of the teacher lives; logits of 1e30
+# beside a slope that grows with them.
+ONLY = torch.tensor([[1.0, 1, 1, 0], [1, 1, 0, 0]], dtype=F64)
 LINE, SHORT = torch.arange(12, dtype=F64).view(2, 6).sin() * 4, torch.arange(12, dtype=F64).view(2, 6).cos() * 3
 FOUND = [("SkewKLLoss-alpha=0.5-standardize=True", LINE, SHORT.to(F16)), ("LTKDLoss", LINE, SHORT.to(BF16)),
          ("SinkhornLoss {}", torch.tensor([[3.0, -1, -4], [1, -2, -3]], dtype=BF16), SHORT[:, :3].round()),
          ("DISTLoss {'temperature': 2.0}", LINE.masked_fill(LINE[:1] == LINE, -torch.inf), SHORT),
-         ("ULDLoss {}", torch.zeros(2, WIDE), torch.arange(2.0 * WIDE).view(2, -1) % 11 - 5)]  # fmt: skip
+         ("ULDLoss {}", torch.zeros(2, WIDE, dtype=F64), torch.arange(2 * WIDE).view(2, -1).to(F64) % 11 - 5),
+         ("ULDLoss {}", 1e-40 * LINE.round(), 1e3 * SHORT),
+         ("AlphaBetaLoss-alpha=0.0-beta=0.0", ONLY.log(), torch.where(ONLY > 0, -torch.inf, torch.inf)),
+         ("LogitMSELoss", (1e30 * torch.arange(128).sin().view(2, 64)).to(BF16), ONLY)]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, s, t", FOUND, ids=lambda x: x if isinstance(x, str) else "")
-def test_what_was_found(name, s, t):
-    s, t = (x.double() if x.dtype == F32 else x for x in (s, t))
-    check("cpu", name, s, t, torch.tensor([0, 1]))
+ON = {"cpu": sorted(LOSSES), "triton": ON_TRITON, "cuda": ON_CUDA}
+FOUND_ON = [(on, *one) for on in ON for one in FOUND if one[0] in ON[on] and (on == "cpu" or one[1].shape[1] < WIDE)]
+
+
+@pytest.mark.parametrize("backend, name, s, t", FOUND_ON, ids=lambda x: x if isinstance(x, str) else "")
+def test_what_was_found(backend, name, s, t):
+    s, t = (x if x.dtype != F64 or backend == "cpu" else x.float() for x in (s, t))
+    check(backend, name, s, t, torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("case", [c for c in textbook_ranks.CASES if c.name == "PlackettLuceLoss"], ids=str)

@@ -44,7 +44,8 @@ struct alignas(16) Term {
 };
 
 // What a row's packs need to know. `doubles`: all of it in double. `heavy`: a class may have most of a point's weight; the
-// points can cancel there, and the classes at the maxima are done in double. `odd`: there are infinite logits.
+// points can cancel there, and the classes at the maxima are done in double. `odd`: there may be logits of -inf, or so low
+// that their distance to the maximum matters and is not held in float.
 struct Slope {
   const double* coef;
   const Term* terms;
@@ -69,7 +70,8 @@ struct Slope {
       heavy |= c[0] > -0.7;  // log(1/2)
       doubles |= c[1] < 0 || c[2] < 0 || (c[1] != 0 && c[2] != 0 && c[0] > 4);
       doubles |= fabs(c[1] * s_max) > 65536 || fabs(c[2] * t_max) > 65536;
-      odd |= Term::curved(c);  // the sums of such points do not show it
+      // The sums of such points do not show it; and slopes grow without end where no weight falls.
+      odd |= Term::curved(c) || (c[1] == 0 && c[2] == 0 && Term::sloped(c));
     }
   }
 };
@@ -141,7 +143,8 @@ KD_DEVICE void slopes(const Slope& row, const X& xs, const Y& ys, int live, bool
 #pragma unroll
     for (int e = 0; e < N; ++e) {
       const float x = xs[e], y = ys[e];
-      if (!(fabsf(d[e]) < kHuge) || (search && (x == row.s_max || y == row.t_max))) again |= 1u << e;
+      const bool low = (x > -kInf && x - row.s_max <= kLowest) || (y > -kInf && y - row.t_max <= kLowest);
+      if (!(fabsf(d[e]) < kHuge) || low || (search && (x == row.s_max || y == row.t_max))) again |= 1u << e;
     }
   }
 #pragma unroll 1
