@@ -1,6 +1,6 @@
 """Rank and correlation losses and metrics beside eager torch, torchsort and scipy, interleaved in one run.
 
-    python -m benchmarks.ranks                      the whole table (some 20 minutes)
+    python -m benchmarks.ranks                      the whole table (some 6 minutes)
     python -m benchmarks.ranks --only Spearman --shape 64x131072
     python -m benchmarks.ranks --json result.json   and what was measured, for a machine to read
 

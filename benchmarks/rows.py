@@ -1,6 +1,6 @@
 """Losses on logits: kdkernels beside eager torch, torch.compile and the machine, interleaved in one run.
 
-    python -m benchmarks.rows --backend cpu                      the whole table (some 15 minutes)
+    python -m benchmarks.rows --backend cpu                      the whole table (some 10 minutes)
     python -m benchmarks.rows --backend cpu --only Forward --shape 512x128256 --dtype float32
     python -m benchmarks.rows --backend cpu --json result.json   and what was measured, for a machine to read
 
