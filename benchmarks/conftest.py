@@ -1,8 +1,13 @@
 """What pytest-benchmark writes about a machine: what figures are worth knowing with, and no name of anybody."""
 
 import pytest
+import torch
 
 from benchmarks import harness
+
+
+def pytest_configure():
+    torch.set_num_threads(1)  # with which all is timed, and which a machine's description names
 
 
 @pytest.hookimpl

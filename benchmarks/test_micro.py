@@ -45,7 +45,6 @@ def compare(benchmark, kernel, usual) -> None:
         ours, theirs = zip(*((clocked(kernel), clocked(usual)) for _ in range(TURNS)), strict=True)
         CLOCK.now += min(ours) / min(theirs)
 
-    torch.set_num_threads(1)
     with kd.use_backend("cpu"):
         benchmark.pedantic(both, rounds=ROUNDS, warmup_rounds=1)
 
