@@ -17,7 +17,7 @@ from .logpartition import kl, reverse_kl
 from .loss import Loss, Moment, Point
 from .options import ELSEWHERE, check_bool, check_number
 from .out import check_out, handed_over
-from .rankops import ULD, Compare
+from .rankops import NARROW, ULD, Compare
 from .rowwise import CLASSES, RowsLoss
 from .transport import SinkhornLoss
 
@@ -75,7 +75,8 @@ class AKLLoss(Loss):
         assert rows.teacher is not None
         memory = rows.student.numel() if torch.compiler.is_compiling() else CLASSES
         for at, *pair in blocks(rows.student, rows.teacher, memory=memory):
-            wide = double or any(x.dtype == torch.float64 for x in pair)
+            # As the kernels: what underflows for one would be infinite for the other.
+            wide = double or rows.vocab <= NARROW or any(x.dtype == torch.float64 for x in pair)
             logits = [x[:, : rows.vocab].to(torch.float64 if wide else torch.float32) for x in pair]
             if rows.mask is not None:
                 logits = [torch.where(rows.mask, x, -math.inf) for x in logits]

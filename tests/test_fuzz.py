@@ -249,7 +249,7 @@ FLAT = ("AlphaBetaLoss-alpha=0.5-beta=-0.5", torch.full((1, 257), 1e-20, dtype=F
 
 # A teacher of 16 bits beside a student of float64; gradients that cancel; a student's row without a distribution; many
 # probabilities that are equal, or equal but for 1e-40; +inf where no other class of the teacher lives; logits of 1e30
-# beside a slope that grows with them.
+# beside a slope that grows with them; a teacher that float32 cannot tell from the student.
 ONLY = torch.tensor([[1.0, 1, 1, 0], [1, 1, 0, 0]], dtype=F64)
 LINE, SHORT = torch.arange(12, dtype=F64).view(2, 6).sin() * 4, torch.arange(12, dtype=F64).view(2, 6).cos() * 3
 FOUND = [("SkewKLLoss-alpha=0.5-standardize=True", LINE, SHORT.to(F16)), ("LTKDLoss", LINE, SHORT.to(BF16)),
@@ -258,6 +258,7 @@ FOUND = [("SkewKLLoss-alpha=0.5-standardize=True", LINE, SHORT.to(F16)), ("LTKDL
          ("ULDLoss {}", torch.zeros(2, WIDE, dtype=F64), torch.arange(2 * WIDE).view(2, -1).to(F64) % 11 - 5),
          ("ULDLoss {}", 1e-40 * LINE.round(), 1e3 * SHORT),
          ("AlphaBetaLoss-alpha=0.0-beta=0.0", ONLY.log(), torch.where(ONLY > 0, -torch.inf, torch.inf)),
+         ("AKLLoss-mu=0.8-temperature=2.0-ce_weight=0.5", torch.eye(3)[:2].log(), 900 * torch.eye(3)[:2]),
          ("LogitMSELoss", (1e30 * torch.arange(128).sin().view(2, 64)).to(BF16), ONLY)]  # fmt: skip
 
 
