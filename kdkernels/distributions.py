@@ -75,8 +75,7 @@ class AKLLoss(Loss):
         assert rows.teacher is not None
         memory = rows.student.numel() if torch.compiler.is_compiling() else CLASSES
         for at, *pair in blocks(rows.student, rows.teacher, memory=memory):
-            # As the kernels: what underflows for one would be infinite for the other.
-            wide = double or rows.vocab <= NARROW or any(x.dtype == torch.float64 for x in pair)
+            wide = double or rows.vocab <= NARROW or any(x.dtype == torch.float64 for x in pair)  # as kernels
             logits = [x[:, : rows.vocab].to(torch.float64 if wide else torch.float32) for x in pair]
             if rows.mask is not None:
                 logits = [torch.where(rows.mask, x, -math.inf) for x in logits]

@@ -128,7 +128,6 @@ def test_no_points_at_a_temperature(temperature):
     assert value.isfinite() and not s.grad.any()
 
 
-
 @on_every_backend
 def test_points_of_their_own_for_every_row(backend):
     rows = batch(4, 9, seed=5).to(F32 if backend in ("triton", "cuda") else F64)
