@@ -170,10 +170,24 @@ def steepest(name, s):
     over the part of it that soft ranks are wide."""
     if not scale_free(name):
         return s.new_ones(len(s), dtype=F64)
-    s = s.double().where(s.isfinite(), 0.0)
-    deviation = (s - s.mean(-1, keepdim=True)).norm(dim=-1)
     wide = LOSSES[name](s.shape[-1]).tau if name.startswith(("Spearman", "Kendall")) else 1.0
-    return 1 / (min(wide, 1.0) * deviation.where(deviation > 0, 1.0)).clamp(max=1.0)
+    return 1 / (min(wide, 1.0) * spread_of(s.double().where(s.isfinite(), 0.0))).clamp(max=1.0)
+
+
+def steepest_class(name, s, y):
+    """0, or how much of a rounding of a class's probability the mean over V classes of what knows no scale sees: of two
+    rows the gradient is 0, and this is what is left of terms that cancel."""
+    if not name.startswith("DIST"):
+        return 0.0
+    q = (s.double()[y != -100] / LOSSES[name](s.shape[-1]).temperature).log_softmax(-1).T
+    shares = q.softmax(-1).nan_to_num(0.0) * q.shape[-1]  # 1 where the rows agree
+    return largest(1 / (len(q) * spread_of(shares))).item()
+
+
+def spread_of(x):
+    """(N,): the norms of deviations from the mean; 1 where there are none."""
+    deviation = (x - x.mean(-1, keepdim=True)).norm(dim=-1)
+    return deviation.where(deviation > 0, 1.0)
 
 
 def lost(name, V):
@@ -224,6 +238,7 @@ def check(backend, name, s, t, y):
         limit, own = torch.finfo(a.dtype), largest(b, per_row)
         relative = eps * terms(name, V) + absolute
         bound = relative * own.clamp(min=1).maximum(steep if what == "gradient" else own) + move
+        bound = bound + eps * (steepest_class(name, s, y) if what == "gradient" else 0)
         bound, own = (x[:, None] if b.dim() == 2 and per_row else x for x in (bound, own))
         bound = bound + limit.eps * (2 * own if name.startswith(OF_TERMS) else b.abs()) + limit.smallest_normal
         defined = b.isnan() | b.isinf() | ((own < limit.max / 2) & (bound < limit.max))  # else a rounding may overflow
@@ -256,7 +271,8 @@ FLAT = ("AlphaBetaLoss-alpha=0.5-beta=-0.5", torch.full((1, 257), 1e-20, dtype=F
 
 # A teacher of 16 bits beside a student of float64; gradients that cancel; a student's row without a distribution; many
 # probabilities that are equal, or equal but for 1e-40; +inf where no other class of the teacher lives; logits of 1e30
-# beside a slope that grows with them; a teacher that float32 cannot tell from the student.
+# beside a slope that grows with them; a teacher that float32 cannot tell from the student; a class that hardly differs
+# between two rows, beside logits that round to 1e-13.
 ONLY = torch.tensor([[1.0, 1, 1, 0], [1, 1, 0, 0]], dtype=F64)
 LINE, SHORT = torch.arange(12, dtype=F64).view(2, 6).sin() * 4, torch.arange(12, dtype=F64).view(2, 6).cos() * 3
 FOUND = [("SkewKLLoss-alpha=0.5-standardize=True", LINE, SHORT.to(F16)), ("LTKDLoss", LINE, SHORT.to(BF16)),
@@ -266,6 +282,8 @@ FOUND = [("SkewKLLoss-alpha=0.5-standardize=True", LINE, SHORT.to(F16)), ("LTKDL
          ("ULDLoss {}", 1e-40 * LINE.round(), 1e3 * SHORT),
          ("AlphaBetaLoss-alpha=0.0-beta=0.0", ONLY.log(), torch.where(ONLY > 0, -torch.inf, torch.inf)),
          ("AKLLoss-mu=0.8-temperature=2.0-ce_weight=0.5", torch.eye(3)[:2].log(), 900 * torch.eye(3)[:2]),
+         ("DISTLoss {'temperature': 2.0}", torch.tensor([[900.3, 2, 1], [900, 1, 0.701]], dtype=F64),
+          torch.tensor([[900, 2, 1], [1, 900, 1.5]], dtype=F64)),
          ("LogitMSELoss", (1e30 * torch.arange(128).sin().view(2, 64)).to(BF16), ONLY)]  # fmt: skip
 
 

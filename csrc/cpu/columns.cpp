@@ -123,8 +123,9 @@ template <typename R> class Block {
     });
     for (int i = 0; i < n; ++i) {
       const bool some = total[i] > 0;  // else the class is impossible in all rows
-      w.factor[i] = some ? R(double(kept_.size()) / total[i]) : R(0);
+      const double top = mean[i];
       mean[i] += some ? std::log(total[i] / double(kept_.size())) : 0;
+      w.factor[i] = some ? R(std::exp(top - mean[i])) : R(0);  // of the rounded mean, which is all the gradient knows
       out_.term[side ? MEAN_T_OF : MEAN_S_OF][first + i] = some ? R(std::exp(mean[i])) : R(0);
     }
     each(side, first, n, [&](int64_t j, const R* at, const Share& q) {
