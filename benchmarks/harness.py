@@ -23,7 +23,8 @@ PEERS = ("liger-kernel", "trl", "torchtune", "flash-linear-attention", "torchsor
 
 
 def turns(contenders: dict[str, Callable], device: str = "cpu", least: float = 0.6, repeats: int = 5,
-          seconds: float = float("inf"), lead: int = 1_000_000) -> dict[str, list[float] | str]:  # fmt: skip
+          seconds: float = float("inf"), lead: int = 1_000_000,
+          turn: float = 0.0) -> dict[str, list[float] | str]:  # fmt: skip
     """Milliseconds of every call, the contenders taking turns; of one that fails what it raised.
 
     There are at least `repeats` turns and at least `least` seconds of them; past `seconds` two are enough. Their order
@@ -47,17 +48,20 @@ def turns(contenders: dict[str, Callable], device: str = "cpu", least: float = 0
         if count >= 2 and time.perf_counter() - start > seconds:
             break
         for name in dice.sample(good, len(good)):
-            times[name].append(events(contenders[name], lead) if device == "cuda" else clocked(contenders[name]))
+            times[name].append(events(contenders[name], lead) if device == "cuda" else clocked(contenders[name], turn))
         wait()
         count += 1
     ms = lambda x: x if device != "cuda" else x[0].elapsed_time(x[1])  # noqa: E731
     return {name: found if isinstance(found, str) else [ms(x) for x in found] for name, found in times.items()}
 
 
-def clocked(function: Callable) -> float:
-    begin = time.perf_counter()
-    function()
-    return (time.perf_counter() - begin) * 1e3
+def clocked(function: Callable, turn: float = 0.0) -> float:
+    calls = []
+    while not calls or sum(calls) < turn * 1e3:
+        begin = time.perf_counter()
+        function()
+        calls.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(calls)
 
 
 def events(function: Callable, lead: int):
@@ -70,9 +74,10 @@ def events(function: Callable, lead: int):
     return begin, end
 
 
-def interleaved(contenders: dict, least: float = 0.6, repeats: int = 5, pick=statistics.median) -> dict[str, float]:
+def interleaved(contenders: dict, least: float = 0.6, repeats: int = 5, pick=statistics.median,
+                turn: float = 0.0) -> dict[str, float]:  # fmt: skip
     """Milliseconds of each on the CPU (the median), taking turns; what fails raises."""
-    found = turns(contenders, least=least, repeats=repeats)
+    found = turns(contenders, least=least, repeats=repeats, turn=turn)
     for name, times in found.items():
         if isinstance(times, str):
             raise RuntimeError(f"{name}: {times}")

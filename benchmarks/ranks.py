@@ -4,9 +4,11 @@
     python -m benchmarks.ranks --only Spearman --shape 64x131072
     python -m benchmarks.ranks --json result.json   and what was measured, for a machine to read
 
-Times are medians of repeats in which the contenders take turns; ratios are of those. `error` is the distance of the
-gradient (of the value, for a metric) from the float64 definition over the definition's norm, on two rows, before the
-gradient is rounded to 16 bits; `beyond, MB` what a step took at its peak beside logits and gradient; `floor` the
+Times are medians of turns of at least 50 ms, the median call of each: contenders take from half a millisecond to two
+seconds, and what one of gigabytes leaves behind (cold caches, memory given back to the system) is not the next one's
+time. `after` is what a single call of ours takes straight behind them. Ratios are of the times. `error` is the distance
+of the gradient (of the value, for a metric) from the float64 definition over the definition's norm, on two rows, before
+the gradient is rounded to 16 bits; `beyond, MB` what a step took at its peak beside logits and gradient; `floor` the
 milliseconds that the machine takes at best to read both logits once and to hand out and write a gradient. torchsort is
 measured where it is installed (pip install --no-build-isolation torchsort).
 """
@@ -64,6 +66,7 @@ LOSSES = {  # name -> loss, {contender: function, whether it is differentiated}
     "KL + Spearman top 128": (kd.ForwardKLLoss() + kd.SpearmanLoss(top_k=128),
                               {"one by one": (one_by_one(1, kd.SpearmanLoss(top_k=128)), True)}),
 }  # fmt: skip
+TURN = 0.05  # seconds
 METRICS = {"rho": (metrics.spearman, scipy.stats.spearmanr), "tau-b": (metrics.kendall_tau, scipy.stats.kendalltau)}
 
 
@@ -125,11 +128,11 @@ def measure_loss(name, shape, dtype):
         other: timed(function, leaf, t, differentiated) for other, (function, differentiated) in others.items()
         if other != "torchsort" or importlib.util.find_spec("torchsort")
     }  # fmt: skip
-    slow = rows * classes > 1 << 20
-    ms = interleaved({**contenders, "kdkernels": ours}, repeats=7 if slow else 20)
-    return dict(
-        name=name, shape=shape, dtype=dtype, ms=ms, error=gradient_error(loss, s, t), beyond_mb=extra, floor=floor
-    )
+    slow, calls = rows * classes > 1 << 20, {**contenders, "kdkernels": ours}
+    ms = interleaved(calls, repeats=7 if slow else 20, turn=TURN)
+    after = interleaved(calls, repeats=5)["kdkernels"]
+    return dict(name=name, shape=shape, dtype=dtype, ms=ms, after=after, error=gradient_error(loss, s, t),
+                beyond_mb=extra, floor=floor)  # fmt: skip
 
 
 def measure_metric(name, shape, dtype):
@@ -141,7 +144,7 @@ def measure_metric(name, shape, dtype):
     others = {"scipy": scipy_of}
     if name == "rho" and importlib.util.find_spec("torchmetrics"):  # its Kendall compares all pairs of classes
         others["torchmetrics"] = lambda: torchmetrics_spearman(s, t)
-    ms = interleaved({**others, "kdkernels": lambda: function(s, t)}, repeats=3)
+    ms = interleaved({**others, "kdkernels": lambda: function(s, t)}, repeats=3, turn=TURN)
     error = np.abs(function(s, t).numpy() - scipy_of()).max().item()
     return dict(name=f"{name} ({len(s)} rows)", shape=shape, dtype=dtype, ms=ms, error=error, beyond_mb=None)
 
@@ -157,7 +160,8 @@ def report(result):
                 kept.append(f"{other} {least}x: {'yes' if ms / ours >= least else 'NO'}")
     extra = "" if result["beyond_mb"] is None else f"{result['beyond_mb']:.1f}"
     floor = f"{result['floor']:.2g}" if "floor" in result else ""
-    return [result["name"], result["shape"], result["dtype"], f"{ours:.3g}", floor, "\n".join(ratios),
+    after = f"{result['after']:.3g}" if "after" in result else ""
+    return [result["name"], result["shape"], result["dtype"], f"{ours:.3g}", after, floor, "\n".join(ratios),
             f"{result['error']:.1e}", extra, "\n".join(kept)]  # fmt: skip
 
 
@@ -175,7 +179,7 @@ def main(arguments=None):
     from rich.table import Table
 
     console, results, found = Console(), [], about()
-    table = Table("loss", "shape", "dtype", "ms", "floor", "others, ms", "error", "beyond, MB", "promised")
+    table = Table("loss", "shape", "dtype", "ms", "after", "floor", "others, ms", "error", "beyond, MB", "promised")
     shapes = [(options.shape, x) for x in ("bfloat16", "float32")] if options.shape else SHAPES
     for shape, dtype in shapes:
         if options.dtype not in (None, dtype):

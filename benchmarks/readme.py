@@ -30,7 +30,8 @@ at its peak, gradients included, of 32000 classes and hidden size 128 in float32
 """
 RANKS = """## Ranks and correlations, by `python -m benchmarks.ranks`
 
-Spearman's loss of 64 × 131072 in three runs. "forward" and the metrics (rho, tau-b) have no backward.
+Spearman's loss of 64 × 131072 in three runs. "forward" and the metrics (rho, tau-b) have no backward. Turns of at least
+50 ms, the median call of each; and a single call of ours straight after one of the others.
 """
 def rows_table() -> str:
     """Of benchmarks.rows."""
@@ -140,12 +141,14 @@ def ranks_table(only: str = "") -> str:
     runs, lines = [of(name) for name in ("ranks-cpu", "ranks-cpu-spearman", "ranks-cpu-spearman-again")], []
     for k, cell in ((k, cell) for k, found in enumerate(runs, 1) for cell in found["results"]):
         shape, ours = f"{cell['shape'].replace('x', ' × ')} {cell['dtype']}", cell["ms"]["kdkernels"]
+        after = millis(cell["after"]) if "after" in cell else ""
         others = ", ".join(f"{who} {two(ms / ours)}{' (faster)' if ms < ours else ''}"
                            for who, ms in cell["ms"].items() if who != "kdkernels")  # fmt: skip
         if others and f"{cell['name']} {shape}".startswith(only):
-            lines.append([cell["name"], shape, str(k), millis(ours), others])
+            lines.append([cell["name"], shape, str(k), millis(ours), after, others])
     said = "\n".join(f"* Run {k}: {footer(found)}" for k, found in enumerate(runs, 1))
-    return table(["", "logits", "run", "kdkernels", "others over that"], lines) + "\n\n" + said
+    head = ["", "logits", "run", "kdkernels", "straight after another", "others over kdkernels"]
+    return table(head, lines) + "\n\n" + said
 
 
 def speed_page() -> str:

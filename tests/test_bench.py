@@ -48,6 +48,12 @@ def test_slow_contenders_get_fewer_turns():
     assert 2 <= len(found["slow"]) < 20 and min(found["slow"]) >= 20
 
 
+def test_what_is_quick_is_called_again_within_its_turn():
+    calls = []
+    found = harness.turns({"a": lambda: calls.append(time.sleep(0.002))}, least=0, repeats=3, turn=0.01)
+    assert len(found["a"]) == 3 and 6 < len(calls) < 20 and min(found["a"]) >= 2
+
+
 def test_peak_and_traffic_are_bytes():
     x = torch.ones(1000)
     assert 8000 <= harness.peak_bytes(lambda: (x + 1) * 2) < 8200  # scalars too

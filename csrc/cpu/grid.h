@@ -13,7 +13,7 @@ constexpr double kOwnShare = 1. / 24;
 constexpr double kLeastLoss = 256;  // over n
 constexpr int64_t kCrowd = 1024;  // a bin with more than one in so many of the teacher's entries is sorted
 
-struct Range { float low, high; double mean, variance; uint32_t bits; };
+struct Range { float low, high; MeanVariance of; uint32_t bits; };
 
 // Finite numbers: their range, mean, variance, and which of their bits are ever set.
 inline Range range_of(const float* x, int64_t n) {
@@ -30,7 +30,7 @@ inline Range range_of(const float* x, int64_t n) {
   const double mean = sum / double(n);
 #pragma omp simd reduction(+ : squares)
   for (int64_t i = 0; i < n; ++i) squares += (x[i] - mean) * (x[i] - mean);
-  return {low, high, mean, squares / double(n), bits};
+  return {low, high, {mean, squares / double(n)}, bits};
 }
 
 // Exact ranks of the entries in w.crowd: crowded bins are sorted together, and what lies below each run is counted from
@@ -122,10 +122,10 @@ double spearman_by_grid(const Pair<float>& z, const Range& s, const Range& t, in
     nodes[k] += here - next;
     nodes[k + 1] += next;
   }
-  w.sum.clear();
+  w.sum.resize(bins + 1, z.n);
   const double width = (double(s.high) - s.low) / double(bins);
-  for (int64_t k = 0; k <= bins; ++k) w.sum.add(s.low + double(k) * width, nodes[k][0], nodes[k][1]);
-  const double value = w.sum.loss(double(z.n), tau, s.mean, s.variance, squares, g, out.to);
+  for (int64_t k = 0; k <= bins; ++k) w.sum.set(k, s.low + double(k) * width, nodes[k][0], nodes[k][1]);
+  const double value = w.sum.loss(tau, s.of, squares, g, out.to);
   const bool small = std::min(value, 2 - value) * double(z.n) < kLeastLoss;
   if (small || w.sum.own_share > kOwnShare) return spearman_by_sort(z, z.s, z.t, tau, g, out, w);
   if (out.to)
@@ -154,7 +154,7 @@ double spearman_floats(const Pair<float>& z, const SpearmanOptions& o, double g,
     const Pair<uint16_t> halves{w.half_s.data(), w.half_t.data(), z.n, z.at, false};
     return spearman_by_bits(halves, Type::bf16, o.tau, g, out, w);
   }
-  const double bandwidth = o.tau * std::sqrt(s.variance), range = double(s.high) - s.low;
+  const double bandwidth = o.tau * std::sqrt(s.of.variance), range = double(s.high) - s.low;
   const double wanted = kBinsPerBandwidth * range / bandwidth;
   const bool wide = !std::isfinite(s.high - s.low) || !std::isfinite(t.high - t.low);
   if (o.exact || wide || !(wanted < kMostBins) || !(t.high > t.low)) return sorted();

@@ -22,85 +22,52 @@ template <typename R> void exp2_in_place(R* y, int64_t n) {
 // Here in units of n: M bins of x (ascending), masses c / n, and S, the sum over a bin of the teacher's ranks.
 class LapSum {
  public:
-  std::vector<double> x, mass, ranks;  // a caller's: position, count, sum of doubled centred ranks of each bin
-  std::vector<Line> line;              // out
-  double own_share = 0;                // of the kernel's sum at an entry, what its own bin contributes: the mean
+  std::vector<Line> line;  // out
+  double own_share = 0;    // of the kernel's sum at an entry, what its own bin contributes: the mean
 
-  void clear() { x.clear(); mass.clear(); ranks.clear(); }
-  void add(double value, double count, double sum) {
-    x.push_back(value);
-    mass.push_back(count);
-    ranks.push_back(sum);
+  // Bins of n entries together, and the position, count and sum of the doubled centred ranks of each.
+  void resize(int64_t bins, int64_t n) {
+    n_ = double(n);
+    for (auto* v : {&x_, &mass_, &ranks_}) v->resize(bins);
   }
+  void set(int64_t m, double x, double count, double sum) {
+    x_[m] = x;
+    mass_[m] = count / n_;
+    ranks_[m] = sum / (2 * n_ * n_);
+  }
+  MeanVariance moments() { return tiles<double>().bin_moments(bins()); }
 
-  // n entries, teacher's squares = the sum of its squared doubled centred ranks; g scales the gradient.
-  double loss(double n, double tau, double mean, double variance, double squares, double g, bool gradient) {
-    const int64_t M = int64_t(x.size());
-    line.assign(gradient ? M : 0, Line{0, 0});
-    if (n < 2 || M < 2 || !(variance > 0) || !(squares > 0)) return 1;
-    const double a = tau * std::sqrt(variance);
-    for (int64_t m = 0; m < M; ++m) { mass[m] /= n; ranks[m] /= 2 * n * n; }
-    soft_ranks(a);
-    double own = 0, joint = 0;
+  // Teacher's squares = the sum of its squared doubled centred ranks; g scales the gradient.
+  double loss(double tau, const MeanVariance& of, double squares, double g, bool gradient) {
+    const int64_t M = int64_t(x_.size());
+    line.resize(gradient ? M : 0);
     own_share = 0;
-    for (int64_t m = 0; m < M; ++m) {
-      own += mass[m] * R_[m] * R_[m];
-      joint += R_[m] * ranks[m];
-      own_share += mass[m] * mass[m] / K_[m];
-    }
-    if (!(own > 0)) return 1;
-    const Correlation z(n, a, own, joint, squares);
-    if (gradient) lines(z, n, mean, variance, g);
-    return 1 - z.rho;
+    const auto constant = [&] {
+      std::fill(line.begin(), line.end(), Line{0, 0});
+      return 1.;
+    };
+    if (n_ < 2 || M < 2 || !(of.variance > 0) || !(squares > 0)) return constant();
+    for (auto& v : scratch_) v.resize(M + 1);
+    const Bins z = bins();
+    const double a = tau * std::sqrt(of.variance);
+    const BinSums sums = tiles<double>().soft_ranks(z, a);
+    own_share = sums.share;
+    if (!(sums.own > 0)) return constant();
+    const Correlation c(n_, a, sums.own, sums.joint, squares);
+    if (gradient) tiles<double>().rank_lines(z, c, n_, of, g);
+    return 1 - c.rho;
   }
 
  private:
-  // R: centred soft ranks; K: sum of the kernel e^(-|x_i - x_j| / a), both over n. The sums from below and from above
-  // take turns: each of their steps waits for the one before.
-  void soft_ranks(double a) {
-    const int64_t M = int64_t(x.size());
-    for (auto* v : {&decay_, &R_, &K_, &G_, &above_}) v->resize(M);
-    decay_[0] = 0;
-    for (int64_t m = 1; m < M; ++m) decay_[m] = (x[m - 1] - x[m]) / a * kLog2e;
-    exp2_in_place(decay_.data() + 1, M - 1);
-    double below = 0, above = 0, count = 0, beyond = 0;
-    for (int64_t m = 0, k = M - 1; m < M; ++m, --k) {
-      below *= decay_[m];
-      R_[m] = count - below;
-      K_[m] = below;
-      count += mass[m];
-      below += mass[m];
-      above_[k] = above;
-      G_[k] = beyond - above;
-      beyond += mass[k];
-      above = (above + mass[k]) * decay_[k];
-    }
-    for (int64_t m = 0; m < M; ++m) {
-      R_[m] = soft_rank(R_[m], G_[m]);
-      K_[m] += mass[m] + above_[m];
-    }
-  }
+  double n_ = 0;
+  std::vector<double> x_, mass_, ranks_;
+  std::array<std::vector<double>, 6> scratch_;
 
-  void lines(const Correlation& z, double n, double mean, double variance, double g) {
-    const int64_t M = int64_t(x.size());
-    slope_.resize(M);
-    for (int64_t m = 0; m < M; ++m) slope_[m] = z.slope(mass[m], ranks[m], R_[m]);
-    double below = 0, above = 0, radial = 0;
-    for (int64_t m = 0, k = M - 1; m < M; ++m, --k) {
-      below *= decay_[m];
-      G_[m] = below;
-      below += slope_[m];
-      above_[k] = above;
-      above = (above + slope_[k]) * decay_[k];
-    }
-    for (int64_t m = 0; m < M; ++m) {
-      line[m] = z.line(R_[m], K_[m], G_[m] + slope_[m] + above_[m]);
-      radial += (x[m] - mean) * (line[m].slope * ranks[m] + mass[m] * line[m].offset);
-    }
-    for (int64_t m = 0; m < M; ++m) line[m] = finished(line[m], n, g, radial / variance, x[m] - mean);
+  Bins bins() {
+    auto& [decay, R, K, below, above, slope] = scratch_;
+    return {int64_t(x_.size()), x_.data(),    mass_.data(), ranks_.data(), decay.data(), R.data(),
+            K.data(),           below.data(), above.data(), slope.data(),  line.data()};
   }
-
-  std::vector<double> decay_, R_, K_, G_, above_, slope_;
 };
 
 }  // namespace kd

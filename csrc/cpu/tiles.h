@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../softrank.h"
+
 namespace kd {
 
 constexpr double kLog2e = 1.4426950408889634;
@@ -74,6 +76,16 @@ template <typename R> struct Columns {
   void (*signs)(const R* x, const R* y, int n, double g, R* d);  // d += g sign(x - y)
 };
 struct ShortLine { float slope, offset; };  // of rank losses: rank -> gradient
+// M = count bins of LapSum (lapsum.h), and what its loops make of them: R, the soft ranks, and K, the sums of the kernel
+// e^(-|x_i - x_j| / a), centred and over n, then lines. Scratch is M + 1 long.
+struct Bins {
+  int64_t count;
+  const double *x, *mass, *ranks;
+  double *decay, *R, *K, *below, *above, *slope;
+  Line* line;
+};
+struct MeanVariance { double mean, variance; };
+struct BinSums { double own, joint, share; };  // of mass R^2, of R ranks, of mass^2 / K
 
 template <typename R> struct Tiles {
   // A copy of x and, as `peak` does, a look at it.
@@ -98,6 +110,9 @@ template <typename R> struct Tiles {
   // precision might round to another bfloat16, and how many they are.
   int (*lines)(const uint16_t* a, const uint16_t* b, int n, const ShortLine* line, const int32_t* rank, float* out,
                int32_t* doubtful);
+  MeanVariance (*bin_moments)(const Bins&);
+  BinSums (*soft_ranks)(const Bins&, double a);
+  void (*rank_lines)(const Bins&, const Correlation&, double n, const MeanVariance&, double g);
   // Sums of a tile; what has to do with the slope in log p only if `both`. slope: where that of one side goes, or null.
   ElementSums (*elements)(const View<R>&, const Elements&, const LogWeights&, bool both, int side, R* work, R* slope);
   Columns<R> columns;

@@ -150,11 +150,12 @@ static int lines(const uint16_t* a, const uint16_t* b, int n, const ShortLine* l
 #include "spread.inl"
 #include "elements.inl"
 #include "columns.inl"
+#include "lapsum.inl"
 
 #define COLUMNS {highest, shares, deviations, add_up, products, slope_sum, class_slopes, lesser, sum_of, \
                  centred, row_slopes, apart, signs}
 extern const Tiles<float> f32 = {widen_all, store, peak, top, sums, look, sums_through, spread, through, exp2_all,
-                                  lines, elements, COLUMNS};
+                                  lines, bin_moments, soft_ranks, rank_lines, elements, COLUMNS};
 extern const Tiles<double> f64 = {widen_all, store, peak, top, sums, look, sums_through, spread, through, exp2_all,
-                                  lines, elements, COLUMNS};
+                                  lines, bin_moments, soft_ranks, rank_lines, elements, COLUMNS};
 #undef COLUMNS
