@@ -272,7 +272,7 @@ FLAT = ("AlphaBetaLoss-alpha=0.5-beta=-0.5", torch.full((1, 257), 1e-20, dtype=F
 # A teacher of 16 bits beside a student of float64; gradients that cancel; a student's row without a distribution; many
 # probabilities that are equal, or equal but for 1e-40; +inf where no other class of the teacher lives; logits of 1e30
 # beside a slope that grows with them; a teacher that float32 cannot tell from the student; a class that hardly differs
-# between two rows, beside logits that round to 1e-13.
+# between two rows, beside logits that round to 1e-13; z-scores of logits as far apart as what stands for -inf.
 ONLY = torch.tensor([[1.0, 1, 1, 0], [1, 1, 0, 0]], dtype=F64)
 LINE, SHORT = torch.arange(12, dtype=F64).view(2, 6).sin() * 4, torch.arange(12, dtype=F64).view(2, 6).cos() * 3
 FOUND = [("SkewKLLoss-alpha=0.5-standardize=True", LINE, SHORT.to(F16)), ("LTKDLoss", LINE, SHORT.to(BF16)),
@@ -284,7 +284,9 @@ FOUND = [("SkewKLLoss-alpha=0.5-standardize=True", LINE, SHORT.to(F16)), ("LTKDL
          ("AKLLoss-mu=0.8-temperature=2.0-ce_weight=0.5", torch.eye(3)[:2].log(), 900 * torch.eye(3)[:2]),
          ("DISTLoss {'temperature': 2.0}", torch.tensor([[900.3, 2, 1], [900, 1, 0.701]], dtype=F64),
           torch.tensor([[900, 2, 1], [1, 900, 1.5]], dtype=F64)),
-         ("LogitMSELoss", (1e30 * torch.arange(128).sin().view(2, 64)).to(BF16), ONLY)]  # fmt: skip
+         ("LogitMSELoss", (1e30 * torch.arange(128).sin().view(2, 64)).to(BF16), ONLY),
+         ("TAIDLoss-tau=0.8-temperature=2.0-standardize=True", torch.full((2, 64), 7.0),
+          2e30 * torch.arange(128).sin().view(2, 64))]  # fmt: skip
 
 
 ON = {"cpu": sorted(LOSSES), "triton": ON_TRITON, "cuda": ON_CUDA}
