@@ -70,10 +70,11 @@ struct Slope {
       heavy |= c[0] > -0.7;  // log(1/2)
       doubles |= c[1] < 0 || c[2] < 0 || (c[1] != 0 && c[2] != 0 && c[0] > 4);
       doubles |= fabs(c[1] * s_max) > 65536 || fabs(c[2] * t_max) > 65536;
+      doubles |= c[0] > 32;  // the label, which the point leaves out, is so far above its classes
+      // z-scores of logits so large that kLowest is no distance.
+      for (int side = 1; side <= 2; ++side) doubles |= relative && c[side] != 0 && fabs(c[side] * kLowest) < 1000;
       // The sums of such points do not show it; and slopes grow without end where no weight falls.
       odd |= Term::curved(c) || (c[1] == 0 && c[2] == 0 && Term::sloped(c));
-      // z-scores of logits so large that kLowest is no distance.
-      for (int side = 1; side <= 2; ++side) odd |= relative && c[side] != 0 && fabs(c[side] * kLowest) < 1000;
     }
   }
 };
