@@ -312,6 +312,8 @@ FOUND = [("SkewKLLoss-alpha=0.5-standardize=True", LINE, SHORT.to(F16)), ("LTKDL
          ("TAIDLoss-tau=0.8-temperature=2.0-standardize=True", torch.full((2, 64), 7.0),
           2e30 * torch.arange(128).sin().view(2, 64).masked_fill(torch.arange(64) == 1, -torch.inf)),
          ("DKDLoss-alpha=1.0-beta=8.0", torch.tensor([7172.7, 4889.8, *[-3000.0] * 31]).expand(2, 33),
+          torch.arange(66).sin().view(2, 33)),
+         ("DKDLoss-alpha=0.5-beta=2.0-temperature=4.0", torch.tensor([7172.7, 4889.8, *[-3000.0] * 31]).expand(2, 33),
           torch.arange(66).sin().view(2, 33))]  # fmt: skip
 
 

@@ -5,8 +5,6 @@
 
 namespace kd {
 
-constexpr double kFar = 1000;  // in units of log 2
-
 // A segment's Moments at one point, tile by tile. Sums of tiles with the same pivots are added up as they are.
 template <typename R> class PointSum {
  public:
@@ -30,6 +28,7 @@ template <typename R> class PointSum {
     move_to(x.view);
     double top = -INFINITY;
     x.parts(skip, [&](const View<R>& part, int) { top = std::fmax(top, isa.top(part, e_)); });
+    top = R(top);  // what the sums will take for it
     if (top == INFINITY && !bounded) {  // a negative power of an impossible class
       total_.merge({INFINITY, 1, 0, 0, 0, 0, 0});
     } else {
@@ -67,7 +66,7 @@ template <typename R> class PointSum {
   }
 
   // All classes are far below the pivots, as where a finite number stands for a mask: a constant of that size would round
-  // to more than the exponents are. Nothing is left of them beside what there is, or their heaviest class is the pivot.
+  // more than the exponents may. Nothing is left of them beside what there is, or their heaviest class is the pivot.
   void add_far(const Tiles<R>& isa, Tile<R>& x, int64_t skip, double top) {
     const double base = scaled(at_.b, s_pivot_) + scaled(at_.a, t_pivot_);
     if (total_.z != 0 && std::fmax(base + top / kLog2e, -1e30) < total_.m - 800) return;

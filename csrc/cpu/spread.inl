@@ -76,9 +76,13 @@ static void fast_spread(const View<R, Src>& x, const Together<R>& terms, bool fi
   R by[K], add[K], c[K][3];
   for (int j = 0; j < K; ++j) {
     const Term<R>& term = j < NS ? terms.s[j] : terms.t[0];
-    by[j] = R(j < NS ? term.e.b : term.e.a);
+    const double b = j < NS ? term.e.b : term.e.a, heaviest = b != 0 && term.e.c > 0 ? -term.e.c / b : 0;
+    by[j] = R(b);
     add[j] = R(term.e.c);
-    for (int i : {0, 1, 2}) c[j][i] = term.c[i];
+    // 2 to what R leaves of the exponent where the weight is 1: beside a label that the point leaves out, far from the
+    // pivot.
+    const R rest = R(1 + (term.e.c - add[j] + (b - by[j]) * heaviest) / kLog2e);
+    for (int i : {0, 1, 2}) c[j][i] = term.c[i] * rest;
   }
   each_group<L || NS != 0, L || NT != 0>(x, [&](auto group, const Src*, const Src*, const auto& u, const auto& v, int n,
                                                 int i) INLINE_LAMBDA {
