@@ -205,6 +205,11 @@ def lost(name, V):
         ("AKL", "Grouped", "LTKD", "PlackettLuce"))  # fmt: skip
 
 
+def squares(name):
+    """Whether the value is what is left of squares of logits: with alpha = beta = 0 a variance of log-ratios."""
+    return name == "AlphaBetaLoss-alpha=0.0-beta=0.0"
+
+
 @cache
 def grows(name):
     """Whether the student's gradient has the teacher's logits in it, and not only their probabilities."""
@@ -252,7 +257,8 @@ def check(backend, name, s, t, y):
     steep = steepest(name, s)
     steep = steep if per_row else largest(steep)
     # Log-partitions and means, as large as logits, are in float64; of giant ones all or nothing is left of a class.
-    statistics = [ROUNDINGS * torch.finfo(F64).eps * x for x in (size, near if dtype == F64 else 0.0)]
+    statistics = [ROUNDINGS * torch.finfo(F64).eps * x
+                  for x in (size * (near if squares(name) else 1), near if dtype == F64 else 0.0)]  # fmt: skip
     for what, a, b, move, absolute in zip(("value", "gradient"), got, want, moves, statistics, strict=True):
         limit, own = torch.finfo(a.dtype), largest(b, per_row)
         relative = eps * terms(name, V) + absolute
