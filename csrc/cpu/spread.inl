@@ -76,13 +76,14 @@ static void fast_spread(const View<R, Src>& x, const Together<R>& terms, bool fi
   R by[K], add[K], c[K][3];
   for (int j = 0; j < K; ++j) {
     const Term<R>& term = j < NS ? terms.s[j] : terms.t[0];
-    const double b = j < NS ? term.e.b : term.e.a, heaviest = b != 0 && term.e.c > 0 ? -term.e.c / b : 0;
+    const double b = j < NS ? term.e.b : term.e.a;
     by[j] = R(b);
     add[j] = R(term.e.c);
-    // 2 to what R leaves of the exponent where the weight is 1: beside a label that the point leaves out, far from the
-    // pivot.
-    const R rest = R(1 + (term.e.c - add[j] + (b - by[j]) * heaviest) / kLog2e);
-    for (int i : {0, 1, 2}) c[j][i] = term.c[i] * rest;
+    for (int i : {0, 1, 2}) c[j][i] = term.c[i];
+    if (term.e.c > 0) {  // beside a label that the point leaves out; the weight is 1 far from the pivot, at -c / b
+      const double rest = term.e.c - add[j] - (b - by[j]) * term.e.c / b;
+      for (R& x : c[j]) x *= R(1 + rest / kLog2e);
+    }
   }
   each_group<L || NS != 0, L || NT != 0>(x, [&](auto group, const Src*, const Src*, const auto& u, const auto& v, int n,
                                                 int i) INLINE_LAMBDA {
