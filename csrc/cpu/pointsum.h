@@ -28,7 +28,7 @@ template <typename R> class PointSum {
     move_to(x.view);
     double top = -INFINITY;
     x.parts(skip, [&](const View<R>& part, int) { top = std::fmax(top, isa.top(part, e_)); });
-    top = R(top);  // what the sums will take for it
+    if (bounded) top = R(top);  // what the sums will take for it
     if (top == INFINITY && !bounded) {  // a negative power of an impossible class
       total_.merge({INFINITY, 1, 0, 0, 0, 0, 0});
     } else {
