@@ -231,11 +231,15 @@ def told_apart(s):
     return torch.stack([row + 1e-14 * row.unique(return_inverse=True)[1] for row in s]) if len(s) else s
 
 
-def undecided(name, s, t):
-    """(N,): whether classes that have to be told apart decide which of the sorted probabilities is the larger."""
-    if not name.startswith("ULD"):
+def undecided(name, s, t, eps):
+    """(N,): whether roundings decide which of two probabilities is the larger: of a class, or of the sorted ones where
+    classes have to be told apart."""
+    if not name.startswith(("TVD", "ULD")):
         return torch.zeros(len(s), dtype=torch.bool)
-    q, p = ((x.double() / LOSSES[name](s.shape[-1]).temperature).softmax(-1).sort(-1).values for x in (s, t))
+    q, p = ((x.double() / LOSSES[name](s.shape[-1]).temperature).log_softmax(-1) for x in (s, t))
+    if name.startswith("TVD"):
+        return ((q - p).abs() < eps).any(-1)
+    q, p = q.exp().sort(-1).values, p.exp().sort(-1).values
     count = lambda x: torch.tensor([len(row.unique()) for row in x])  # noqa: E731
     return (count(q) < count(s)) & ((q - p).abs().amin(-1) < 1e-8)
 
@@ -273,7 +277,7 @@ def check(backend, name, s, t, y):
         defined = b.isnan() | b.isinf() | ((own < limit.max / 2) & (bound < limit.max))  # else a rounding may overflow
         if what == "gradient":  # of a loss that is infinite there is none
             finite = want[0].isfinite() & (size < GIANT or not lost(name, V))
-            finite = finite & ~undecided(name, s, t) if per_row else finite
+            finite = finite & ~undecided(name, s, t, eps) if per_row else finite
             defined &= finite[:, None] if per_row else finite
         assert torch.equal(a.isnan() & defined, b.isnan() & defined), (where, what, a, b)
         infinite = a.isinf() & defined
