@@ -28,11 +28,12 @@ template <typename R> class PointSum {
     move_to(x.view);
     double top = -INFINITY;
     x.parts(skip, [&](const View<R>& part, int) { top = std::fmax(top, isa.top(part, e_)); });
-    if (bounded) top = R(top);  // what the sums will take for it
+    const bool mixture = is_mixture(e_.b, e_.a);
+    if (!mixture) top = R(top);  // what the sums will take for it
     if (top == INFINITY && !bounded) {  // a negative power of an impossible class
       total_.merge({INFINITY, 1, 0, 0, 0, 0, 0});
     } else {
-      const TileSums<R> sum = top > -kFar ? sums(isa, x, skip, -top) : TileSums<R>{};
+      const TileSums<R> sum = top > (mixture ? -kFarMixed : -kFar) ? sums(isa, x, skip, -top) : TileSums<R>{};
       if (sum.z != 0) total_.merge(moments(sum, -top));
       else add_far(isa, x, skip, top);
     }

@@ -10,7 +10,8 @@ constexpr double kLog2e = 1.4426950408889634;
 constexpr int kTile = 2048;  // both logits and the gradient of a tile stay in L1
 enum class Type { f64, f32, f16, bf16 };
 
-constexpr double kFar = 50;    // in units of log 2: what an exponent in float may be a difference of
+// In units of log 2, what an exponent may be a difference of: in float, and of a mixture, whose terms are added in double.
+constexpr double kFar = 50, kFarMixed = 1000;
 constexpr float kHuge = 1e6f;  // beyond it, -inf included, an entry is special: what is a mask cancels with nothing
 
 // A tile of logits; u = s - s_pivot and v = t - t_pivot are what the kernels work on. Src: what is in memory.

@@ -108,7 +108,8 @@ template <typename R, Kind K, typename Src> INLINE Weigh<R, K> weigh_of(const Vi
 
 // Whether only the differences of the logits from the pivots are small enough for an exponent.
 template <typename R> INLINE bool far(const View<R>& x, const Exponent& e) {
-  return e.c > kFar || (is_mixture(e.b, e.a) && std::fabs(e.b * x.s_pivot) + std::fabs(e.a * x.t_pivot) > 1e6);
+  if (!is_mixture(e.b, e.a)) return e.c > kFar;
+  return e.c > kFarMixed || std::fabs(e.b * x.s_pivot) + std::fabs(e.a * x.t_pivot) > 1e6;
 }
 
 static int lines(const uint16_t* a, const uint16_t* b, int n, const ShortLine* line, const int32_t* rank, float* out,
