@@ -25,13 +25,7 @@ static BinSums soft_ranks(const Bins& z, double a) {
   for (int64_t first = 1; first < M; first += kTile) {
     const int n = int(M - first < kTile ? M - first : kTile);
     const double* x = z.x + first;
-    double* decay = z.decay + first;
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      const double y = (x[i - 1] - x[i]) / a * kLog2e;
-      decay[i] = y > -1e9 ? y : -1e9;  // -inf is not taken
-    }
-    exp2_all(decay, n, decay);
+    exponentials([=](int i) INLINE_LAMBDA { return (x[i - 1] - x[i]) / a; }, n, z.decay + first);
   }
   decayed_sums(z, z.mass);
   double count = 0, beyond = z.slope[M] = 0;
